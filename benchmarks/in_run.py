@@ -2,8 +2,8 @@
 
 Plain steps and steps with hooks alternate on the small model, 8 rows of 224 tokens; times are process CPU seconds, and
 ratios are those of medians and of the fastest steps. Hooks leave sketches (as under ``dynamic.signals.budget``) or
-products with one direction (with LoRA whole, with all parameters of rank 8). Memory is what the hooks hold of the
-inputs after a forward pass, relative to what autograd holds.
+products with one direction (as for ``InRun(what="scores")``; with LoRA whole, with all parameters of rank 8). Memory is
+what the hooks hold of the inputs after a forward pass, relative to what autograd holds.
 
 Usage: python benchmarks/in_run.py [--steps N] [--threads N]
 """

@@ -36,7 +36,7 @@ DomainNormalizer = Literal["weight_sum", "domain"]
 
 STAGES = ("pt", "sft", "rm", "dpo", "kto")
 
-IN_RUN = ("in_run_losses", "in_run_norms", "in_run_scores")
+IN_RUN = ("in_run_losses", "in_run_norms", "in_run_scores", "in_run_embeddings")
 """What training steps show of the rows that they serve; see ``signals.kinds.InRun``."""
 SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts", *IN_RUN)
 """What a method may ask the model or the rows for; "texts" are tokens and texts, which take no pass."""
@@ -109,7 +109,7 @@ class Requires:
     preconditions: Mapping[str, str] = field(default_factory=dict)  # parameter -> use of the optimizer's moments
     by_target: Mapping[str, Mapping[str, float] | None] = field(default_factory=dict)  # parameter -> number per target
     pure_micro_batches: bool = False  # mixers: every micro-batch must hold one domain only
-    embedding: Embedding | None = None  # weighters: how BatchView.embeddings_BH are made
+    embedding: Embedding | None = None  # how in_run_embeddings are made, or a weighter's BatchView.embeddings_BH
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
     ledger: bool = False  # mixers: Context.benefit is needed, which takes a ledger of its targets
     budget: bool = False  # selectors: gradient scores, gradient norms or losses of training rows are all it asks for

@@ -160,9 +160,13 @@ class FakeSignals:
 
     def _in_run(self, signal: kinds.InRun, rows: Rows, target: str | None) -> ArrayLike:
         """Answer for even rows, served at the step of their number; NaN for odd ones."""
-        values = {"losses": kinds.TokenLoss(), "norms": kinds.GradientNorms()}.get(
-            signal.what, kinds.GradientScores(targets=signal.targets, normalize=signal.normalize)
-        )
+        asked: dict[str, Signal] = {
+            "losses": kinds.TokenLoss(),
+            "norms": kinds.GradientNorms(),
+            "scores": kinds.GradientScores(targets=signal.targets, normalize=signal.normalize),
+            "embeddings": kinds.Embedding(),
+        }
+        values = asked[signal.what]
         given = self._given[type(values)]
         found = np.asarray(given(values, rows, target) if callable(given) else np.asarray(given)[rows])
         shown = np.column_stack([found, rows]).astype(np.float64)

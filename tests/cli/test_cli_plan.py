@@ -89,6 +89,7 @@ Configuration
       screen_by: embeddings
       budget: null
       explore: 0.2
+      in_run_rank: 8
       max_age_steps: 0
       store: null
       store_gb: 10.0

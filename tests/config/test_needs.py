@@ -17,6 +17,7 @@ from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.method import Params, Reference, Requires, RunFacts
 from dataflex.registry import KINDS, find, names
+from dataflex.signals.kinds import Embedding
 
 Config = Callable[..., dict[str, Any]]
 
@@ -158,7 +159,10 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
     ],
     "by_target": [("mixer", {"losses": {"u": 1.0}}, RunFacts(), "dynamic.mixer.losses.u: no such target")],
     "pure_micro_batches": [("mixer", True, None, "uniform requires micro-batches of one domain each")],
-    "embedding": [("selector", object(), None, "requires embedding, which only a weighter is given")],
+    "embedding": [
+        ("selector", object(), None, "requires embedding, which only a weighter is given"),
+        ("weighter", Embedding(encoder="other"), None, "leave encoder out of requires()"),
+    ],
     "entropy": [("mixer", True, None, "requires entropy, which only a weighter is given")],
     "ledger": [
         ("weighter", True, None, "requires ledger, which only a mixer is given"),

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataflex.train.in_run import InRun, Observations, centred, levels
+from dataflex.train import in_run
+from dataflex.train.in_run import InRun, Newest, Observations, centred, levels
 
 
 def numbered(steps, passes=(), goals=()):
@@ -80,3 +81,16 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
         wanted.append(sketches[own] @ others / np.linalg.norm(others))
     lengths = np.linalg.norm(sketches, axis=1) if normalize else 1.0
     np.testing.assert_allclose(found, np.array(wanted) / lengths, rtol=1e-9)
+
+
+def test_the_newest_of_each_row_is_kept_and_no_more_than_fit(monkeypatch):
+    monkeypatch.setattr(in_run, "_KEPT_NUMBERS", 8)
+    old = Newest(
+        rows=np.array([3, 1, 3]), steps=np.array([0, 0, 1]), values=np.array([[0.0, 0], [1, 1], [2, 2]])
+    ).and_()
+    assert old.rows.tolist() == [1, 3]
+    assert old.values[:, 0].tolist() == [1, 2]
+    both = old.and_(Newest(rows=np.array([1, 7]), steps=np.array([2, 2]), values=np.array([[3.0, 3], [4, 4]])))
+    assert (both.rows.tolist(), both.steps.tolist(), both.values[:, 0].tolist()) == ([3, 1, 7], [1, 2, 2], [2, 3, 4])
+    more = Newest(rows=np.array([8, 9]), steps=np.array([3, 3]), values=np.array([[5.0, 5], [6, 6]]))
+    assert both.and_(more).rows.tolist() == [1, 7, 8, 9]

@@ -115,7 +115,14 @@ def _without_moments(optimizer: str | None) -> str:
 def _kind(method: MethodConfig, needs: Requires) -> Iterator[str]:
     """Yield requirements that are not provided to methods of this kind."""
     usual = Requires()
+    if getattr(needs.embedding, "encoder", None) is not None:
+        yield (
+            f"dynamic.{method.kind}: {method.name} requires embeddings by another model, but those of a step "
+            "are by the model under training; leave encoder out of requires()"
+        )
     for name, kinds in _TAKERS.items():
+        if name == "embedding" and "in_run_embeddings" in needs.signals:
+            continue
         if method.kind not in kinds and getattr(needs, name) != getattr(usual, name):
             yield (
                 f"dynamic.{method.kind}: {method.name} requires {name}, which only a {' or a '.join(kinds)} is given; "

@@ -102,6 +102,8 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
         yield "dynamic.signals.screen_by: has no effect without screen_fraction below 1; add one, or remove the key"
     if "signals.explore" in given and dynamic.signals.budget is None:
         yield "dynamic.signals.explore: has no effect without budget; add one, or remove the key"
+    if "signals.in_run_rank" in given and "in_run_scores" not in dynamic.requires.signals:
+        yield "dynamic.signals.in_run_rank: no method asks for scores of training steps; remove the key"
     if selector is None:
         yield from _idle(given, (*_OF_SUBSETS, "signals.screen_fraction"), "without a selector; add one, or")
         return

@@ -95,6 +95,12 @@ class SignalsConfig:
     explore: float = param(
         0.2, "share of a plan that is drawn uniformly under a budget", minimum=0.0, maximum=1.0, resume=_NEXT
     )
+    in_run_rank: int = param(
+        8,
+        "rank of the directions that rows are compared with in their training steps, for methods that ask for such "
+        "scores, where more than adapters is trained; a matrix whose sides are small beside it is exact",
+        minimum=1,
+    )
     max_age_steps: int = param(0, "oldest answer, in optimizer steps, that is given again", minimum=0, resume=_NEXT)
     store: str | None = param(
         None, "folder that passes write to as they go, to be taken up after a kill", resume="free"

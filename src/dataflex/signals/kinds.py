@@ -358,24 +358,28 @@ class LogitFeatures(LogitSpec, Signal):
 class InRun(Signal):
     """What training steps showed of the rows that they served: values and the step [n, K + 1], without a pass.
 
-    NaN where a row was not served, or so long ago that it was forgotten. K is 1, or the number of targets.
+    They are those of the model in that step, its dropout included. NaN where a row was not served, or so long ago that
+    it was forgotten. K is 1, or the number of targets, or the size of an embedding. A packed row counts as a whole.
 
     Attributes:
         what: ``losses``: a row's mean loss; ``norms``: the norm of its gradient, estimated from a sketch; ``scores``:
-            the cosine of its gradient in that step with each target's in Adam's scale at this decision, likewise.
+            the product of its gradient with a direction of length 1 for each target, which is the target's gradient at
+            the last decision before that step, in Adam's scale; ``embeddings``: pooled hidden states.
         targets: Names of target data sets, for ``scores``: some of the method's own.
-        normalize: Whether ``scores`` are cosines; otherwise products with the target's direction of length 1.
+        normalize: Whether ``scores`` are divided by ``norms``, which the method states that it asks as well.
+        embedding: How hidden states are pooled; None: as ``EmbeddingSpec()`` says.
     """
 
     name = "values of training steps"
     forward = 0.0
-    what: Literal["losses", "norms", "scores"] = "losses"
+    what: Literal["losses", "norms", "scores", "embeddings"] = "losses"
     targets: tuple[str, ...] = ()
-    normalize: bool = True
+    normalize: bool = False
+    embedding: EmbeddingSpec | None = None
 
     @property
     def needs(self) -> str:  # type: ignore[override]
-        """``in_run_losses``, ``in_run_norms`` or ``in_run_scores``."""
+        """The member of ``Requires.signals``: ``in_run_`` and ``what``."""
         return f"in_run_{self.what}"
 
     @property
@@ -383,7 +387,10 @@ class InRun(Signal):
         return "never"
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:
-        return (max(len(self.targets), 1) + 1,)
+        from dataflex.signals.model_parts import model_parts
+
+        own = model_parts(access.model).text_config.hidden_size if self.what == "embeddings" else 1
+        return (max(len(self.targets), own) + 1,)
 
     def scorer(self, access: ModelAccess) -> Scorer:
         raise UnsupportedError(

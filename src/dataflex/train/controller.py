@@ -33,7 +33,7 @@ from dataflex.rng import stream
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
-from dataflex.train.in_run import InRun, asked_of_rows
+from dataflex.train.in_run import Asked, InRun
 from dataflex.train.ledger import Ledger
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
@@ -176,6 +176,7 @@ class Controller:
     ends_at: int | None = None  # step at which the data run out under ``at_cap: stop``
     decided: int = 0  # number of decisions before this run, unless the plan in progress tells it
     clock: PhaseClock = field(default_factory=PhaseClock)
+    weighs_documents: bool = False  # a weighter may weigh the documents of a packed row differently
 
     def __post_init__(self) -> None:
         config, domains, batch = self.config, self.space.domains, self.shape.global_batch
@@ -207,14 +208,16 @@ class Controller:
         options = config.signals
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
         if config.watches is not None:
-            targets, asked = asked_of_rows(config)
+            asked = Asked.by(config)
             params = None if config.selector is None or options.budget is None else config.selector.params
             scale = getattr(params, "precondition", "true_adam" if params is None else "none")
             self.in_run = InRun(
                 signals=self.signals,
                 space=self.space,
-                targets=targets,
-                asked=asked,
+                targets=asked.targets,
+                asked=asked.values,
+                scores=asked.scores,
+                embeddings=asked.embeddings,
                 budget=options.budget,
                 seed=self.seed,
                 spec=GradientSpec(
@@ -225,6 +228,8 @@ class Controller:
                 ),
                 total_steps=self.schedule.total_steps,
                 explore=options.explore,
+                rank=options.in_run_rank,
+                weighs_documents=self.weighs_documents,
             )
         self.ledger: Ledger | None = None  # what helped the targets
         if config.ledger is not None:

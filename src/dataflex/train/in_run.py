@@ -14,9 +14,9 @@ counts 1, a backward pass 2, with adapters 1.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,17 @@ from dataflex.rng import uniforms
 from dataflex.select.predict import TokenFeatures, fitted, rank_correlation, row_effects
 from dataflex.sequences import Sequences
 from dataflex.signals import kinds
-from dataflex.signals.gradients.in_run import Directions, StepCapture, adam_scale, capturable
+from dataflex.signals.embeddings import pool
+from dataflex.signals.gradients.consumers import TargetVectors
+from dataflex.signals.gradients.in_run import Directions, StepCapture, Taken, adam_scale, capturable, directions
 from dataflex.signals.gradients.parameters import shape_of
+from dataflex.signals.gradients.precondition import Moments
 from dataflex.signals.gradients.scorers import GradientScorers, targets_seen
 from dataflex.signals.kinds import GradientNorms, GradientScores, Signal, TokenLoss
-from dataflex.signals.losses import model_inputs
-from dataflex.signals.model_parts import model_parts
+from dataflex.signals.losses import document_ids, model_inputs, real_tokens
+from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.runner import SignalRunner
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS
@@ -56,6 +59,7 @@ _FEWEST_COMPARED = 4  # target rows whose losses are compared with earlier ones
 _LEAST_ROWS = 8
 _PARTS = 10
 _KEPT_ROWS, _KEPT_SKETCHES = 2**20, 4096  # newest observations that are kept, and those with sketches
+_KEPT_NUMBERS = 2**25  # of rows' newest scores, and of their embeddings
 _SKETCH = 16
 _ADAPTERS = 0.2  # below this share of trained parameters a backward pass is one to layer inputs alone
 
@@ -88,21 +92,60 @@ def centred(values: Floats, groups: NDArray[np.int64]) -> Floats:
     return found
 
 
-def asked_of_rows(config: DynamicConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what methods ask of training steps: targets, and "norm" or "loss" beside them."""
-    targets: list[str] = []
-    asked: set[str] = set()
-    for method in config.methods:
-        signals = method.requires.signals
-        if method is config.selector and config.signals.budget is not None:
-            scored = "gradients" in signals
-            targets += method.targets if scored else ()
-            asked |= {"norm"} if scored and not method.targets else set()
-            asked |= {"loss"} if "losses" in signals else set()
-        targets += method.targets if "in_run_scores" in signals else ()
-        asked |= {what for what in ("norm", "loss") for name in signals if name.startswith(f"in_run_{what}")}
-        asked |= {"norm"} if "in_run_scores" in signals and not method.targets else set()
-    return tuple(dict.fromkeys(targets)), tuple(what for what in ("norm", "loss") if what in asked)
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What methods ask of training steps."""
+
+    targets: tuple[str, ...] = ()  # whose gradients rows are compared with
+    values: tuple[str, ...] = ()  # "norm" or "loss"
+    scores: tuple[str, ...] = ()  # those of the targets that the signal ``InRun`` is asked about
+    embeddings: tuple[EmbeddingSpec, ...] = ()
+
+    @classmethod
+    def by(cls, config: DynamicConfig) -> Asked:
+        """Return what the methods of a run ask."""
+        targets: list[str] = []
+        scores: list[str] = []
+        values: set[str] = set()
+        embeddings: list[EmbeddingSpec] = []
+        for method in config.methods:
+            needs = method.requires
+            if method is config.selector and config.signals.budget is not None:
+                scored = "gradients" in needs.signals
+                targets += method.targets if scored else ()
+                values |= {"norm"} if scored and not method.targets else set()
+                values |= {"loss"} if "losses" in needs.signals else set()
+            scores += method.targets if "in_run_scores" in needs.signals else ()
+            shown = {"in_run_losses": "loss", "in_run_norms": "norm"}
+            values |= {value for name, value in shown.items() if name in needs.signals}
+            embeddings += [plain_embedding(needs.embedding)] if "in_run_embeddings" in needs.signals else []
+        return cls(
+            targets=tuple(dict.fromkeys([*targets, *scores])),
+            values=tuple(what for what in ("norm", "loss") if what in values),
+            scores=tuple(dict.fromkeys(scores)),
+            embeddings=tuple(dict.fromkeys(embeddings)),
+        )
+
+
+def plain_embedding(spec: EmbeddingSpec | None) -> EmbeddingSpec:
+    """Return the specification alone; the default for None."""
+    return EmbeddingSpec(**{each.name: getattr(spec, each.name) for each in fields(EmbeddingSpec)} if spec else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newest:
+    """What the newest step that served a row showed of it, of the rows that were served last."""
+
+    rows: Rows  # [n], each once, in the order of their steps
+    steps: NDArray[np.int64]  # [n]
+    values: NDArray[np.float32]  # [n, D]
+
+    def and_(self, *more: Newest) -> Newest:
+        """Return what is the newest of these and of ``more``, which are later; at most ``_KEPT_NUMBERS`` numbers."""
+        rows, steps, values = (np.concatenate([getattr(one, name) for one in (self, *more)]) for name in vars(self))
+        kept = np.sort(len(rows) - 1 - np.unique(rows[::-1], return_index=True)[1])
+        kept = kept[-max(_KEPT_NUMBERS // values.shape[1], 1) :]
+        return Newest(rows=rows[kept], steps=steps[kept], values=values[kept])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +178,9 @@ class InRun:
     signals: SignalRunner  # passes are counted there
     space: RowSpace
     targets: tuple[str, ...]
-    asked: tuple[str, ...]  # from ``asked_of_rows``
+    asked: tuple[str, ...]  # "norm" or "loss"
+    scores: tuple[str, ...] = ()  # targets whose products with rows' gradients are taken in the steps, exactly
+    embeddings: tuple[EmbeddingSpec, ...] = ()
     budget: float | None  # None: nothing is predicted, all target rows are looked at
     seed: int
     spec: GradientSpec  # which gradients; whether Adam's moments scale the targets', and whether cosines are compared
@@ -143,6 +188,8 @@ class InRun:
     explore: float = 0.2  # share of a plan that is drawn uniformly
     forgetting: float = 0.7  # weight of an observation from one interval to the next
     smoothing: float = 0.7  # what earlier target rows count in a direction, where not all were looked at again
+    rank: int = 8  # of the directions of ``scores`` where more than adapters is trained
+    weighs_documents: bool = False  # rows hold several documents, which a weighter may weigh differently
     told: dict[str, float] = field(default_factory=dict)  # numbers of the last decision
 
     def __post_init__(self) -> None:
@@ -161,9 +208,14 @@ class InRun:
         self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
         self._spent = 0.0  # on targets and pilots, in tokens times passes
         self._capture: StepCapture | None = None
-        self._pending: list[tuple[int, Rows, torch.Tensor]] = []
-        self._rows: Rows | None = None
+        self._directions: Directions | None = None  # of ``scores``, since the last decision
+        self._newest: dict[str, Newest] = {}  # by what it is: scores have norms behind them
+        self._pending: list[tuple[int, Rows, dict[str, torch.Tensor]]] = []
+        self._batch: dict[str, Any] | None = None
         self._losses: torch.Tensor | None = None
+        self._forward = ExitStack()
+        self._hidden: list[list[torch.Tensor]] = []
+        self._pooled: dict[str, torch.Tensor] = {}
         self._features: TokenFeatures | None = None
         self._predicted: Floats | None = None
         self.signals.instead = self.answer
@@ -174,8 +226,9 @@ class InRun:
         if self._capture is None and (self.targets or "norm" in self.asked):
             access = self.signals.access
             layers, left_out = capturable(access.model, self._scorers().engine.units)
-            self._capture = StepCapture(layers, sketch=_SKETCH, seed=self.seed)
-            self._capture.aim(Directions.none(layers))
+            sketch = _SKETCH if self.budget is not None or "norm" in self.asked else 0
+            self._capture = StepCapture(layers, sketch=sketch, seed=self.seed)
+            self._capture.aim(self._directions or Directions.none(layers))
             if left_out:
                 told = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
                 logger.info("scores from training steps leave out %d parameters (%s)", len(left_out), told)
@@ -188,55 +241,94 @@ class InRun:
 
     def begin(self, batch: dict[str, Any], device: torch.device) -> None:
         """Listen to the forward and backward pass of a micro-batch."""
-        self._rows = batch[ROWS]
+        self._batch = batch
         if self.capture is not None:
             shape = batch["input_ids"].shape
             self.capture.begin((int(shape[0]), int(shape[1])), device)
+        self._forward.close()
+        parts = model_parts(self.signals.access.model) if self.embeddings else None
+        self._hidden = [
+            self._forward.enter_context(capture_hidden(parts, spec.layer)) for spec in self.embeddings if parts
+        ]
 
     def watch(self, losses: TokenLosses) -> None:
         """Take the micro-batch's token losses, and what each counts in the loss that is differentiated."""
-        if self._rows is None:
+        batch = self._batch
+        if batch is None:
             return
-        means_B, tokens_B = sample_means(losses.loss_BT.detach(), losses.mask_BT, Sequences(rows_B=self._rows))
+        self._forward.close()
+        for number, (spec, seen) in enumerate(zip(self.embeddings, self._hidden, strict=True)):
+            hidden = seen[-1].detach()
+            mask, labels = (each.to(hidden.device) for each in (real_tokens(batch), batch["labels"]))
+            self._pooled[f"embeddings {number}"] = pool(hidden, mask, labels, spec)
+        self._hidden = []
+        sequences = Sequences(rows_B=batch[ROWS])
+        means_B, tokens_B = sample_means(losses.loss_BT.detach(), losses.mask_BT, sequences)
         self._losses = means_B.masked_fill(tokens_B == 0, torch.nan)
         if self.capture is not None:
-            self.capture.watch(losses.loss_BT, losses.mask_BT)
+            documents = document_ids(batch).to(losses.mask_BT.device) if self.weighs_documents else None
+            self.capture.watch(losses.loss_BT, losses.mask_BT, documents)
 
     def take(self, step: int) -> None:
         """Keep what was seen of the micro-batch whose backward pass is over."""
-        if self._rows is not None and self._losses is not None:
-            self._pending.append((step, self._rows, self._taken(self._losses)))
-        self._rows = self._losses = None
+        if self._batch is not None and self._losses is not None:
+            found = None if self.capture is None else self.capture.take()
+            shown = {**self._pooled, "losses": self._losses[:, None]}
+            if found is not None and found.norms is not None:
+                shown["norms"] = found.norms[:, None]
+            if found is not None and found.scores.shape[1]:  # none within a budget, until it pays for targets
+                shown["scores"] = torch.cat([found.scores, *([shown["norms"]] if "norms" in shown else [])], dim=1)
+            if self.budget is not None:
+                shown[""] = self._seen(found, self._losses)
+            self._pending.append((step, self._batch[ROWS], shown))
+        self._batch, self._losses, self._pooled = None, None, {}
 
-    def _taken(self, losses_B: torch.Tensor) -> torch.Tensor:
-        """Return sketches, if targets ask for them, and what else is asked of the rows [B, D + Q]."""
+    def _seen(self, found: Taken | None, losses_B: torch.Tensor) -> torch.Tensor:
+        """Return sketches, if predictions ask for them, and what else is asked of the rows [B, D + Q]."""
         columns = []
-        if self.capture is not None:
-            found = self.capture.take()
+        if found is not None:
+            assert found.sketches is not None
             assert found.norms is not None
-            columns += [found.sketches] if self.targets else []
+            columns += [found.sketches] if self._sketches else []
             columns += [found.norms[:, None]] if "norm" in self.asked else []
-        return torch.cat([*columns, *([losses_B[:, None]] if "loss" in self.asked else [])], dim=1)
+        columns += [losses_B[:, None]] if "loss" in self.asked else []
+        return torch.cat(columns, dim=1) if columns else losses_B.new_zeros(len(losses_B), 0)
+
+    @property
+    def _sketches(self) -> bool:
+        """Whether sketches are kept, to be compared with directions of later decisions."""
+        return bool(self.targets) and self.budget is not None
 
     def end_step(self) -> None:
         """Stop listening until the next step."""
+        self._forward.close()
         if self._capture is not None:
             self._capture.end()
 
     def gather(self) -> None:
         """Bring together what the ranks have seen."""
-        mine = [(np.full(len(rows), step), rows, values.cpu().numpy()) for step, rows, values in self._pending]
+        mine = [
+            (np.full(len(rows), step), rows, {key: values.cpu().numpy() for key, values in shown.items()})
+            for step, rows, shown in self._pending
+        ]
         self._pending = []
         everyone = [part for parts in comm.gather_objects(mine) for part in parts]
         if not everyone:
             return
-        steps, rows, values = (np.concatenate(column) for column in zip(*everyone, strict=True))
+        steps, rows = (np.concatenate([part[k] for part in everyone]) for k in (0, 1))
         order = np.lexsort((rows, steps))
-        steps, rows, values = steps[order], rows[order], values[order]
-        skipped = np.unique(steps[np.isinf(values).any(axis=1)])  # a loss scale that overflowed: the step was undone
-        known = ~np.isnan(values).any(axis=1) & ~np.isin(steps, skipped)
-        unbiased = np.isin(rows, self.explored)[known]
-        self._note(rows[known], self._interval, steps[known], values[known], unbiased=unbiased, pilots=False)
+        steps, rows = steps[order], rows[order]
+        shown = {key: np.concatenate([part[2][key] for part in everyone])[order] for key in everyone[0][2]}
+        overflowed = np.any([np.isinf(values).any(axis=1) for values in shown.values()], axis=0)
+        kept = ~np.isin(steps, steps[overflowed])  # by its loss scale, after which the step was undone
+        if (values := shown.pop("", None)) is not None:
+            known = kept & ~np.isnan(values).any(axis=1)
+            unbiased = np.isin(rows, self.explored)[known]
+            self._note(rows[known], self._interval, steps[known], values[known], unbiased=unbiased, pilots=False)
+        for key, values in shown.items():
+            known = kept & np.isfinite(values[:, 0])
+            new = Newest(rows=rows[known], steps=steps[known], values=values[known])
+            self._newest[key] = self._newest[key].and_(new) if key in self._newest else new.and_()
 
     def _note(
         self,
@@ -265,10 +357,14 @@ class InRun:
 
     def _price(self, interval: Interval, global_batch: int) -> tuple[float, float]:
         """Return the tokens that an interval serves, about, and what training on one costs (F + B)."""
-        sizes = [(shape_of(p).numel(), p.requires_grad) for p in self.signals.access.model.parameters()]
-        trained = sum(size for size, trains in sizes if trains)
         tokens = interval.steps * global_batch * float(self.space.lengths.mean())
-        return tokens, 2.0 if trained < _ADAPTERS * sum(size for size, _ in sizes) else 3.0
+        return tokens, 2.0 if self._adapters else 3.0
+
+    @property
+    def _adapters(self) -> bool:
+        """Whether adapters alone are trained."""
+        sizes = [(shape_of(p).numel(), p.requires_grad) for p in self.signals.access.model.parameters()]
+        return sum(size for size, trains in sizes if trains) < _ADAPTERS * sum(size for size, _ in sizes)
 
     def _left(self, interval: Interval, tokens: float, both: float) -> float:
         """Return what may be spent on targets and pilots now.
@@ -288,7 +384,7 @@ class InRun:
         tokens, both = self._price(interval, global_batch)
         self._predicted = None
         left = self._left(interval, tokens, both)
-        if interval.start_step:
+        if interval.start_step or (self.scores and self.budget is None):
             if self.targets:
                 self._spent += self._aim(interval, left, both)
             if self.budget is not None:
@@ -321,27 +417,32 @@ class InRun:
             sweeps.append(access.target_sweep(name, np.sort(order[:count])))
         self._count(sum(len(sweep.rows) for sweep in sweeps))
         found: list[tuple[Rows, NDArray[np.float32]]] = []
-        builder = targets_seen(
-            scorers.engine,
-            sweeps,
-            normalize_rows=False,
-            around=lambda k, turn: self._sketching(self._firsts[k] + sweeps[k].rows[turn.positions], turn, found),
-        )
+
+        def sketching(k: int, turn: Turn) -> AbstractContextManager[None]:
+            rows = self._firsts[k] + sweeps[k].rows[turn.positions]
+            return self._sketching(rows, turn, found) if self._sketches else nullcontext()
+
+        builder = targets_seen(scorers.engine, sweeps, normalize_rows=False, around=sketching)
         gradients = builder.finish()
-        self._compare([(self._firsts[k] + sweeps[k].rows[at], losses) for k, at, losses in builder.row_losses])
+        if self._sketches:
+            self._compare([(self._firsts[k] + sweeps[k].rows[at], losses) for k, at, losses in builder.row_losses])
         capture.end()
         moments = scorers.moments() if self.spec.precondition == "true_adam" else None
+        if self.scores:
+            self._direct(gradients, moments)
+        if not self._sketches:
+            return spent
         names = [name for unit in capture.layers for name in unit.parameters.values()]
         inside = total = np.zeros(len(self.targets))
-        directions = {}
+        scaled_by: dict[str, torch.Tensor] = {}
         for name, gradient in gradients.tensors.items():
             scaled = gradient if moments is None else gradient * adam_scale(moments[name]).to(gradient.device)
             product = (gradient * scaled).flatten(1).double().sum(dim=1).cpu().numpy()
             total = total + product
             if name in names:
-                inside, directions[name] = inside + product, scaled
-        aims = capture.sketch_of(directions).double().cpu().numpy()
-        plain = capture.sketch_of({name: gradients.tensors[name] for name in directions}).double().cpu().numpy()
+                inside, scaled_by[name] = inside + product, scaled
+        aims = capture.sketch_of(scaled_by).double().cpu().numpy()
+        plain = capture.sketch_of({name: gradients.tensors[name] for name in scaled_by}).double().cpu().numpy()
         # In Adam's scale the share of one row is not known by its sketch; the mean scale is that of the sum.
         scale = (aims * plain).sum(axis=1) / np.maximum((plain**2).sum(axis=1), 1e-300)
         lengths = np.maximum(np.linalg.norm(aims, axis=1), 1e-30)
@@ -376,6 +477,20 @@ class InRun:
         if len(change) >= _FEWEST_COMPARED:
             self.share = self.share / 2 if change.mean() >= 0 else min(2 * self.share, 1.0)
             self.told |= {"target change": float(change.mean()), "share": self.share}
+
+    def _direct(self, gradients: TargetVectors, moments: Mapping[str, Moments] | None) -> None:
+        """Compare the rows of the next steps with the targets of ``scores`` (collective)."""
+        capture, device = self.capture, self.signals.access.device
+        assert capture is not None
+        which = [self.targets.index(name) for name in self.scores]
+        scored = TargetVectors(tensors={name: tensor[which] for name, tensor in gradients.tensors.items()})
+        rank = None if self._adapters else self.rank
+        found = directions(scored, moments, capture.layers, rank=rank, seed=self.seed)
+        self._directions = comm.broadcast_object(found.to(torch.device("cpu"))).to(device)
+        capture.aim(self._directions)
+        self.told |= {"captured": float(found.captured.min()), "coverage": float(found.coverage.min())}
+        told = "scores of training steps: directions keep %.3f of their squared norm, the layers have %.3f of <q, V>"
+        logger.info(told, self.told["captured"], self.told["coverage"])
 
     @contextmanager
     def _sketching(self, rows: Rows, turn: Turn, found: list[tuple[Rows, NDArray[np.float32]]]) -> Iterator[None]:
@@ -461,7 +576,7 @@ class InRun:
                     torch.autograd.grad(means_B.sum(), [leaves.pop()])
             finally:
                 handle.remove()
-            return self._taken(means_B.detach().masked_fill(tokens_B == 0, torch.nan))
+            return self._seen(capture.take(), means_B.detach().masked_fill(tokens_B == 0, torch.nan))
 
         self._count(len(rows))
         size = capture.size if self.targets else 0
@@ -596,20 +711,30 @@ class InRun:
             UnsupportedError: No method said that it asks for it.
         """
         self.gather()
-        columns = [self.targets.index(name) for name in signal.targets if name in self.targets]
-        what = {"losses": "loss", "norms": "norm"}.get(signal.what)
-        if what in self.asked:
-            columns = [len(self.targets) + self.asked.index(what)]
-        if not columns or len(columns) < len(signal.targets):
+        key: str = signal.what
+        columns = [0]
+        asked = {"losses": "loss", "norms": "norm"}.get(signal.what) in self.asked
+        if signal.what == "scores":
+            columns = [self.scores.index(name) for name in signal.targets if name in self.scores]
+            asked = 0 < len(columns) == len(signal.targets) and ("norm" in self.asked or not signal.normalize)
+        elif signal.what == "embeddings":
+            spec = plain_embedding(signal.embedding)
+            asked = spec in self.embeddings
+            key = f"embeddings {self.embeddings.index(spec)}" if asked else key
+        if not asked:
             raise UnsupportedError(
                 f"{signal.needs} {' '.join(signal.targets)}: no method states that it asks for it in its Requires"
             )
-        table = np.full((self.space.num_rows, len(columns) + 1), np.nan)
-        seen = None if self.seen is None else self.seen.where(~self.seen.pilots)
-        if seen is not None and (self.aims is not None or not self.targets):
-            values = self._of(seen, signal.normalize)[:, columns]
-            table[seen.rows] = np.column_stack([values, seen.steps])  # of several the last, which is the newest
-        return table[rows].astype(np.float32)
+        found = np.full((len(rows), *signal.tail(self.signals.access)), np.nan, dtype=np.float32)
+        if (newest := self._newest.get(key)) is not None:
+            values = newest.values if signal.what == "embeddings" else newest.values[:, columns]
+            if signal.what == "scores" and signal.normalize:
+                values = values / newest.values[:, -1:].clip(1e-30)
+            place = np.full(self.space.num_rows, -1)
+            place[newest.rows] = np.arange(len(newest.rows))
+            known = place[rows] >= 0
+            found[known] = np.column_stack([values, newest.steps])[place[rows[known]]]
+        return found
 
     # -- what a plan is made of ------------------------------------------------------------------------
 
@@ -651,6 +776,8 @@ class InRun:
             "trust": self.trust,
             "target_losses": self._target_losses,
             "share": self.share,
+            "directions": {} if self._directions is None else self._directions.state_dict(),
+            "newest": {key: dict(vars(newest)) for key, newest in self._newest.items()},
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -662,3 +789,6 @@ class InRun:
         self.aimed = state["aimed"]
         self._own, self._aimed_at = state["own"], int(state["aimed_at"])
         self._judged = list(state["judged"])
+        self._newest = {key: Newest(**kept) for key, kept in state["newest"].items()}
+        if state["directions"]:
+            self._directions = Directions.from_state(state["directions"]).to(self.signals.access.device)

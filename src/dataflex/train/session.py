@@ -228,6 +228,7 @@ class Session:
             selector=self.selector,
             mixer=self.mixer,
             clock=setup.clock,
+            weighs_documents=setup.packed and self.weighter is not None,
         )
         if (in_run := self.controller.in_run) is not None:
             self._loss.watch = in_run.watch

@@ -184,7 +184,8 @@ def test_packed_rows_have_the_scores_of_the_mean_over_their_tokens(name, weighed
     weighted_loss(losses, weights[:, None], sequences=sequences, num_items=31.0, **kind).backward()
     scores, norms, _ = capture.take()
     capture.end()
-    alone = [(row, torch.nonzero(own[row] == number).flatten()) for row, number in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]]
+    known = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    alone = [(row, torch.nonzero(own[row] == number).flatten()) for row, number in known]
     names = {name for unit in capture.layers for name in unit.parameters.values()}
     aims = {name: vector.double() for name, vector in drawn(engine.shapes).tensors.items() if name in names}
     length = sum(vector.flatten(1).square().sum(1) for vector in aims.values()).sqrt()

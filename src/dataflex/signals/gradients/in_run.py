@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -30,7 +30,7 @@ from dataflex.signals.gradients.factors import Factors
 from dataflex.signals.gradients.parameters import Unit, shape_of
 from dataflex.signals.gradients.precondition import Moments
 from dataflex.signals.model_parts import model_parts
-from dataflex.state import blake2b
+from dataflex.state import State, blake2b
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,32 @@ class Directions:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def to(self, device: torch.device) -> Directions:
+        """Return them with their parts on a device."""
+        parts: dict[str, Part] = {}
+        for name, part in self.parts.items():
+            parts[name] = (part[0].to(device), part[1].to(device)) if isinstance(part, tuple) else part.to(device)
+        return replace(self, parts=parts)
+
+    def state_dict(self) -> State:
+        """Return everything as arrays."""
+        told = {name: getattr(self, name).numpy() for name in ("lengths", "coverage", "captured")}
+        parts = {
+            name: [each.cpu().numpy() for each in (part if isinstance(part, tuple) else (part,))]
+            for name, part in self.parts.items()
+        }
+        return {**told, "parts": parts}
+
+    @classmethod
+    def from_state(cls, state: State) -> Directions:
+        """Return what ``state_dict`` was called on."""
+        told = {name: torch.tensor(state[name]) for name in ("lengths", "coverage", "captured")}
+        parts: dict[str, Part] = {}
+        for name, arrays in state["parts"].items():
+            part = tuple(torch.tensor(each) for each in arrays)
+            parts[name] = (part[0], part[1]) if len(part) == 2 else part[0]
+        return cls(parts=parts, **told)
 
     @classmethod
     def none(cls, layers: Sequence[Unit]) -> Directions:
@@ -485,9 +511,7 @@ class StepCapture(StepHooks):
         self._listen(shape)
         self._dots = torch.zeros(*shape, self._num, dtype=torch.float32, device=device)
 
-    def watch(
-        self, loss_BT: torch.Tensor, mask_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
-    ) -> None:
+    def watch(self, loss_BT: torch.Tensor, mask_BT: torch.Tensor, documents_BT: torch.Tensor | None = None) -> None:
         """Read what each supervised token's loss counts in the scalar that is differentiated.
 
         Args:
