@@ -428,8 +428,7 @@ class InRun:
             self._compare([(self._firsts[k] + sweeps[k].rows[at], losses) for k, at, losses in builder.row_losses])
         capture.end()
         moments = scorers.moments() if self.spec.precondition == "true_adam" else None
-        if self.scores:
-            self._direct(gradients, moments)
+        self._direct(gradients, moments)
         if not self._sketches:
             return spent
         names = [name for unit in capture.layers for name in unit.parameters.values()]
@@ -479,9 +478,10 @@ class InRun:
             self.told |= {"target change": float(change.mean()), "share": self.share}
 
     def _direct(self, gradients: TargetVectors, moments: Mapping[str, Moments] | None) -> None:
-        """Compare the rows of the next steps with the targets of ``scores`` (collective)."""
+        """Compare the rows of the next steps with the targets of ``scores``, if there are any (collective)."""
         capture, device = self.capture, self.signals.access.device
-        assert capture is not None
+        if capture is None or not self.scores:
+            return
         which = [self.targets.index(name) for name in self.scores]
         scored = TargetVectors(tensors={name: tensor[which] for name, tensor in gradients.tensors.items()})
         rank = None if self._adapters else self.rank
