@@ -1,4 +1,4 @@
-"""The command line: ``dataflex train | plan | methods | score | query | select | mix | report | version``.
+"""The command line: ``dataflex train | plan | methods | score | query | select | mix | rows | report | version``.
 
 Each command imports what it needs when it is called. Exit codes: 2 for a mistake of the user's and a refused write,
 told in plain lines on stderr; 143 for SIGTERM; 1 for a run that fails otherwise (a defect of ours keeps its trace)
@@ -35,6 +35,7 @@ _EXAMPLES = {
     "query": "dataflex query index --target gsm8k_valid --out scores.parquet",
     "select": "dataflex select scores.parquet --score less --budget 0.1 --out subset.jsonl",
     "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
+    "rows": """dataflex rows saves/run2 --most --where 'domain == "gsm8k" and times_served > 3' --text""",
     "report": "dataflex report saves/run2 --out report",
     "version": "dataflex version",
 }
@@ -176,6 +177,8 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
         from dataflex.commands.mix import mix as run_mix
 
         add_mix_steps(mix, run_mix)
+    rows = _calls("dataflex.commands.rows", "rows")
+    _add_rows(add("rows", "Print or export which rows of a run's pool were chosen, when and why.", rows, _ROWS))
     report = add("report", "Summarize a run and plot what happened in it.", _calls("dataflex.record.report", "report"))
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.add_argument("--out", type=Path, default=None, help="folder for the plots (default: inside run_dir)")
@@ -197,6 +200,11 @@ _QUERY = (
     "\n\nDIR is what 'dataflex score --method less --index DIR' wrote. Targets are data sets of dataset_info.json;\n"
     "key=value changes a key that the index was made with, as in dataset_dir=other. A target's gradients, and exact\n"
     "scores of a sample of the rows, are the only passes."
+)
+_ROWS = (
+    "\n\nCOND compares columns of the table (docs/report.md): 'domain == \"code\" and (score > 2 or weight < 0.1)';\n"
+    "'\"gcd\" in id' looks into texts, 'rank == None' finds missing values. Exported rows are the lines of their\n"
+    "files, byte for byte, beside their provenance and an entry for dataset_info.json."
 )
 _SELECT = (
     "\n\nRows are written byte for byte, in the format of their file, beside their provenance and an entry\n"
@@ -239,6 +247,27 @@ def _add_select(command: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, metavar="FILE", help=told)
     add("--overwrite", action="store_true", help="replace what no earlier subset wrote")
     _add_overrides(command, "parameters of the rule")
+
+
+def _add_rows(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("run_dir", type=Path, metavar="RUN", help="the output_dir of a run")
+    group = command.add_mutually_exclusive_group()
+    for name, told in (
+        ("most", "rows served most often first (default)"),
+        ("never", "rows that were never served"),
+        ("near-cut", "rows just above and below the cut of their latest decision"),
+        ("heaviest", "rows of the largest mean weight"),
+        ("lightest", "rows of the smallest mean weight"),
+    ):
+        group.add_argument(f"--{name}", dest="by", action="store_const", const=name, help=told)
+    add("--where", metavar="COND", help="only rows that fulfil a condition on columns")
+    add("--limit", type=int, metavar="N", help="most rows (default: 20 printed, all exported)")
+    add("--text", action="store_true", help="print each row's text, read from its file")
+    add("--json", dest="as_json", action="store_true", help="print JSON")
+    told = "write the rows, in the format of their file, instead; without an ending, a folder with a file for each set"
+    add("--export", type=Path, metavar="FILE", help=told)
+    add("--overwrite", action="store_true", help="replace what no earlier export wrote")
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

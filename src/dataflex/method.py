@@ -237,6 +237,9 @@ class Selection:
     rows: Rows  # row ids [n] in order of preference, distinct unless the method repeats on purpose
     scores: NDArray[np.floating] | None = None  # score of every pool row in pool order [len(pool)], NaN where none
     reason: str = ""  # one line for the record
+    nearest: tuple[NDArray[np.integer], NDArray[np.integer]] | None = None
+    """Of every pool row the target that it is nearest to, as an index into ``Context.targets``, and that target's row
+    [len(pool)] each; -1 where there is none. For the record."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,11 @@ from dataflex.llamafactory.launch import torchrun_command
 from dataflex.offline.files import FileRecord
 from dataflex.offline.request import score_request
 from dataflex.offline.table import ScoreTable, write_scores
+from dataflex.record.chosen import write_rows
 from dataflex.registry import KINDS, find, names
 from tests.config.keys import user_keys
 from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
-from tests.record.synthetic import MIXTURE, SELECTION, simulate
+from tests.record.synthetic import SELECTION, simulate, space_of
 
 SWARM = "tests/mixing/test_mix_commands.py"
 ELSEWHERE = {
@@ -45,7 +46,7 @@ ELSEWHERE = {
 }
 """Commands that only work on the models and runs of a reader's own, and the file of tests that runs their like."""
 
-RUN = ("report", "methods", "plan", "select", "mix", "version")
+RUN = ("report", "rows", "methods", "plan", "select", "mix", "version")
 """Commands that are run here as they are."""
 
 
@@ -114,9 +115,9 @@ def folder(tmp_path_factory):
     (folder / "clean.yaml").write_text(yaml.safe_dump({**stock, "output_dir": "runs/clean"}))
     small = {**stock, "dataset": "pool,weighted", "eval_dataset": "gsm8k_valid", "output_dir": "runs/small"}
     (folder / "small.yaml").write_text(yaml.safe_dump(small))
-    simulate(folder / "runs" / "mine" / "dataflex", **SELECTION)
-    simulate(folder / "runs" / "demo" / "dynamic" / "dataflex", **MIXTURE)
-    simulate(folder / "runs" / "select_loss" / "dataflex", **SELECTION)
+    for run in ("mine", "demo/dynamic", "select_loss"):
+        simulate(folder / "runs" / run / "dataflex", **SELECTION)
+        write_rows(folder / "runs" / run / "dataflex", space_of(SELECTION["sources"]))
     scores(folder / "runs/offline/scores.parquet", ["less", "rds_plus", "rds_plus.rank"])
     scores(folder / "runs/offline/query.parquet", ["less"])
     scores(folder / "runs/offline/loss.parquet", ["loss"])

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
 from dataflex.record.recorder import RunRecorder
 
 BATCH = 16
+FINGERPRINT = "9f86d081884c7d65"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,27 @@ def started(recorder: RunRecorder, *, dynamic: dict, sources: dict[str, int], sc
             "dynamic": dynamic,
         },
         schedule=schedule,
-        row_space={"fingerprint": "9f86d081884c7d65", "sources": sources, "domains": sources, "tokens": 1_234_567},
+        row_space={"fingerprint": FINGERPRINT, "sources": sources, "domains": sources, "tokens": 1_234_567},
         versions={"dataflex": "0.1.0", "llamafactory": "0.9.5", "transformers": "5.6.0"},
         world=2,
         global_batch=BATCH,
+    )
+
+
+def space_of(sources: dict[str, int]) -> SimpleNamespace:
+    """What the recorder looks at of a row space."""
+    domains = Domains.from_sizes(list(sources), list(sources.values()))
+    size = sum(sources.values())
+    lengths = np.arange(size) % 50 + 8
+    return SimpleNamespace(
+        sources=sources,
+        domains=domains,
+        lengths=lengths,
+        supervised=lengths // 2,
+        num_rows=size,
+        fingerprint=FINGERPRINT,
+        columns={},
+        origins=None,
     )
 
 

@@ -302,6 +302,13 @@ def find_sources(
     return sources, problems
 
 
+def find_entries(names: Sequence[str], lf: LlamaFactoryArgs) -> dict[str, Any]:
+    """Return what ``dataset_info.json`` says about data sets, by name; nothing of those that it does not know."""
+    folder: Any = lf.dataset_dir
+    info = folder if isinstance(folder, Mapping) else _info(Path(str(folder)) / INFO_FILE, Path())[0]
+    return {name: dict(info[name]) for name in names if isinstance(info.get(name), Mapping)}
+
+
 def _info(file: Path, base_dir: Path) -> tuple[Any, str]:
     if not file.is_file():
         elsewhere = base_dir / file

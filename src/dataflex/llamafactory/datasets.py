@@ -24,6 +24,7 @@ from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError
 from dataflex.llamafactory.evaluation import HeldOut
 from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, split_rows
+from dataflex.llamafactory.origins import origins_of
 from dataflex.llamafactory.streaming import JoinedRows
 from dataflex.method import RunFacts
 from dataflex.plan.domains import Domains, unusable_labels
@@ -73,7 +74,9 @@ class DataLoading:
         with self._clock.phase("leakage"):
             leaks = {} if served else find_leaks(train, {name: target.dataset for name, target in targets.items()})
         kept = self._without_leaks(leaks, len(train))
+        origins = origins_of(loader, self._names, self._source_of, train)
         if kept is not None:
+            origins = origins.taken(kept)
             train = module["train_dataset"] = train.select(kept)
             columns = {name: values[kept] for name, values in columns.items()}
             self._source_of = self._source_of[kept]
@@ -92,6 +95,7 @@ class DataLoading:
             columns={name: columns[name] for name in config.columns},
             targets=targets,
             leaks=leaks,
+            origins=origins,
         )
         space.check_supervised()
         return module, space

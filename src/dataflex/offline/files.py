@@ -15,26 +15,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dataflex.errors import DataError, UnsupportedError
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLOCK = 1 << 26
+MOST_READ_BYTES = 2 << 30
+"""Bytes of a file up to which a training run reads it through for the lines and the hash of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """Identity of one file: path, size in bytes and hash (blake2b, 32 hex digits)."""
+    """Identity of one file: path, size in bytes and hash (blake2b, 32 hex digits; empty for one that is not read)."""
 
     path: str
     size: int
     blake2b: str
 
     @classmethod
-    def of(cls, path: Path) -> FileRecord:
-        """Read a file once."""
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return cls(path=str(path), size=path.stat().st_size, blake2b=digest)
+    def of(cls, path: Path, *, most_bytes: float = np.inf) -> FileRecord:
+        """Read a file once, unless it has more than ``most_bytes``."""
+        size, digest = path.stat().st_size, ""
+        if size <= most_bytes:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return cls(path=str(path), size=size, blake2b=digest)
+
+    def changed(self) -> bool:
+        """Whether the file is another by now."""
+        return FileRecord.of(Path(self.path), most_bytes=np.inf if self.blake2b else 0) != self
 
 
 def file_records(path: Path | None) -> list[FileRecord]:
@@ -42,6 +54,43 @@ def file_records(path: Path | None) -> list[FileRecord]:
     if path is None:
         return []
     return [FileRecord.of(file) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
+
+def row_lines(path: Path) -> tuple[int | None, NDArray[np.int64] | None]:
+    """Return the number of rows of a file, and the line of each, counted from 1.
+
+    None for the lines of formats whose rows are no lines, and for both where counting would take long.
+    """
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(path).num_rows, None
+    if ending not in (".json", ".jsonl", ".txt") or path.stat().st_size > MOST_READ_BYTES:
+        return None, None
+    numbers, last, left = [np.zeros(0, dtype=np.int64)], 0, b""
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            if not last and not left and ending != ".txt":
+                if block.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
+                    return None, None
+            content, newline, left = (left + block).rpartition(b"\n")
+            if newline:
+                numbers.append(last + _filled(content + newline, blank=ending == ".txt"))
+                last += content.count(b"\n") + 1
+    if left:
+        numbers.append(last + _filled(left + b"\n", blank=ending == ".txt"))
+    found = np.concatenate(numbers)
+    return len(found), found
+
+
+def _filled(content: bytes, *, blank: bool) -> NDArray[np.int64]:
+    """Return which lines hold more than spaces, counted from 1; ``blank``: all of them. It ends with a line end."""
+    values = np.frombuffer(content, dtype=np.uint8)
+    starts = np.concatenate([[0], np.flatnonzero(values == ord("\n"))[:-1] + 1])
+    if blank:
+        return np.arange(1, len(starts) + 1)
+    return np.flatnonzero(np.logical_or.reduceat(values > ord(" "), starts)) + 1
 
 
 class SourceRows:
@@ -87,6 +136,12 @@ class SourceRows:
     def num_rows(self) -> int:
         """Number of rows."""
         return len(self._rows) if self._table is None else self._table.num_rows
+
+    def row(self, position: int) -> bytes:
+        """Return a row as it stands in its file; one of a table as JSON."""
+        if self._table is None:
+            return self._rows[position]
+        return json.dumps(self._table.slice(position, 1).to_pylist()[0], default=str, ensure_ascii=False).encode()
 
     def write(self, target: Path, positions: Sequence[int]) -> None:
         """Write the rows at ``positions``, in that order, as one file of the same format."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from dataflex.config.check import (
     target_problems,
     told_once,
 )
-from dataflex.config.data import Source
+from dataflex.config.data import Source, find_entries
 from dataflex.config.load import ENDINGS, load_mapping, merged
 from dataflex.config.mappings import plain, values
 from dataflex.config.needs import unmet, wants_moments
@@ -135,17 +134,6 @@ def _checked(
                 "remove it, and draw with 'dataflex select --budget'"
             )
     return tuple(sources)
-
-
-def _entries_of(lf: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any]:
-    """Return what ``dataset_info.json`` says about data sets, by name."""
-    folder = lf.get("dataset_dir", "data")
-    if isinstance(folder, Mapping):
-        info: Mapping[str, Any] = folder
-    else:
-        path = Path(str(folder)) / "dataset_info.json"
-        info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: dict(info[name]) for name in datasets if name in info}
 
 
 def out_problems(out: Path) -> list[str]:
@@ -269,7 +257,7 @@ def score_request(
         checkpoints=checkpoints,
         budget=budget,
         sources=sources,
-        entries=_entries_of(lf, [source.name for source in sources]),
+        entries=find_entries([source.name for source in sources], LlamaFactoryArgs.read(lf)),
         notes=tuple(notes),
         precision=cast(Precision, precision or PRECISIONS[0]) if indexes else None,
     )

@@ -229,7 +229,7 @@ def _source(table: ScoreTable, place: int, record: Mapping[str, Any]) -> SourceR
     for path, scored in zip(files, record["files"], strict=True):
         if not path.is_file():
             raise DataError(f"{name}: no such file: {path} (relative to the folder that 'dataflex score' ran in)")
-        if asdict(FileRecord.of(path)) != scored:
+        if FileRecord(**scored).changed():
             raise DataError(
                 f"{name}: {path} changed since it was scored ({scored['size']:,} bytes then, "
                 f"{path.stat().st_size:,} now), so that rows cannot be told apart; score it again"

@@ -56,6 +56,11 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
             f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows; it must give one for "
             f"each, in the order of the pool: {_select_of(selector)}"
         )
+    if selection.nearest is not None and any(len(each) != len(pool) for each in selection.nearest):
+        raise ComponentError(
+            f"{what} returned 'nearest' that are not a target and a row for each of the pool's {len(pool):,} rows: "
+            f"{_select_of(selector)}"
+        )
 
 
 def _select_of(selector: Selector) -> str:

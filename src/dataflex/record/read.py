@@ -140,6 +140,10 @@ LEDGER = "ledger.parquet"
 """Credit of each row that was trained on, beside the events."""
 WEIGHTS = "weights.json"
 """Rows with the largest and the smallest weights, beside the events."""
+ROW_WEIGHTS = "weights.parquet"
+"""Mean weight of each row that was weighed, beside the events."""
+THINNED = "plans/thinned.i32"
+"""Rows (int32) of the intervals whose arrays are not stored, in serving order, one interval after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,9 @@ class StoredPlan:
     rows: Rows  # row ids in serving order [m], int64
     pool: Rows | None = None  # row ids chosen from [n], int64; None when that was every row, in order
     scores: NDArray[np.float32] | None = None  # of every pool row [n], NaN where not scored; None without scores
+    kept: Rows | None = None  # row ids that the selector chose, in its order of preference; None: it was not asked
+    target: NDArray[np.int16] | None = None  # target of the selector that each pool row is nearest to [n], -1 for none
+    target_row: NDArray[np.int32] | None = None  # the nearest row of that target [n], -1 for none
 
 
 def plan_name(interval: int) -> str:
@@ -314,7 +321,7 @@ def load_plan(run_dir: Path | str, index: int) -> StoredPlan:
         told = f"it has {known[0]} to {known[-1]}" if known else "it has none yet"
         raise DataError(f"{folder} holds no plan of interval {index}; {told}")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return StoredPlan(**{name: stored[name] for name in stored.files})
     except Exception as error:  # numpy, zlib and zipfile each have their own for broken files
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error

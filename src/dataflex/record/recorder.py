@@ -8,9 +8,11 @@ a ``NullRecorder``. No model and no random stream is read.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +21,25 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
 from dataflex.printable import plain, redacted
+from dataflex.record.chosen import CHOSEN, ROWS, write_chosen, write_rows
 from dataflex.record.clock import PhaseClock
-from dataflex.record.read import ENDING, EVENTS, LEDGER, WEIGHTS, parse_events, plan_name, read_ending, thinned
+from dataflex.record.read import (
+    ENDING,
+    EVENTS,
+    LEDGER,
+    ROW_WEIGHTS,
+    THINNED,
+    WEIGHTS,
+    parse_events,
+    plan_name,
+    read_ending,
+    thinned,
+)
 from dataflex.state import clear_left, refusals, replacing
 
 if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan
+    from dataflex.train.row_space import RowSpace
 
 _QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
@@ -64,6 +79,8 @@ _OURS = ("event", "step", "time", "spent", "nonfinite")
 
 _PLANS = 1024
 """Intervals whose arrays are all stored; of later ones fewer and fewer."""
+_SHARE = 0.01
+"""Largest share of the time that goes into writing the table of chosen rows."""
 
 
 def _happens_again(event: Mapping[str, Any], step: int, plan_in_progress: int | None) -> bool:
@@ -118,9 +135,14 @@ class RunRecorder:
                 if f"plans/{stored.name}" not in names:
                     stored.unlink()
             (self.directory / ENDING).unlink(missing_ok=True)
+            kept_rows = max((sum(event["thinned"]) for event in kept if event.get("thinned")), default=0)
+            if kept_rows and (self.directory / THINNED).is_file():
+                os.truncate(self.directory / THINNED, 4 * kept_rows)
             if resume_step is None:
-                (self.directory / WEIGHTS).unlink(missing_ok=True)
-                (self.directory / LEDGER).unlink(missing_ok=True)
+                for name in (WEIGHTS, ROW_WEIGHTS, LEDGER, ROWS, CHOSEN, THINNED):
+                    (self.directory / name).unlink(missing_ok=True)
+        self._num_thinned = kept_rows
+        self._refreshed = (-np.inf, 0.0)  # when the table of chosen rows was written, and the seconds it took
 
     def run_started(self, *, config: Mapping[str, Any], **fields: Any) -> None:
         """Record what is about to run; a resumed run may say it again.
@@ -140,6 +162,8 @@ class RunRecorder:
         proportions: Mapping[str, float] | None = None,
         pool: Rows | None = None,
         scores: NDArray[np.floating] | None = None,
+        kept: Rows | None = None,
+        nearest: tuple[NDArray[np.integer], NDArray[np.integer]] | None = None,
     ) -> None:
         """Record the plan of one interval, decided when its first step was about to begin, and store its arrays.
 
@@ -151,6 +175,8 @@ class RunRecorder:
             proportions: Nominal proportions by domain, when a mixer set them.
             pool: Row ids that the selector chose from [n]; None means every row, in order.
             scores: Score of every pool row [n], NaN where not scored.
+            kept: Row ids that the selector chose, in order of preference; None where it was not asked.
+            nearest: The target that each pool row is nearest to, and that target's row [n], -1 for none.
         """
         interval = plan.interval
         arrays: dict[str, NDArray[Any]] = {"rows": np.asarray(plan.rows, dtype=np.int64)}
@@ -162,11 +188,19 @@ class RunRecorder:
             arrays["scores"] = np.asarray(scores, dtype=np.float32)
             of_served = scores_of(served, arrays.get("pool"), np.asarray(scores))
             summaries = {"scores": summarize_scores(scores), "served_scores": summarize_scores(of_served)}
+        if kept is not None:
+            arrays["kept"] = np.asarray(kept, dtype=np.int64)
+        if nearest is not None:
+            arrays["target"], arrays["target_row"] = nearest[0].astype(np.int16), nearest[1].astype(np.int32)
         # The arrays come first: a line that names a plan must never name a file that is not there.
         stored = thinned(interval.index, _PLANS)
         if stored:
             with replacing(self.directory / plan_name(interval.index)) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
+        else:
+            with refusals(self.directory / THINNED, DataError), (self.directory / THINNED).open("ab") as file:
+                file.truncate(4 * self._num_thinned)
+                file.write(arrays["rows"].astype("<i4").tobytes())
         fields = {
             "interval": interval.index,
             "kind": interval.kind,
@@ -181,20 +215,47 @@ class RunRecorder:
             "seconds": seconds,
             "reason": reason,
             "plan": plan_name(interval.index) if stored else None,
+            **({} if stored else {"thinned": [self._num_thinned, len(plan.rows)]}),
         }
+        self._num_thinned += 0 if stored else len(plan.rows)
         self._write("planned", interval.start_step, fields)
+        self.refresh()
+
+    def rows_known(self, space: RowSpace) -> None:
+        """Store where each row comes from, and what is known of it before training."""
+        write_rows(self.directory, space)
+        self.refresh(now=True)
+
+    def refresh(self, *, now: bool = False) -> None:
+        """Write the table of chosen rows, unless that would take more than a hundredth of the time; ``now``: anyway."""
+        at, took = self._refreshed
+        began = perf_counter()
+        if not (self.directory / ROWS).is_file() or (not now and began - at < took / _SHARE):
+            return
+        write_chosen(self.directory)
+        self._refreshed = (perf_counter(), perf_counter() - began)
 
     def stepped(self, step: int, logs: Mapping[str, Any]) -> None:
         """Record a training log after ``step`` optimizer steps ("loss", "grad_norm", "dataflex/...")."""
         self._write("stepped", step, {key: value for key, value in logs.items() if key not in _OURS})
 
     def weighed(
-        self, step: int, *, most: Sequence[Mapping[str, Any]], least: Sequence[Mapping[str, Any]], rows: int
+        self,
+        step: int,
+        *,
+        most: Sequence[Mapping[str, Any]],
+        least: Sequence[Mapping[str, Any]],
+        rows: int,
+        table: bytes | None = None,
     ) -> None:
         """Store the rows with the largest and the smallest mean weight of ``rows`` rows so far, most extreme first.
 
-        Each has ``row``, ``weight``, ``times``, ``domain`` and ``text``. An earlier such file is replaced.
+        Each has ``row``, ``weight``, ``times``, ``domain`` and ``text``; ``table`` is the file of all rows that were
+        weighed. Earlier such files are replaced.
         """
+        if table is not None:
+            with replacing(self.directory / ROW_WEIGHTS) as file:
+                file.write(table)
         self._store(WEIGHTS, plain({"step": int(step), "rows": int(rows), "most": list(most), "least": list(least)}))
 
     def credited(self, step: int, accounts: Mapping[str, Any], rows: bytes | None = None) -> None:
@@ -211,6 +272,7 @@ class RunRecorder:
     def checkpointed(self, step: int, path: Path | str, seconds: float) -> None:
         """Record a checkpoint that is complete on disk, and the seconds it took."""
         self._write("checkpointed", step, {"path": str(path), "seconds": seconds})
+        self.refresh()
 
     def resumed(self, step: int, checkpoint: Path | str) -> None:
         """Record that the run is resumed from a checkpoint after ``step`` steps."""
@@ -254,4 +316,4 @@ class NullRecorder(RunRecorder):
     def _ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    run_started = planned = weighed = credited = ended = _write = _ignore
+    run_started = rows_known = refresh = planned = weighed = credited = ended = _write = _ignore

@@ -29,12 +29,17 @@ def _blocks(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32]) -> It
         yield start, queries_MD[start : start + size] @ rows_ND.T
 
 
-def best_similarity(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return each row's largest inner product with any query [N]; there must be a query."""
-    best = np.full(len(rows_ND), -np.inf, dtype=np.float32)
-    for _, block in _blocks(queries_MD, rows_ND):
-        np.maximum(best, block.max(axis=0), out=best)
-    return best
+def best_similarity(
+    queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return each row's largest inner product with any query [N], and that query [N]; there must be a query."""
+    best, which = np.full(len(rows_ND), -np.inf, dtype=np.float32), np.zeros(len(rows_ND), dtype=np.int64)
+    for start, block in _blocks(queries_MD, rows_ND):
+        of_block = block.argmax(axis=0)
+        largest = block[of_block, np.arange(len(best))]
+        better = largest > best
+        best[better], which[better] = largest[better], start + of_block[better]
+    return best, which
 
 
 def nearest_lists(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int) -> NDArray[np.int32]:

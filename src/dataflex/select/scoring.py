@@ -115,6 +115,8 @@ class Found:
     tasks: NDArray[np.floating] | None = None  # score for each target [T, n]
     vectors: NDArray[np.float32] = ABSENT  # vectors [n, D]
     queries: tuple[NDArray[np.float32], ...] = ()  # vectors of each target's rows; empty without vectors or targets
+    query_rows: tuple[NDArray[np.int64], ...] = ()  # the rows of the targets that these are of
+    nearest: NDArray[np.int64] | None = None  # row of each target that is nearest [T, n], for the record
     turns: NDArray[np.floating] | None = None  # for what takes turns under ``round_robin`` [Q, n]; None: target rows
     apart: NDArray[np.float32] | None = None  # vectors by which rows are kept apart [n, D'], where not ``vectors``
     num_dropped: int = 0  # near-duplicates of these rows that were dropped
@@ -124,7 +126,7 @@ class Found:
         if len(index) == len(self.places):
             return self
         by_row = {name: getattr(self, name) for name in ("places", "vectors", "apart")}
-        by_column = {name: getattr(self, name) for name in ("scores", "tasks", "turns")}
+        by_column = {name: getattr(self, name) for name in ("scores", "tasks", "turns", "nearest")}
         cut = {name: part[index] for name, part in by_row.items() if part is not None}
         cut |= {name: part[..., index] for name, part in by_column.items() if part is not None}
         return replace(self, **cut)
@@ -187,7 +189,14 @@ class PoolSelector(Selector):
             return Selection(rows=rows, reason=reason)
         scores = np.full(len(pool), np.nan, dtype=found.scores.dtype)
         scores[found.places] = found.scores
-        return Selection(rows=rows, scores=scores, reason=reason)
+        nearest = None
+        if found.tasks is not None:
+            nearest = np.full(len(pool), -1, dtype=np.int16), np.full(len(pool), -1, dtype=np.int32)
+            best = found.tasks.argmax(axis=0)
+            nearest[0][found.places] = best
+            if found.nearest is not None:
+                nearest[1][found.places] = found.nearest[best, np.arange(len(best))]
+        return Selection(rows=rows, scores=scores, reason=reason, nearest=nearest)
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
         """Return what is known of the rows of a pool that is not empty; raises as ``select`` does."""
@@ -265,16 +274,26 @@ class ScoringSelector(PoolSelector):
 
     def scored(self, found: Found) -> Found:
         """Return the same with one score a row, where there are targets to bring together."""
-        tasks = self.by_task(found) if found.tasks is None and found.queries else found.tasks
+        if found.tasks is None and found.queries:
+            found = self.compared(found)
+        tasks = found.tasks
         if tasks is None or found.scores is not None:
             return found
         turns = tasks if self.targets_take_turns and len(found.queries) > 1 else found.turns
-        return replace(found, tasks=tasks, turns=turns, scores=together(tasks, self.aggregate))
+        return replace(found, turns=turns, scores=together(tasks, self.aggregate))
+
+    def compared(self, found: Found) -> Found:
+        """Return the same with each row's similarity with each target: the mean over its rows, or the largest."""
+        if self.aggregate.name not in _NEAREST:
+            return replace(found, tasks=self.by_task(found))
+        best, which = zip(*(best_similarity(one, found.vectors) for one in found.queries), strict=True)
+        nearest = None
+        if found.query_rows:
+            nearest = np.stack([rows[one] for rows, one in zip(found.query_rows, which, strict=True)])
+        return replace(found, tasks=np.stack(best).astype(np.float64), nearest=nearest)
 
     def by_task(self, found: Found) -> NDArray[np.float64]:
-        """Return each row's similarity with each target, float64 [T, n]: the mean over its rows, or the largest."""
-        if self.aggregate.name in _NEAREST:
-            return np.stack([best_similarity(one, found.vectors) for one in found.queries]).astype(np.float64)
+        """Return each row's mean similarity with the rows of each target, float64 [T, n]."""
         return (np.stack([one.mean(axis=0) for one in found.queries]) @ found.vectors.T).astype(np.float64)
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:

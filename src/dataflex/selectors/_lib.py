@@ -87,7 +87,7 @@ class Compares(PoolSelector):
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
         """Return vectors of the pool and the targets; DataError where one of them has no row with a vector."""
-        queries = []
+        queries, query_rows = [], []
         for target in ctx.targets:
             rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
             found = self.vectors(rows, target, ctx) if len(rows) else np.empty((0, 0))
@@ -97,10 +97,11 @@ class Compares(PoolSelector):
                     f"{self.name}: target {target!r} has {len(rows):,} rows, none of which has an embedding to compare "
                     "with. Give a target data set with text in it."
                 )
-            queries.append(_kept(found, np.flatnonzero(known)))
+            query_rows.append(np.flatnonzero(known).astype(np.int64))
+            queries.append(_kept(found, query_rows[-1]))
         found = self.vectors(pool, None, ctx)
         places = self.usable(_known(found))
-        return Found(places=places, vectors=_kept(found, places), queries=tuple(queries))
+        return Found(places=places, vectors=_kept(found, places), queries=tuple(queries), query_rows=tuple(query_rows))
 
 
 class VectorSelector(Compares, ScoringSelector):

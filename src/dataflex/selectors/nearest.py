@@ -115,9 +115,7 @@ class Embed(VectorSelector):
     params: Params
 
     def by_task(self, found: Found) -> NDArray[np.float64]:
-        """Return mean cosines one target at a time, the products of unit vectors with their mean; or the largest."""
-        if self.aggregate.name in ("max", "round_robin"):
-            return super().by_task(found)
+        """Return mean cosines one target at a time, the products of unit vectors with their mean."""
         return np.stack([found.vectors @ queries.mean(axis=0) for queries in found.queries]).astype(np.float64)
 
 

@@ -373,7 +373,7 @@ class Controller:
         total = time.perf_counter() - started
         self.clock.move(self.signals.seconds, "signals")
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
-        self._record(plan, pool, selection, proportions, phases)
+        self._record(plan, pool, selection if asked else None, proportions, phases)
         return plan
 
     def _context(self, interval: Interval, method: MethodConfig | None) -> Context:
@@ -571,6 +571,8 @@ class Controller:
             proportions=None if proportions is None else dict(zip(names, proportions.tolist(), strict=True)),
             pool=pool if selection is not None and len(pool) < self.space.num_rows else None,
             scores=None if selection is None else selection.scores,
+            kept=None if selection is None else selection.rows,
+            nearest=None if selection is None else selection.nearest,
             plan=plan,
         )
         told = plan.interval.kind == "dynamic" or plan.interval.index == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from typing import Any
@@ -191,7 +192,7 @@ class WeightStats:
 
 
 class RowWeights:
-    """Mean weight of each row that was weighed so far; one rank's rows are a sample of all."""
+    """Mean weight of each row that this rank weighed so far, on rank 0 of each row up to the last ``gather``."""
 
     def __init__(self) -> None:
         self._rows = np.zeros(0, dtype=np.int64)
@@ -214,9 +215,33 @@ class RowWeights:
         sums = np.concatenate([self._sums, new])
         counts = np.concatenate([self._counts, np.ones(len(new), dtype=np.int64)])
         self._pending = []
+        self._merge(rows, sums, counts)
+
+    def gather(self) -> None:
+        """Bring together on rank 0 what the ranks have weighed (collective)."""
+        self._settle()
+        if comm.world() == 1:
+            return
+        parts = comm.gather_objects((self._rows, self._sums, self._counts))
+        rows, sums, counts = (np.concatenate(each) for each in zip(*parts, strict=True))
+        self._merge(rows[: len(rows) if comm.rank() == 0 else 0], sums, counts)
+
+    def _merge(self, rows: Rows, sums: Floats, counts: NDArray[np.int64]) -> None:
         self._rows, place = np.unique(rows, return_inverse=True)
-        self._sums = np.asarray(np.bincount(place, weights=sums, minlength=len(self._rows)), dtype=np.float64)
-        self._counts = np.bincount(place, weights=counts, minlength=len(self._rows)).astype(np.int64)
+        size, stop = len(self._rows), len(rows)
+        self._sums = np.asarray(np.bincount(place, weights=sums[:stop], minlength=size), dtype=np.float64)
+        self._counts = np.bincount(place, weights=counts[:stop], minlength=size).astype(np.int64)
+
+    def table(self) -> bytes:
+        """Return the rows that were weighed, as a Parquet file: row, weight (its mean) and times_weighed."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._settle()
+        means = self._sums / np.maximum(self._counts, 1)
+        file = io.BytesIO()
+        pq.write_table(pa.table({"row": self._rows, "weight": means, "times_weighed": self._counts}), file)
+        return file.getvalue()
 
     def extremes(self, most: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return up to ``most`` rows of the largest mean weight, and as many of the smallest, ties by row id.
@@ -245,9 +270,9 @@ class RowWeights:
         return {"rows": self._rows, "sums": self._sums, "counts": self._counts}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave, on rank 0 of the run that wrote it."""
+        """Take back what ``state_dict`` gave on rank 0; the other ranks begin with nothing."""
         self._pending = []
-        if state:
+        if state and comm.rank() == 0:
             self._rows, self._sums, self._counts = state["rows"], state["sums"], state["counts"]
 
 

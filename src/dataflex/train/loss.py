@@ -291,7 +291,7 @@ class Reweighter:
         self.watch: Callable[[TokenLosses], None] | None = None  # called with the token losses of each micro-batch
         self._mixer_compares = mixer is not None and mixer.requires().reference is not None
         self.stats = None if weighter is None else WeightStats(weighter.name)
-        self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
+        self.row_weights = None if weighter is None else RowWeights()
         self._covered: DataPlan | None = None
         # of the step begun
         self._index, self._total, self._num_micro = 0, 0, 0

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Rows
 from dataflex.plan.domains import Domains
+from dataflex.record.chosen import Origins
 from dataflex.signals.model_access import Corpus
 from dataflex.state import blake2b
 
@@ -142,6 +143,7 @@ class RowSpace:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # raw columns that methods asked for, each [N]
     targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
     leaks: Mapping[str, Leak] = field(default_factory=dict)  # target rows that also lie in the training pool, by target
+    origins: Origins | None = None  # where the rows come from; None: their domains are all that is known
 
     @classmethod
     def of(

@@ -315,6 +315,7 @@ class Session:
         )
         if resumed is not None:
             self.recorder.resumed(step=step, checkpoint=str(resumed))
+        self.recorder.rows_known(controller.space)
 
     # -- during training ------------------------------------------------------------------------
 
@@ -444,6 +445,8 @@ class Session:
         loss = self._loss
         for listener in self.controller.listeners:
             listener.gather()
+        if loss.row_weights is not None:
+            loss.row_weights.gather()
         summed = {**(since_log or {}), "reweighter": loss.since_log() if self.weighs else {}}
         if self._writes:
             state = {
@@ -489,10 +492,13 @@ class Session:
     def finish(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the end of training after ``step`` optimizer steps, with its metrics (collective with a ledger)."""
         self.settle(step)
+        if self._loss.row_weights is not None:
+            self._loss.row_weights.gather()
         self.recorder.finished(step, dict(metrics), {**dict.fromkeys(_TRAINING, 0.0), **self.clock.totals()})
         if comm.rank() == 0:
             self._write_outcome(ended=True)
             self._write_weights(step)
+        self.recorder.refresh(now=True)
         self.clock.switch(OTHER)
 
     def settle(self, step: int) -> None:
@@ -530,7 +536,7 @@ class Session:
             return
         dataset, domains = _dataset(self.setup, self.loop), self.setup.rows.domains
         most, least = (describe_rows(rows, dataset, self.loop.tokenizer, domains) for rows in weighed.extremes(SAMPLES))
-        self.recorder.weighed(step, most=most, least=least, rows=len(weighed))
+        self.recorder.weighed(step, most=most, least=least, rows=len(weighed), table=weighed.table())
 
 
 def _dataset(setup: Setup, loop: Loop) -> Any:

@@ -1,0 +1,270 @@
+"""``dataflex rows``: which rows of a run's pool were chosen, printed or written as files to train on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from dataflex.errors import ConfigError, DataError
+from dataflex.method import Rows
+from dataflex.offline.subset import write_subset
+from dataflex.offline.table import ScoreTable
+from dataflex.printable import on_one_line
+from dataflex.record.chosen import chosen_notes, chosen_table, raw_rows
+from dataflex.record.text import WIDTH, cut, number, table
+from dataflex.record.where import where as fulfil
+from dataflex.version import __version__
+
+By = Literal["most", "never", "near-cut", "heaviest", "lightest"]
+TOLD: dict[By, str] = {
+    "most": "served most often first",
+    "never": "never served",
+    "near-cut": "whose scores are nearest to the cut of their latest decision",
+    "heaviest": "of the largest mean weight",
+    "lightest": "of the smallest mean weight",
+}
+_SHOWN = 20
+_TEXT = 160
+_LONG = ("served_at",)
+
+
+def rows(
+    run_dir: Path,
+    *,
+    by: By | None = None,
+    where: str | None = None,
+    limit: int | None = None,
+    text: bool = False,
+    as_json: bool = False,
+    export: Path | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Return what ``dataflex rows`` prints: the rows that a condition and an order ask for.
+
+    Args:
+        run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
+        by: Which rows and in which order; None: the most served first, with ``where`` all that fulfil it.
+        where: A condition on columns, see ``record.where``.
+        limit: Most rows; None: 20 to print, all to export.
+        text: Whether the rows' text is read from their files.
+        as_json: Whether JSON is printed.
+        export: File, or folder for several data sets, to write the rows to as they stand in their files.
+        overwrite: Whether files that no earlier export wrote are replaced.
+
+    Raises:
+        DataError: No record, or nothing to order by.
+        ConfigError: A condition that cannot be read, or rows that cannot be exported.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit: expected a number of at least 1, found {limit}")
+    found = chosen_table(run_dir)
+    about = chosen_notes(found)
+    known = np.arange(found.num_rows, dtype=np.int64)
+    if where is not None:
+        known = known[fulfil(found, where).to_numpy(zero_copy_only=False)]
+    ordered = _ordered(found, known, by or "most", every=where is not None and by is None)
+    most = limit or (len(ordered) if export is not None else _SHOWN)
+    chosen = ordered[:most]
+    if by == "near-cut":
+        chosen = chosen[np.argsort(_floats(found, "rank")[chosen], kind="stable")]
+    if export is not None:
+        return _exported(found, about, chosen, export, {"by": by, "where": where, "limit": limit}, overwrite)
+    texts = _texts(found, chosen) if text else {}
+    if as_json:
+        return _as_json(found, about, run_dir, chosen, len(ordered), texts if text else None)
+    told = f"{len(ordered):,} of {found.num_rows:,} rows" + (f" fulfil {on_one_line(where)}" if where else "")
+    if by is not None or where is None:
+        told += f"{' and' if where else ''} are {TOLD[by or 'most']}" if by == "never" else f", {TOLD[by or 'most']}"
+    lines = [
+        *_head(found, about),
+        f"{told}{_first(len(chosen), len(ordered))}",
+        *_lines(found, chosen, texts if text else None),
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in about["notes"])])
+
+
+def _first(shown: int, all_rows: int) -> str:
+    return f"; the first {shown}:" if shown < all_rows else ":" if shown else ""
+
+
+def _floats(found: pa.Table, name: str) -> Any:
+    """Return a column of numbers as float64, NaN where there is none."""
+    return found.column(name).cast(pa.float64()).to_numpy()
+
+
+def _ordered(found: pa.Table, known: Rows, by: By, *, every: bool) -> Rows:
+    """Return the rows of ``known`` that an order asks for, in that order; ``every``: also those it has no place for."""
+    times = _floats(found, "times_served")[known]
+    if by == "never":
+        if np.isnan(times).all() and len(times):
+            raise DataError("--never: the record does not say which rows were served")
+        return known[times == 0]
+    if by == "most":
+        known, times = (known, np.nan_to_num(times)) if every else (known[times > 0], times[times > 0])
+        last = np.nan_to_num(_floats(found, "last_served")[known], nan=-1.0)
+        return known[np.lexsort((known, -last, -times))]
+    if by == "near-cut":
+        decisions = {one["interval"]: one for one in chosen_notes(found)["decisions"] if one["cut"] is not None}
+        decision, rank = _floats(found, "decision")[known], _floats(found, "rank")[known]
+        away = np.full(len(known), np.nan)
+        for interval, one in decisions.items():
+            mine = decision == interval
+            edge = one["kept"] if one["prefers"] == "high" else one["scored"] - one["kept"]
+            away[mine] = np.abs(rank[mine] - edge - 0.5)
+        there = np.flatnonzero(np.isfinite(away))
+        if not len(there) and len(known):
+            raise DataError(
+                "--near-cut: no decision of this run has a cut: its selector gives no scores, keeps every row, or does "
+                "not choose by them"
+            )
+        return known[there[np.lexsort((known[there], away[there]))]]
+    weights = _floats(found, "weight")[known]
+    there = np.flatnonzero(np.isfinite(weights))
+    if not len(there) and len(known):
+        raise DataError(f"--{by}: no row has a weight; the run has no weighter, or none of its checkpoints is written")
+    sign = -1.0 if by == "heaviest" else 1.0
+    return known[there[np.lexsort((known[there], sign * weights[there]))]]
+
+
+# ---- what is printed
+
+
+def _head(found: pa.Table, about: dict[str, Any]) -> list[str]:
+    """Return the finding in one line, and the latest decision in another."""
+    times = _floats(found, "times_served")
+    lines = [f"after step {about['step']:,}, what was served is not known"]
+    if not np.isnan(times).any():
+        size, served, again = len(times), int((times > 0).sum()), int((times > 1).sum())
+        told = f"after step {about['step']:,}: {served:,} of {size:,} rows were served ({served / max(size, 1):.1%})"
+        lines = [f"{told}, {again:,} of them more than once, up to {int(times.max(initial=0)):,} times"]
+    for last in about["decisions"][-1:]:
+        told = f"interval {last['interval']}: {last['kept']:,} of {last['pool']:,} rows were kept, "
+        told += f"{last['scored']:,} scored"
+        if last["cut"] is not None:
+            told += f"; the cut is at {last['cut']:.6g}, {last['prefers']} scores are kept"
+            told += f", with {last['exceptions']:,} exceptions" if last["exceptions"] else ""
+        lines.append(told)
+    return [*lines, ""]
+
+
+def _lines(found: pa.Table, chosen: Rows, texts: dict[int, str] | None) -> list[str]:
+    if not len(chosen):
+        return []
+    part = found.take(pa.array(chosen)).to_pylist()
+    shown: dict[str, str] = {"row": ">", "from": "<", "domain": "<", "tokens": ">", "served": ">", "last at": ">"}
+    optional = {"score": "score", "rank": "rank", "kept": "chosen", "weight": "weight", "nearest": "nearest_target"}
+    shown |= {name: ">" for name, column in optional.items() if any(row[column] is not None for row in part)}
+    cells = [list(shown)]
+    for row in part:
+        place = row["line"] if row["line"] is not None else None if row["position"] is None else row["position"] + 1
+        nearest = "-" if row["nearest_target"] is None else row["nearest_target"]
+        if row["nearest_row"] is not None:
+            nearest += f" {row['nearest_row']}"
+        told = {
+            "row": f"{row['row']}",
+            "from": cut(str(row["dataset"]), 24) + ("" if place is None else f":{place}"),
+            "domain": cut(str(row["domain"]), 24),
+            "tokens": f"{row['tokens']}",
+            "served": _or_dash(row["times_served"]),
+            "last at": _or_dash(row["last_served"]),
+            "score": number(row["score"]),
+            "rank": _or_dash(row["rank"]),
+            "kept": {True: "yes", False: "no", None: "-"}[row["chosen"]],
+            "weight": number(row["weight"], 3),
+            "nearest": cut(nearest, 24),
+        }
+        cells.append([told[name] for name in shown])
+    lines = table(cells, "".join(shown.values()))
+    if texts is None:
+        return lines
+    with_text = [lines[0]]
+    for line, row in zip(lines[1:], chosen.tolist(), strict=True):
+        with_text += [line, f"      {cut(texts.get(row, '(no text: its place in a file is not known)'), WIDTH - 6)}"]
+    return with_text
+
+
+def _or_dash(value: Any) -> str:
+    return "-" if value is None else f"{value}"
+
+
+def _as_json(
+    found: pa.Table, about: dict[str, Any], run_dir: Path, chosen: Rows, matching: int, texts: dict[int, str] | None
+) -> str:
+    lines = found.take(pa.array(chosen)).to_pylist()
+    if texts is not None:
+        lines = [{**line, "text": texts.get(line["row"])} for line in lines]
+    told = {key: about[key] for key in ("step", "decisions", "notes")}
+    body = {"run": str(run_dir), "pool": found.num_rows, "matching": matching, **told, "rows": lines}
+    return json.dumps(body, indent=1, default=str).replace("NaN", "null")
+
+
+def _texts(found: pa.Table, chosen: Rows) -> dict[int, str]:
+    return {row: text_of(content) for row, content in raw_rows(found, chosen)}
+
+
+def text_of(content: bytes) -> str:
+    """Return a row of a file as text: the values of an object with their keys, anything else as it stands."""
+    text = content.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(value, dict):
+        return text
+    told = (
+        (key, each if isinstance(each, str) else json.dumps(each, ensure_ascii=False)) for key, each in value.items()
+    )
+    return " | ".join(f"{key}: {each}" for key, each in told if each not in ("", "null"))
+
+
+# ---- what is written
+
+
+def _exported(
+    found: pa.Table, about: dict[str, Any], chosen: Rows, out: Path, asked: dict[str, Any], overwrite: bool
+) -> str:
+    """Write rows as they stand in their files, and return one line for each file."""
+    part = found.take(pa.array(chosen))
+    lost = part.column("position").null_count
+    if not len(chosen):
+        raise DataError("--export: no row is asked for")
+    if lost:
+        raise ConfigError(
+            f"--export: {lost:,} of the {len(chosen):,} rows have no place of their own in a file: they are packed "
+            "from several, come from a hub, a part of a data set or a tokenized copy, or another loop read them"
+        )
+    sources = [one for one in about["sources"] if one["files"]]
+    names = [one["name"] for one in sources]
+    everything = ScoreTable(
+        datasets=tuple(names),
+        dataset_of=_index(found, "dataset", names),
+        domains=(),
+        domain_of=np.zeros(0, dtype=np.int64),
+        position=np.nan_to_num(_floats(found, "position"), nan=0.0).astype(np.int64),
+        tokens=found.column("tokens").to_numpy(),
+        supervised_tokens=found.column("supervised_tokens").to_numpy(),
+        columns={},
+        provenance={"data": {"sources": sources}, "config": {}},
+    )
+    provenance = {
+        "rows": {**asked, "step": about["step"]},
+        "fingerprint": about["fingerprint"],
+        "dataflex": __version__,
+    }
+    parts = write_subset(everything, chosen, out, order="preference", provenance=provenance, overwrite=overwrite)
+    return "\n".join(
+        f"{len(part.rows):,} rows ({part.tokens:,} tokens) of {part.name} -> {part.path}" for part in parts
+    )
+
+
+def _index(found: pa.Table, name: str, names: Iterable[str]) -> Any:
+    """Return each row's index into ``names``, -1 for another."""
+    index = {value: place for place, value in enumerate(names)}
+    column = found.column(name).unify_dictionaries().combine_chunks()
+    values = column.dictionary.to_pylist()
+    return np.array([index.get(value, -1) for value in values], dtype=np.int64)[column.indices.to_numpy()]

@@ -1,0 +1,549 @@
+"""Which rows were chosen, when and why: one line for each row of the pool, in the order of row ids.
+
+``rows.parquet`` holds what is known before training, and is written once; everything else is derived from the record:
+``chosen_table`` adds up the plans, and ``chosen.parquet`` is that table as of the step that its metadata name. Arrays
+only: no Python object is made for a row. docs/report.md lists the columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dataflex.errors import DataError
+from dataflex.offline.files import MOST_READ_BYTES, FileRecord, row_lines
+from dataflex.plan.domains import Rows
+from dataflex.printable import on_one_line, plain
+from dataflex.record.digest import digest
+from dataflex.record.read import LEDGER, ROW_WEIGHTS, THINNED, StoredPlan, load_plan, read_record, record_dir
+from dataflex.state import replacing
+
+if TYPE_CHECKING:
+    from dataflex.train.row_space import RowSpace
+
+ROWS = "rows.parquet"
+"""Where the rows come from and what is known of them before training, beside the events."""
+CHOSEN = "chosen.parquet"
+"""The table of chosen rows as of its last writing, beside the events."""
+
+_KEY = b"dataflex"
+_FORMAT = 1
+_CELLS = 1 << 24  # values of the columns of single decisions together
+_DECISIONS = 256  # decisions that have columns of their own
+_POSITIONS = 1 << 25  # served rows up to which the steps of each are listed
+_NOTES = 20
+
+_KNOWN = ("dataset", "file", "line", "position", "id", "domain", "tokens", "supervised_tokens")
+FIXED = (
+    "row",
+    *_KNOWN,
+    *("times_served", "first_served", "last_served", "served_at"),
+    *("decision", "chosen", "place", "score", "rank", "cut", "nearest_target", "nearest_row"),
+    *("times_chosen", "times_scored", "weight", "times_weighed"),
+)
+"""Columns that every table has."""
+_PREFIXES = ("score_", "rank_", "credit_", "raw_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """Where the rows of a row space come from, as far as that is known."""
+
+    sources: Sequence[Source]
+    source_of: NDArray[np.integer]  # index into ``sources`` of each row [N]
+    position: NDArray[np.int64]  # place among the rows of its data set's files, from 0 [N]; -1: not known, or several
+    ids: pa.Array | None = None  # id that the data give each row, as text [N]
+
+    def taken(self, rows: Rows) -> Origins:
+        """Return the same of some of the rows."""
+        ids = None if self.ids is None else self.ids.take(pa.array(rows))
+        return replace(self, source_of=self.source_of[rows], position=self.position[rows], ids=ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data set that rows come from."""
+
+    name: str
+    paths: Sequence[Path] = ()  # its local files, in the order in which they were read
+    rows_read: int = 0  # rows that were read of them
+    limited: bool = False  # whether there may be more rows in them
+    entry: Mapping[str, Any] | None = None  # what dataset_info.json says of it
+
+
+# ---- what is known before training
+
+
+def write_rows(folder: Path, space: RowSpace) -> None:
+    """Write ``rows.parquet``; the files of the rows are read through once, for their lines and their identity."""
+    origins, domains = space.origins, space.domains
+    if origins is None:  # of a loop of one's own: its domains are its data sets
+        origins = Origins(
+            sources=[Source(name=name) for name in domains.names],
+            source_of=domains.domain_of,
+            position=np.full(space.num_rows, -1, dtype=np.int64),
+        )
+    file_of, lines, files = _places(origins)
+    arrays: dict[str, Any] = {
+        "dataset": _named([source.name for source in origins.sources], origins.source_of),
+        "file": _named(files, file_of),
+        "line": _whole(lines),
+        "position": _whole(origins.position),
+        "id": pa.nulls(space.num_rows, pa.string()) if origins.ids is None else origins.ids,
+        "domain": _named(domains.names, domains.domain_of),
+        "tokens": pa.array(space.lengths),
+        "supervised_tokens": pa.array(space.supervised),
+    }
+    for name, values in space.columns.items():
+        arrays[f"raw_{name}" if name in FIXED or name.startswith(_PREFIXES) else name] = pa.array(values)
+    told = {
+        "format": _FORMAT,
+        "fingerprint": space.fingerprint,
+        "sources": [
+            {
+                "name": source.name,
+                "rows_read": source.rows_read,
+                "limited": source.limited,
+                "entry": source.entry,
+                "files": [asdict(FileRecord.of(path, most_bytes=MOST_READ_BYTES)) for path in source.paths],
+            }
+            for source in origins.sources
+        ],
+    }
+    _write(folder / ROWS, pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(plain(told), sort_keys=True)}))
+
+
+def _places(origins: Origins) -> tuple[NDArray[np.int32], NDArray[np.int64], list[str]]:
+    """Return the file of each row, as an index into the paths returned last, and its line from 1; -1: not known."""
+    size = len(origins.position)
+    file_of, lines, files = np.full(size, -1, dtype=np.int32), np.full(size, -1, dtype=np.int64), list[str]()
+    for k, source in enumerate(origins.sources):
+        if len(source.paths) == 1:
+            file_of[origins.source_of == k] = len(files)
+        files += [str(path) for path in source.paths]
+        rows = np.flatnonzero((origins.source_of == k) & (origins.position >= 0))
+        if not source.paths or not len(rows):
+            continue
+        found = [row_lines(path) for path in source.paths]
+        counts = [count for count, _ in found]
+        known = None if None in counts else np.cumsum([0, *(count or 0 for count in counts)])
+        if known is None or source.rows_read > known[-1] or (source.rows_read < known[-1] and not source.limited):
+            continue  # not counted, or read in another way than they are counted
+        which = np.searchsorted(known, origins.position[rows], side="right") - 1
+        file_of[rows] = len(files) - len(source.paths) + which
+        for at, (_, numbers) in enumerate(found):
+            mine = rows[which == at]
+            if numbers is not None:
+                lines[mine] = numbers[origins.position[mine] - known[at]]
+    return file_of, lines, files
+
+
+# ---- what the record adds
+
+
+def write_chosen(folder: Path) -> None:
+    """Write ``chosen.parquet`` from the record in a folder, as of its last event."""
+    _write(folder / CHOSEN, chosen_table(folder))
+
+
+def chosen_table(run_dir: Path | str) -> pa.Table:
+    """Return one line for each row of the pool, from the record of a run that goes on, has ended or was killed.
+
+    Columns are those of docs/report.md, "chosen.parquet". ``chosen_notes`` gives what the metadata hold.
+
+    Raises:
+        DataError: No record, one without rows, or of a newer version. Parts that are damaged are left out and told in
+            the notes.
+    """
+    folder = record_dir(run_dir)
+    events, notes = read_record(folder)
+    if not events:
+        raise DataError(f"{folder} holds no event that can be read; the run had not begun to train")
+    run = digest(events)
+    steps = {
+        event["interval"]: event["stop_step"] - event["start_step"] for event in events if event["event"] == "planned"
+    }
+    known, told = _known(folder, (run.started.get("row_space") or {}).get("fingerprint"))
+    size = known.num_rows
+    served, decided = _Served(size), _Decided(size, _targets(run.config))
+    stock = not run.planned
+    for event in run.planned:
+        try:
+            plan = _stored(folder, event, size)
+        except DataError as error:
+            notes.append(f"{str(error).removeprefix(f'{folder}/')}; its rows are not counted")
+            continue
+        first, stop = event["start_step"], min(event["stop_step"], run.steps_done)
+        served.add(plan.rows, first, stop, steps[event["interval"]])
+        if plan.kept is not None or plan.scores is not None:
+            decided.add(plan, event)
+    columns: dict[str, Any] = {"row": pa.array(np.arange(size, dtype=np.int64))}
+    columns |= {name: known.column(name) for name in _KNOWN}
+    columns |= served.columns(known=not stock or not run.steps_done)
+    columns |= decided.columns()
+    columns |= _of_rows(folder / ROW_WEIGHTS, size, {"weight": pa.float64(), "times_weighed": pa.int64()}, notes)
+    columns |= {name: known.column(name) for name in known.column_names if name not in _KNOWN}
+    columns |= decided.columns_by_decision()
+    columns |= _of_rows(folder / LEDGER, size, None, notes, told["fingerprint"])
+    about = {
+        "format": _FORMAT,
+        "fingerprint": told["fingerprint"],
+        "step": run.steps_done,
+        "sources": told["sources"],
+        "decisions": decided.told,
+        "notes": [on_one_line(note)[:400] for note in notes[:_NOTES]],
+    }
+    return pa.table(columns).replace_schema_metadata({_KEY: json.dumps(plain(about), sort_keys=True)})
+
+
+def chosen_notes(table: pa.Table) -> dict[str, Any]:
+    """Return the metadata of a table of chosen rows: step, data sets, decisions, and what could not be read."""
+    return dict(json.loads(table.schema.metadata[_KEY]))
+
+
+def _known(folder: Path, fingerprint: Any) -> tuple[pa.Table, dict[str, Any]]:
+    """Return what is known of the rows before training, and its metadata."""
+    path = folder / ROWS
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {ROWS}, which says what its rows are: the run had not loaded its data, or an older "
+            "version wrote the record; a run that is resumed with this version writes it"
+        )
+    try:
+        table = pq.read_table(path)
+        told = json.loads((table.schema.metadata or {})[_KEY])
+        version = told["format"]
+        if version == _FORMAT:
+            missing = [name for name in _KNOWN if name not in table.column_names]
+            if missing or not isinstance(told["sources"], list) or not all(_is_source(one) for one in told["sources"]):
+                raise ValueError(f"it lacks {', '.join(missing) or 'the data sets of the rows'}")
+            table = table.cast(_schema(table))
+    except Exception as error:  # arrow has many kinds of its own
+        problem = on_one_line(str(error))[:200]
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {problem}; move it away") from error
+    if version != _FORMAT:
+        raise DataError(f"{path} has format {version!r}, written by another version; this one reads {_FORMAT}")
+    if fingerprint is not None and told["fingerprint"] != fingerprint:
+        raise DataError(f"{path} is of other rows than the events beside it; it belongs to another run")
+    return table, told
+
+
+def _is_source(one: Any) -> bool:
+    return (
+        isinstance(one, dict)
+        and isinstance(one.get("name"), str)
+        and isinstance(one.get("files"), list)
+        and all(isinstance(file, dict) and isinstance(file.get("path"), str) for file in one["files"])
+    )
+
+
+def _schema(table: pa.Table) -> pa.Schema:
+    text, number = pa.dictionary(pa.int32(), pa.string()), pa.int64()
+    kinds = {"dataset": text, "file": text, "domain": text, "id": pa.string()}
+    return pa.schema(
+        [pa.field(f.name, kinds.get(f.name, number if f.name in _KNOWN else f.type)) for f in table.schema]
+    )
+
+
+def _targets(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the selector's targets."""
+    block: Any = config.get("dynamic")
+    for key in ("selector", "targets"):
+        block = block.get(key) if isinstance(block, Mapping) else None
+    return [str(name) for name in block] if isinstance(block, list | tuple) else []
+
+
+def _stored(folder: Path, event: Mapping[str, Any], size: int) -> StoredPlan:
+    """Return the arrays of an interval; DataError where they are missing, damaged, or of other rows."""
+    index = event["interval"]
+    what = f"plan of interval {index}"
+    span = event.get("thinned")
+    if span is None:
+        plan = load_plan(folder, index)
+    else:
+        try:
+            start, count = (int(number) for number in span)
+            served = np.fromfile(folder / THINNED, dtype="<i4", count=count, offset=4 * start)
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(f"{THINNED}, {what}: {error}") from error
+        if len(served) != count:
+            raise DataError(f"{THINNED} ends before the {what}")
+        plan = StoredPlan(rows=served.astype(np.int64))
+    lines = size if plan.pool is None else len(plan.pool)
+    for name in ("rows", "pool", "kept"):
+        rows: Any = getattr(plan, name)
+        if rows is None:
+            continue
+        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer) or (len(rows) and rows.max() >= size):
+            raise DataError(f"{what}: {name} are no rows of the {size:,} of this run")
+        if len(rows) and rows.min() < (-1 if name == "rows" else 0):
+            raise DataError(f"{what}: {name} hold negative rows")
+    for name in ("scores", "target", "target_row"):
+        values: Any = getattr(plan, name)
+        if values is not None and (values.shape != (lines,) or values.dtype.kind not in "fiu"):
+            raise DataError(f"{what}: {name} are not one for each of its {lines:,} rows")
+    return plan
+
+
+class _Served:
+    """How often each row was served, and when."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._times = np.zeros(size, dtype=np.int64)
+        self._first, self._last = np.full(size, -1, dtype=np.int64), np.full(size, -1, dtype=np.int64)
+        self._rows: list[Rows] | None = []
+        self._steps: list[NDArray[np.int32]] = []
+        self._positions = 0
+
+    def add(self, rows: Rows, first: int, stop: int, steps: int) -> None:
+        """Count the rows of a plan of ``steps`` optimizer steps that begins at step ``first``, up to step ``stop``."""
+        if not steps or stop <= first or not len(rows):
+            return
+        batch = -(-len(rows) // steps)
+        rows = rows[: (stop - first) * batch]
+        at = first + np.arange(len(rows), dtype=np.int32) // np.int32(batch)
+        at, rows = at[rows >= 0].astype(np.int32), rows[rows >= 0]
+        self._times += np.bincount(rows, minlength=self._size)
+        self._last[rows] = at  # of repeated ones the last counts
+        new = self._first[rows] < 0
+        self._first[rows[new][::-1]] = at[new][::-1]
+        self._positions += len(rows)
+        if self._positions > _POSITIONS:
+            self._rows = None
+        if self._rows is not None:
+            self._rows.append(rows)
+            self._steps.append(at)
+
+    def columns(self, *, known: bool) -> dict[str, pa.Array]:
+        """Return the columns; nulls where it is not ``known`` what was served."""
+        steps = pa.list_(pa.int32())
+        if not known:
+            nulls = {name: pa.nulls(self._size, pa.int64()) for name in ("times_served", "first_served", "last_served")}
+            return {**nulls, "served_at": pa.nulls(self._size, steps)}
+        listed = pa.nulls(self._size, steps)
+        if self._rows is not None:
+            rows = np.concatenate([np.zeros(0, dtype=np.int64), *self._rows])
+            values = np.concatenate([np.zeros(0, dtype=np.int32), *self._steps])
+            offsets = np.concatenate([[0], np.cumsum(self._times)]).astype(np.int32)
+            listed = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[np.argsort(rows, kind="stable")]))
+        return {
+            "times_served": pa.array(self._times),
+            "first_served": _whole(self._first),
+            "last_served": _whole(self._last),
+            "served_at": listed,
+        }
+
+
+class _Decided:
+    """What the selector made of each row: in the latest decision that had it in its pool, and in each decision."""
+
+    def __init__(self, size: int, targets: Sequence[str]) -> None:
+        self._size, self._targets = size, targets
+        self.told: list[dict[str, Any]] = []
+        """Each decision: interval, steps, rows in the pool, scored and kept, cut, and which side of it was kept."""
+        self._decision = np.full(size, -1, dtype=np.int64)
+        self._chosen = np.zeros(size, dtype=np.bool_)
+        self._score, self._cut = np.full(size, np.nan, dtype=np.float32), np.full(size, np.nan, dtype=np.float32)
+        self._place, self._rank = np.full(size, -1, dtype=np.int64), np.full(size, -1, dtype=np.int64)
+        self._target, self._target_row = np.full(size, -1, dtype=np.int32), np.full(size, -1, dtype=np.int64)
+        self._times_chosen, self._times_scored = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        self._every = 1  # of the decisions, each second, fourth, ... has columns of its own, so that they stay few
+        self._most = int(np.clip(_CELLS // max(size, 1), 4, _DECISIONS))
+        self._own: dict[int, tuple[int, NDArray[np.float32], NDArray[np.int32]]] = {}
+
+    def add(self, plan: StoredPlan, event: Mapping[str, Any]) -> None:
+        """Add a decision."""
+        size = self._size
+        pool = np.arange(size) if plan.pool is None else plan.pool
+        kept = np.unique(plan.rows[plan.rows >= 0]) if plan.kept is None else plan.kept
+        is_kept = np.zeros(size, dtype=np.bool_)
+        is_kept[kept] = True
+        self._decision[pool], self._chosen[pool] = event["interval"], is_kept[pool]
+        self._place[pool] = -1
+        self._place[kept[::-1]] = np.arange(len(kept), 0, -1)
+        self._times_chosen[is_kept] += 1
+        for values in (self._score, self._cut):
+            values[pool] = np.nan
+        self._rank[pool] = self._target[pool] = self._target_row[pool] = -1
+        told = {key: event[key] for key in ("interval", "start_step", "stop_step")}
+        told |= {
+            "pool": len(pool),
+            "kept": int(is_kept.sum()),
+            "scored": 0,
+            "cut": None,
+            "prefers": None,
+            "exceptions": 0,
+        }
+        told["reason"] = event.get("reason") if isinstance(event.get("reason"), str) else ""
+        if plan.scores is not None:
+            scores = plan.scores.astype(np.float32)
+            known = np.flatnonzero(np.isfinite(scores))
+            rows = pool[known]
+            order = np.argsort(-scores[known], kind="stable")
+            rank = np.empty(len(known), dtype=np.int32)
+            rank[order] = np.arange(1, len(known) + 1, dtype=np.int32)
+            cut, prefers, exceptions = _cut(scores[known][order], is_kept[rows[order]])
+            told |= {"scored": len(known), "cut": cut, "prefers": prefers, "exceptions": exceptions}
+            self._score[rows], self._rank[rows] = scores[known], rank
+            self._cut[rows] = np.nan if cut is None else cut
+            self._times_scored[rows] += 1
+            if len(self.told) % self._every == 0:
+                own_scores, own_ranks = np.full(size, np.nan, dtype=np.float32), np.zeros(size, dtype=np.int32)
+                own_scores[rows], own_ranks[rows] = scores[known], rank
+                self._own[event["interval"]] = (len(self.told), own_scores, own_ranks)
+                if len(self._own) > self._most:
+                    self._every *= 2
+                    self._own = {key: one for key, one in self._own.items() if one[0] % self._every == 0}
+        if plan.target is not None and plan.target_row is not None:
+            self._target[pool] = np.where(plan.target < len(self._targets), plan.target, -1)
+            self._target_row[pool] = plan.target_row
+        self.told.append(told)
+
+    def columns(self) -> dict[str, pa.Array]:
+        """Return the columns of the latest decision of each row."""
+        return {
+            "decision": _whole(self._decision),
+            "chosen": pa.array(self._chosen, mask=self._decision < 0),
+            "place": _whole(self._place),
+            "score": _real(self._score),
+            "rank": _whole(self._rank),
+            "cut": _real(self._cut),
+            "nearest_target": _named(self._targets, self._target),
+            "nearest_row": _whole(self._target_row),
+            "times_chosen": pa.array(self._times_chosen),
+            "times_scored": pa.array(self._times_scored),
+        }
+
+    def columns_by_decision(self) -> dict[str, pa.Array]:
+        """Return score and rank of each row in single decisions, which are spread over the run where there are many."""
+        found: dict[str, pa.Array] = {}
+        for interval, (_, scores, ranks) in self._own.items():
+            found |= {f"score_{interval}": _real(scores), f"rank_{interval}": pa.array(ranks, mask=ranks == 0)}
+        return found
+
+
+def _cut(scores: NDArray[np.float32], kept: NDArray[np.bool_]) -> tuple[float | None, str | None, int]:
+    """Return the score of the last row kept, the side that was kept ("high" or "low"), and how many rows it misplaces.
+
+    ``scores`` [n] are descending, ``kept`` [n] says which rows were kept; the cut is that of as many rows as were kept.
+    None where the choice does not follow the scores: where that misplaces half as many rows as chance would.
+    """
+    count, size = int(kept.sum()), len(kept)
+    if not 0 < count < size:
+        return None, None, 0
+    high, low = count - int(kept[:count].sum()), count - int(kept[size - count :].sum())
+    exceptions = min(high, low)
+    if 2 * exceptions * size >= count * (size - count):
+        return None, None, exceptions
+    return (float(scores[count - 1]), "high", high) if high <= low else (float(scores[size - count]), "low", low)
+
+
+def _of_rows(
+    path: Path, size: int, wanted: Mapping[str, pa.DataType] | None, notes: list[str], fingerprint: str | None = None
+) -> dict[str, pa.Array]:
+    """Return columns of a file that has a line for some of the rows; those not in it are null.
+
+    ``wanted``: its columns, which are all null where it is missing; None: those that begin with "credit_".
+    """
+    found: dict[str, pa.Array] = {}
+    try:
+        if path.is_file():
+            table = pq.read_table(path)
+            told = table.schema.metadata or {}
+            rows = table.column("row").to_numpy()
+            if fingerprint is not None and told.get(b"fingerprint") != fingerprint.encode():
+                raise ValueError("it is of other rows")
+            if len(rows) and not 0 <= rows.min() <= rows.max() < size:
+                raise ValueError(f"it names rows that are none of the {size:,}")
+            names = [name for name in table.column_names if name.startswith("credit_")] if wanted is None else wanted
+            for name in names:
+                values = np.full(size, np.nan)
+                values[rows] = table.column(name).to_numpy()
+                there = np.isfinite(values)
+                kind = pa.float64() if wanted is None else wanted[name]
+                found[name] = pa.array(np.where(there, values, 0.0), mask=~there).cast(kind)
+    except Exception as error:  # noqa: BLE001 - arrow has many kinds of its own
+        notes.append(f"{path.name} cannot be read: {on_one_line(str(error))[:200]}")
+        found = {}
+    return {**{name: pa.nulls(size, kind) for name, kind in (wanted or {}).items()}, **found}
+
+
+# ---- arrays
+
+
+def _named(names: Sequence[str], index: NDArray[np.integer]) -> pa.DictionaryArray:
+    """Return texts by their index, null for -1."""
+    return pa.DictionaryArray.from_arrays(
+        pa.array(index.astype(np.int32), mask=index < 0), pa.array(list(names), type=pa.string())
+    )
+
+
+def _whole(values: NDArray[np.integer]) -> pa.Array:
+    return pa.array(values.astype(np.int64), mask=values < 0)
+
+
+def _real(values: NDArray[np.floating]) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    named = [column.name for column in table.schema if pa.types.is_dictionary(column.type)]
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd", use_dictionary=named)
+
+
+def raw_rows(table: pa.Table, rows: Rows) -> Iterator[tuple[int, bytes]]:
+    """Yield rows of a table of chosen rows with their bytes in their file; those that cannot be found are left out.
+
+    The order is that of the files. docs/report.md tells which rows have a place in a file.
+    """
+    from dataflex.offline.files import SourceRows
+
+    sources = {one["name"]: one for one in chosen_notes(table)["sources"]}
+    part = table.select(["dataset", "file", "line", "position"]).take(pa.array(rows))
+    names, files = (part.column(name).combine_chunks().to_pylist() for name in ("dataset", "file"))
+    lines, positions = (part.column(name).to_pylist() for name in ("line", "position"))
+    by_file: dict[str, dict[int, list[int]]] = {}
+    by_place: dict[str, dict[int, list[int]]] = {}
+    for row, name, file, line, position in zip(rows.tolist(), names, files, lines, positions, strict=True):
+        if file is not None and line is not None:
+            by_file.setdefault(file, {}).setdefault(line, []).append(row)
+        elif position is not None:
+            by_place.setdefault(name, {}).setdefault(position, []).append(row)
+    for path, wanted in by_file.items():
+        left = set(wanted)
+        with _opened(path, sources) as stream:
+            for number, content in enumerate(stream, start=1):
+                if number in left:
+                    left.remove(number)
+                    yield from ((row, content.rstrip(b"\r\n")) for row in wanted[number])
+                    if not left:
+                        break
+    for name, places in by_place.items():
+        paths = [Path(file["path"]) for file in sources[name]["files"]]
+        if not paths or not all(path.is_file() for path in paths):
+            continue
+        source = SourceRows(paths)
+        for position, ids in places.items():
+            if position < source.num_rows:
+                yield from ((row, source.row(position)) for row in ids)
+
+
+def _opened(path: str, sources: Mapping[str, Any]) -> Any:
+    """Open a file that rows come from; an empty one where it is missing, or has another size than it had."""
+    import io
+
+    sizes = {file["path"]: file.get("size") for one in sources.values() for file in one["files"]}
+    file = Path(path)
+    if not file.is_file() or file.stat().st_size != sizes.get(path):
+        return io.BytesIO()
+    return file.open("rb")

@@ -1,0 +1,108 @@
+"""Real runs leave a table of chosen rows that agrees with what was planted in the pool."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dataflex.record.chosen import CHOSEN, chosen_notes, chosen_table, raw_rows
+from tests.conftest import WORDS
+
+SELECTION = {
+    "max_steps": 8,
+    "dynamic": {"warmup_steps": 2, "interval_steps": 2, "selector": {"name": "longest"}, "domain_column": "source"},
+}
+
+
+@pytest.fixture
+def planted(tmp_path, data_dir):
+    """30 rows: every fifth has no answer, rows 1, 6, 11, ... are long; blank lines stand between."""
+    folder = tmp_path / "planted"
+    folder.mkdir()
+    with (folder / "pool.jsonl").open("w") as file:
+        for k in range(30):
+            words = WORDS[: 20 if k % 5 == 1 else 3 + k % 3]
+            answer = {"output": " ".join(words) if k % 5 else None}
+            text = json.dumps({"instruction": f"{WORDS[k]} ?", "input": "", **answer, "source": "x", "id": f"r{k}"})
+            file.write(text + "\n" + ("\n" if k % 7 == 0 else ""))
+    (folder / "dataset_info.json").write_text(json.dumps({"pool": {"file_name": "pool.jsonl"}}))
+    return folder
+
+
+def column(table, name):
+    return table.column(name).to_pylist()
+
+
+def test_planted_rows_are_told_with_lines_though_rows_were_dropped_and_held_out(run, planted):
+    given = {"dataset_dir": str(planted), "dataset": "pool", "val_size": 0.2, "save_steps": 3, "save_strategy": "steps"}
+    left = run("run", **given, **SELECTION)
+    table = chosen_table(left.folder)
+    lines = (planted / "pool.jsonl").read_text().split("\n")
+    planted_rows: list[int] = []
+    for row, text in raw_rows(table, np.arange(table.num_rows)):
+        line = json.loads(lines[column(table, "line")[row] - 1])
+        assert json.loads(text) == line
+        assert (line["id"], line["output"] is None) == (column(table, "id")[row], False)
+        planted_rows += [row] if len(line["output"].split()) == 20 else []
+    # What is long was planted: it is what the selector keeps.
+    assert len(planted_rows) >= 4
+    assert sorted(column(table, "rank")[row] for row in planted_rows) == list(range(1, len(planted_rows) + 1))
+    assert len(set(column(table, "line"))) == table.num_rows < 24
+    served = sum(len(event_rows) for event_rows in column(table, "served_at"))
+    assert served == sum(column(table, "times_served")) == 16
+    chosen = [row for row in range(table.num_rows) if column(table, "times_chosen")[row] == 3]
+    assert set(chosen) == {row for row in range(table.num_rows) if column(table, "rank")[row] <= 4}
+    assert {at for row in chosen for at in column(table, "served_at")[row]} >= {2, 3, 4, 5, 6, 7}
+    assert chosen_notes(table)["decisions"][0]["prefers"] == "high"
+    assert pq.read_table(left.folder / "dataflex" / CHOSEN).equals(table)
+    written = (left.folder / "dataflex" / CHOSEN).read_bytes()
+    run("run", **given, **SELECTION, resume_from_checkpoint=str(left.folder / "checkpoint-3"))
+    assert (left.folder / "dataflex" / CHOSEN).read_bytes() == written
+
+
+def test_packed_rows_and_several_sets_and_weights(run, tiny_model):
+    left = run(
+        "packed",
+        dataset="alpha,beta",
+        packing=True,
+        max_steps=4,
+        dynamic={"mixer": "size", "weighter": {"name": "loss", "warmup_steps": 0}},
+    )
+    table = chosen_table(left.folder)
+    assert set(column(table, "dataset")) == {"alpha", "beta"}
+    assert set(column(table, "line")) == {None}
+    assert sum(column(table, "times_served")) == 8
+    weighed = [row for row, weight in enumerate(column(table, "weight")) if weight is not None]
+    assert weighed == [row for row, times in enumerate(column(table, "times_served")) if times]
+
+
+def test_the_nearest_row_of_a_target_is_told_and_drawn_rows_have_lines(run, data_dir, tmp_path):
+    info = json.loads((data_dir / "dataset_info.json").read_text())
+    for name in ("alpha", "goal"):
+        info[name]["file_name"] = str(data_dir / info[name]["file_name"])
+    rows = [json.loads(line) for line in (data_dir / "alpha.jsonl").read_text().splitlines()]
+    goals = [json.loads(line) for line in (data_dir / "goal.jsonl").read_text().splitlines()]
+    folder = tmp_path / "near"
+    folder.mkdir()
+    pool = [*rows[:12], *goals]
+    (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pool))
+    (folder / "goal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in goals))
+    drawn = {"pool": {"file_name": "pool.jsonl", "num_samples": 17}, "goal": {"file_name": "goal.jsonl"}}
+    (folder / "dataset_info.json").write_text(json.dumps(drawn))
+    left = run(
+        "near",
+        dataset_dir=str(folder),
+        dataset="pool",
+        max_steps=2,
+        dynamic={"interval_steps": 2, "selector": {"name": "rds_plus", "targets": ["goal"]}},
+    )
+    table = chosen_table(left.folder)
+    assert sorted(column(table, "line")) == list(range(1, 18))
+    for row, text in raw_rows(table, np.arange(17)):
+        if column(table, "line")[row] > 12:  # a row of the target itself
+            assert json.loads(text) == goals[column(table, "nearest_row")[row]]
+            assert column(table, "score")[row] == pytest.approx(1.0, abs=1e-4)
+    assert set(column(table, "nearest_target")) == {"goal"}
