@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.method import Rows
 from dataflex.offline.subset import write_subset
 from dataflex.offline.table import ScoreTable
-from dataflex.printable import on_one_line
-from dataflex.record.chosen import chosen_notes, chosen_table, raw_rows
+from dataflex.printable import on_one_line, plain
+from dataflex.record.chosen import chosen_notes, chosen_table, row_texts
 from dataflex.record.text import WIDTH, cut, number, table
 from dataflex.record.where import where as fulfil
 from dataflex.version import __version__
@@ -29,8 +30,6 @@ TOLD: dict[By, str] = {
     "lightest": "of the smallest mean weight",
 }
 _SHOWN = 20
-_TEXT = 160
-_LONG = ("served_at",)
 
 
 def rows(
@@ -44,7 +43,7 @@ def rows(
     export: Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Return what ``dataflex rows`` prints: the rows that a condition and an order ask for.
+    """Return what ``dataflex rows`` prints: the rows that a condition and an order ask for; JSON is printed here.
 
     Args:
         run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
@@ -74,17 +73,15 @@ def rows(
         chosen = chosen[np.argsort(_floats(found, "rank")[chosen], kind="stable")]
     if export is not None:
         return _exported(found, about, chosen, export, {"by": by, "where": where, "limit": limit}, overwrite)
-    texts = _texts(found, chosen) if text else {}
+    texts = row_texts(found, chosen) if text else None
     if as_json:
-        return _as_json(found, about, run_dir, chosen, len(ordered), texts if text else None)
+        # ASCII that no terminal obeys; what the command line makes of messages would change the data.
+        sys.stdout.write(_as_json(found, about, run_dir, chosen, len(ordered), texts))
+        return ""
     told = f"{len(ordered):,} of {found.num_rows:,} rows" + (f" fulfil {on_one_line(where)}" if where else "")
     if by is not None or where is None:
         told += f"{' and' if where else ''} are {TOLD[by or 'most']}" if by == "never" else f", {TOLD[by or 'most']}"
-    lines = [
-        *_head(found, about),
-        f"{told}{_first(len(chosen), len(ordered))}",
-        *_lines(found, chosen, texts if text else None),
-    ]
+    lines = [*_head(found, about), f"{told}{_first(len(chosen), len(ordered))}", *_lines(found, chosen, texts)]
     return "\n".join([*lines, *(f"note: {note}" for note in about["notes"])])
 
 
@@ -200,26 +197,7 @@ def _as_json(
         lines = [{**line, "text": texts.get(line["row"])} for line in lines]
     told = {key: about[key] for key in ("step", "decisions", "notes")}
     body = {"run": str(run_dir), "pool": found.num_rows, "matching": matching, **told, "rows": lines}
-    return json.dumps(body, indent=1, default=str).replace("NaN", "null")
-
-
-def _texts(found: pa.Table, chosen: Rows) -> dict[int, str]:
-    return {row: text_of(content) for row, content in raw_rows(found, chosen)}
-
-
-def text_of(content: bytes) -> str:
-    """Return a row of a file as text: the values of an object with their keys, anything else as it stands."""
-    text = content.decode("utf-8", "replace")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    if not isinstance(value, dict):
-        return text
-    told = (
-        (key, each if isinstance(each, str) else json.dumps(each, ensure_ascii=False)) for key, each in value.items()
-    )
-    return " | ".join(f"{key}: {each}" for key, each in told if each not in ("", "null"))
+    return json.dumps(plain(body), indent=1, allow_nan=False) + "\n"
 
 
 # ---- what is written

@@ -310,8 +310,8 @@ class _Served:
             return
         batch = -(-len(rows) // steps)
         rows = rows[: (stop - first) * batch]
-        at = first + np.arange(len(rows), dtype=np.int32) // np.int32(batch)
-        at, rows = at[rows >= 0].astype(np.int32), rows[rows >= 0]
+        at = np.minimum(first + np.arange(len(rows), dtype=np.int64) // batch, np.iinfo(np.int32).max).astype(np.int32)
+        at, rows = at[rows >= 0], rows[rows >= 0]
         self._times += np.bincount(rows, minlength=self._size)
         self._last[rows] = at  # of repeated ones the last counts
         new = self._first[rows] < 0
@@ -547,3 +547,21 @@ def _opened(path: str, sources: Mapping[str, Any]) -> Any:
     if not file.is_file() or file.stat().st_size != sizes.get(path):
         return io.BytesIO()
     return file.open("rb")
+
+
+def row_texts(table: pa.Table, rows: Rows) -> dict[int, str]:
+    """Return the text of rows of a table of chosen rows, without those that cannot be found in their files."""
+    return {row: text_of(content) for row, content in raw_rows(table, rows)}
+
+
+def text_of(content: bytes) -> str:
+    """Return a row of a file as text: the values of an object with their keys, anything else as it stands."""
+    text = content.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(value, dict):
+        return text
+    told = {key: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for key, one in value.items()}
+    return " | ".join(f"{key}: {one}" for key, one in told.items() if one not in ("", "null"))
