@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -100,6 +101,16 @@ def test_rows_are_exported_as_they_stand_and_can_be_selected_again(run, tmp_path
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("line 0", "line X"))
     error = failed(capsys, run, "--where", 'dataset == "a"', "--export", tmp_path / "other.jsonl")
     assert f"a: {tmp_path / 'a.jsonl'} changed since" in error
+
+
+def test_a_part_of_a_file_is_exported_too(tmp_path, capsys):
+    rows = space(tmp_path)
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + '\n{"id": 6}\n')
+    rows.origins.sources[0] = replace(rows.origins.sources[0], limited=True)
+    record(begun(tmp_path / "run" / "dataflex", rows))
+    out = tmp_path / "kept.jsonl"
+    assert main(["rows", str(tmp_path / "run"), "--where", 'id == "5"', "--export", str(out)]) == 0
+    assert out.read_text() == '{"id": 5, "text": "line 5"}\n'
 
 
 def test_rows_without_a_place_are_not_exported(tmp_path, capsys):

@@ -227,7 +227,10 @@ def _exported(
         tokens=found.column("tokens").to_numpy(),
         supervised_tokens=found.column("supervised_tokens").to_numpy(),
         columns={},
-        provenance={"data": {"sources": sources}, "config": {}},
+        provenance={
+            "data": {"sources": sources},
+            "config": {"max_samples": True} if any(one["limited"] for one in sources) else {},
+        },
     )
     provenance = {
         "rows": {**asked, "step": about["step"]},
