@@ -11,10 +11,7 @@ import pytest
 from dataflex.record.chosen import CHOSEN, chosen_notes, chosen_table, raw_rows
 from tests.conftest import WORDS
 
-SELECTION = {
-    "max_steps": 8,
-    "dynamic": {"warmup_steps": 2, "interval_steps": 2, "selector": {"name": "longest"}, "domain_column": "source"},
-}
+SELECTION = {"max_steps": 8, "dynamic": {"warmup_steps": 2, "interval_steps": 2, "selector": {"name": "longest"}}}
 
 
 @pytest.fixture
