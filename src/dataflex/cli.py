@@ -36,7 +36,7 @@ _EXAMPLES = {
     "select": "dataflex select scores.parquet --score less --budget 0.1 --out subset.jsonl",
     "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
     "rows": """dataflex rows saves/run2 --most --where 'domain == "gsm8k" and times_served > 3' --text""",
-    "report": "dataflex report saves/run2 --out report",
+    "report": "dataflex report saves/run2 saves/plain --out report",
     "version": "dataflex version",
 }
 
@@ -179,9 +179,12 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
         add_mix_steps(mix, run_mix)
     rows = _calls("dataflex.commands.rows", "rows")
     _add_rows(add("rows", "Print or export which rows of a run's pool were chosen, when and why.", rows, _ROWS))
-    report = add("report", "Summarize a run and plot what happened in it.", _calls("dataflex.record.report", "report"))
-    report.add_argument("run_dir", type=Path, help="the output_dir of a run")
-    report.add_argument("--out", type=Path, default=None, help="folder for the plots (default: inside run_dir)")
+    tells = _calls("dataflex.record.report", "report")
+    report = add("report", "Tell what a run decided, what it cost and whether it helped.", tells)
+    told = "the output_dir of a run; the first one is told of, the others are what it is compared with"
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help=told)
+    report.add_argument("--out", type=Path, default=None, help="folder for all files (default: inside the first RUN)")
+    report.add_argument("--json", dest="as_json", action="store_true", help="print the page's values as JSON")
     add("version", "Print the versions of dataflex and what it stands on.", version)
     return parser
 

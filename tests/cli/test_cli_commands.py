@@ -53,7 +53,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         (["plan", "run.yaml"], "dataflex: run.yaml: no such file; did you mean 'run.json'?"),
         (["plan", "run.json", "--seed"], "dataflex: unrecognized arguments: --seed"),
         (["report", "x", "--ou", "y"], "dataflex: unrecognized arguments: --ou y"),
-        (["report"], "dataflex: the following arguments are required: run_dir (see 'dataflex report --help')"),
+        (["report"], "dataflex: the following arguments are required: RUN (see 'dataflex report --help')"),
         (["methods", "a", "b"], "dataflex: unrecognized arguments: b"),
         (["methods", "lss"], "dataflex: methods: there is no 'lss'; did you mean 'loss'? (known: all, random"),
         (["methods", "mixer/loss"], "dataflex: methods: there is no 'loss' (known: static, uniform"),
@@ -125,16 +125,16 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_report_prints_the_summary(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import dataflex.record.report
 
-    seen: list[tuple[Path, Path | None]] = []
+    seen: list[tuple[list[Path], Path | None, bool]] = []
 
-    def report(run_dir: Path, out: Path | None) -> str:
-        seen.append((run_dir, out))
+    def report(run_dirs: list[Path], out: Path | None, as_json: bool) -> str:
+        seen.append((run_dirs, out, as_json))
         return "summary"
 
     monkeypatch.setattr(dataflex.record.report, "report", report)
     assert main(["report", "saves/run"]) == 0
-    assert main(["report", "saves/run", "--out", "plots"]) == 0
-    assert seen == [(Path("saves/run"), None), (Path("saves/run"), Path("plots"))]
+    assert main(["report", "saves/run", "b", "--out", "plots", "--json"]) == 0
+    assert seen == [([Path("saves/run")], None, False), ([Path("saves/run"), Path("b")], Path("plots"), True)]
     assert capsys.readouterr().out == "summary\nsummary\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 from dataflex.cli import _EXAMPLES as COMMANDS
 from dataflex.cli import _parser
 from dataflex.commands.mix import MIX_STEPS
-from dataflex.record.plots import PLOTS
+from dataflex.record.charts import CHARTS
 from tests.config.keys import user_keys
 from tests.docs.pages import BLOCK, ROOT, TEXTS, blocks, prose
 
@@ -116,7 +116,9 @@ def test_the_rooms_in_the_design_are_those_of_the_package():
 
 
 def test_every_plot_is_described():
-    assert re.findall(r"^\| `(\w+\.png)` \|", TEXTS["docs/report.md"], re.MULTILINE) == list(PLOTS)
+    assert re.findall(r"^\| `(\w+\.png)` \|", TEXTS["docs/report.md"], re.MULTILINE) == [
+        f"{name}.png" for name in CHARTS
+    ]
 
 
 @pytest.mark.parametrize("page", TEXTS)

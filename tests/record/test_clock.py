@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_has_the_time_of_all_its_processes(tmp_path, seconds)
     assert run.phase_seconds() == pytest.approx(both)
     assert run.wall_seconds == pytest.approx(sum(both.values()))
     assert run.started_times == pytest.approx([1.7e9 + 5000.0, 1.7e9 + 5000.0 + 2.0 + 4.25 + 50.0])
-    text = report(tmp_path)
+    text = report([tmp_path])
     assert "Time: 11.2 s" in text
     assert re.search(r"save +3\.0 s", text)
 

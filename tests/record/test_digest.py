@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.errors import DataError
-from dataflex.record.digest import digest, domain_groups, domain_shares, higher_is_better, running_mean
+from dataflex.record.digest import digest, domain_groups, higher_is_better, running_mean
 
 START = {
     "event": "run_started",
@@ -113,8 +113,6 @@ def test_the_rest_of_many_domains_is_one_group():
     run = digest(events)
     assert domain_groups(run, 2) == [("b", ["b"]), ("c", ["c"]), ("2 others", ["a", "d"])]
     assert [name for name, _ in domain_groups(run, 4)] == ["a", "b", "c", "d"]
-    assert domain_shares(run.planned, "domain_counts", ["a", "d"]) == [1 / 9]
-    assert domain_shares(run.planned, "proportions", ["a"]) == [None]
 
 
 @given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=30), half=st.integers(0, 5))

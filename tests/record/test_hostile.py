@@ -92,7 +92,7 @@ def mutate(rng, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_mutated_records_have_a_report_or_are_refused(tmp_path, records, monkeypatch, seed):
-    """25 folders a seed; the first is drawn in full, of the others the figures are made but not rendered."""
+    """25 folders a seed; all have a page, the first one pictures, and of every fifth the figures are made."""
     rng = random.Random(seed)
     reports = 0
     for number in range(25):
@@ -117,8 +117,10 @@ def test_mutated_records_have_a_report_or_are_refused(tmp_path, records, monkeyp
         (folder / "weights.json").write_bytes(told)
         if number:
             monkeypatch.setattr("dataflex.record.plots.png", lambda figure: b"\x89PNG")
+        if number % 5:
+            monkeypatch.setattr("dataflex.record.plots.draw", lambda charts: {})
         try:
-            text = report(folder.parent)
+            text = report([folder.parent])
         except DataFlexError:
             continue
         finally:
@@ -146,17 +148,16 @@ def line(event, **fields):
 
 
 def test_what_cannot_be_read_is_named_by_line_and_key(tmp_path):
-    text = report(
-        lines_of(
-            tmp_path,
-            line("run_started", world="two", global_batch=8),
-            line("stepped", loss="low"),
-            b"[" * 100_000,
-            line("planned", interval=0, kind="dynamic", start_step=0, rows=3),
-            line("stepped", loss=2.0),
-            b'{"event": "stepp',
-        )
+    folder = lines_of(
+        tmp_path,
+        line("run_started", world="two", global_batch=8),
+        line("stepped", loss="low"),
+        b"[" * 100_000,
+        line("planned", interval=0, kind="dynamic", start_step=0, rows=3),
+        line("stepped", loss=2.0),
+        b'{"event": "stepp',
     )
+    text = report([folder])
     part = text[text.index("Left out") : text.index("\nFiles")]
     assert "line 1 (run_started): the values of world\n" in part
     assert "line 2 (stepped): the values of loss\n" in part
@@ -213,9 +214,9 @@ def test_a_link_in_place_of_a_file_is_replaced_not_followed(tmp_path):
     (tmp_path / "dataflex" / "report" / "summary.txt").symlink_to(tmp_path / "victim.txt")
     (tmp_path / "dataflex" / "report" / "weights.png").mkdir()
     with pytest.raises(DataFlexError, match="cannot write the report"):
-        report(tmp_path)
+        report([tmp_path])
     (tmp_path / "dataflex" / "report" / "weights.png").rmdir()
-    report(tmp_path)
+    report([tmp_path])
     assert (tmp_path / "victim.txt").read_text() == "mine"
 
 
@@ -236,9 +237,10 @@ def test_twenty_thousand_domains_take_seconds(tmp_path):
         for at in range(10)
     ]
     start = line("run_started", config={}, row_space={"domains": dict.fromkeys(names, 10)})
-    began = time.monotonic()
-    text = report(lines_of(tmp_path, start, *plans, line("finished", metrics={})))
-    assert time.monotonic() - began < 60
+    began = time.process_time()
+    text = report([lines_of(tmp_path, start, *plans, line("finished", metrics={}))])
+    assert time.process_time() - began < 10
+    assert (tmp_path / "dataflex" / "report.html").stat().st_size < 3e6
     assert "200,000 rows in 20000 domains" in text
 
 

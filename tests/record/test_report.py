@@ -15,7 +15,9 @@ from dataflex.record.recorder import RunRecorder
 from dataflex.record.report import report
 from tests.record.synthetic import MIXTURE, SELECTION, WEIGHTING, Spent, simulate, started
 
-BASE = {"summary.txt", "loss.png", "mixture.png", "composition.png", "seconds.png"}
+BASE = {"summary.txt", "report.json"}
+BASE |= {f"{name}.png" for name in ("loss", "mixture", "epochs", "composition", "coverage", "repeats", "seconds")}
+SCORES = {"scores.png", "histogram.png", "ranking.png", "overlap.png"}
 
 
 def png_size(path) -> tuple[int, int]:
@@ -27,18 +29,19 @@ def png_size(path) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "extra"), [(SELECTION, {"scores.png"}), (MIXTURE, set()), (WEIGHTING, {"weights.png"})]
+    ("case", "extra"), [(SELECTION, SCORES), (MIXTURE, {"overlap.png"}), (WEIGHTING, {"weights.png"})]
 )
 @pytest.mark.filterwarnings("error")
 def test_every_kind_of_run_gets_its_pictures(tmp_path, case, extra):
     simulate(tmp_path / "dataflex", **case)
     before = dict(matplotlib.rcParams)
-    text = report(tmp_path)
+    text = report([tmp_path])
     folder = tmp_path / "dataflex" / "report"
     assert {path.name for path in folder.iterdir()} == BASE | extra
     assert (folder / "summary.txt").read_text(encoding="utf-8") == text
     listed = text[text.index("\nFiles\n") :].split()[1:]
-    assert {folder / path.name for path in folder.iterdir()} == {type(folder)(path) for path in listed}
+    files = {folder / path.name for path in folder.iterdir()} | {folder.parent / "report.html"}
+    assert files == {type(folder)(path) for path in listed}
     for path in folder.glob("*.png"):
         wide, high = png_size(path)
         assert 1000 <= wide <= 1200
@@ -52,9 +55,9 @@ def test_a_run_that_was_killed_has_a_report(tmp_path):
     simulate(tmp_path / "dataflex", **MIXTURE, stop_step=130)
     with (tmp_path / "dataflex" / "events.jsonl").open("ab") as file:
         file.write(b'{"event": "stepp')
-    text = report(tmp_path / "dataflex", tmp_path / "elsewhere" / "deep")
+    text = report([tmp_path / "dataflex"], tmp_path / "elsewhere" / "deep")
     assert "still running, or stopped, at step 130 of 600" in text
-    assert {path.name for path in (tmp_path / "elsewhere" / "deep").iterdir()} == BASE
+    assert {path.name for path in (tmp_path / "elsewhere" / "deep").iterdir()} == BASE | {"overlap.png", "report.html"}
     assert not (tmp_path / "dataflex" / "report").exists()
     assert len(load_plan(tmp_path, 0).rows) == 800
 
@@ -62,14 +65,18 @@ def test_a_run_that_was_killed_has_a_report(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_has_hardly_begun_gets_text_only_and_old_pictures_go(tmp_path):
     simulate(tmp_path / "dataflex", **SELECTION)
-    report(tmp_path)
+    report([tmp_path])
     (tmp_path / "dataflex" / "report" / "mine.txt").write_text("kept")
     recorder = RunRecorder(tmp_path / "dataflex", clock=Spent())
     with pytest.raises(DataError, match="no event yet"):
-        report(tmp_path)
+        report([tmp_path])
     started(recorder, dynamic={"selector": "all"}, sources={"a": 3}, schedule={"total_steps": 8})
-    report(tmp_path)
-    assert {path.name for path in (tmp_path / "dataflex" / "report").iterdir()} == {"summary.txt", "mine.txt"}
+    report([tmp_path])
+    assert {path.name for path in (tmp_path / "dataflex" / "report").iterdir()} == {
+        "summary.txt",
+        "report.json",
+        "mine.txt",
+    }
 
 
 def test_losses_that_are_not_finite_leave_gaps_not_errors(tmp_path):
@@ -77,20 +84,20 @@ def test_losses_that_are_not_finite_leave_gaps_not_errors(tmp_path):
     started(recorder, dynamic={"selector": {"name": "all"}}, sources={"a": 3}, schedule={"total_steps": 8})
     for step in range(1, 4):
         recorder.stepped(step, {"loss": float("nan"), "grad_norm": float("inf")})
-    text = report(tmp_path)
+    text = report([tmp_path])
     assert "train loss was not finite in 3 of 3 logs, first at step 1" in text
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.txt", "seconds.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.txt", "report.json", "seconds.png"}
 
 
 @pytest.mark.slow
 def test_foreign_folders_and_unwritable_places_are_told(tmp_path):
     with pytest.raises(DataError, match=r"has no dataflex/events\.jsonl; is it the output_dir of a run"):
-        report(tmp_path)
+        report([tmp_path])
     assert list(tmp_path.iterdir()) == []
     simulate(tmp_path / "dataflex", **SELECTION, stop_step=5)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot write the report to .*file: File exists; name another folder"):
-        report(tmp_path, tmp_path / "file")
+        report([tmp_path], tmp_path / "file")
 
 
 @pytest.mark.slow
@@ -99,8 +106,8 @@ def test_drawing_opens_no_pyplot_and_reading_needs_neither_torch_nor_matplotlib(
     code = (
         "import sys, pathlib\n"
         "from dataflex.record.report import report\n"
-        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
-        "report(pathlib.Path(sys.argv[1]))\n"
+        "assert not {'torch', 'matplotlib', 'bokeh'} & set(sys.modules)\n"
+        "report([pathlib.Path(sys.argv[1])])\n"
         "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path], check=True)

@@ -146,16 +146,6 @@ def domain_rows(run: Run, most: int) -> list[tuple[str, float, int]]:
     ]
 
 
-def domain_shares(planned: Sequence[Event], key: str, members: Sequence[str]) -> list[float | None]:
-    """Share of some domains in a count or proportion of each interval; None where it has none."""
-    shares: list[float | None] = []
-    for event in planned:
-        values = event.get(key) or {}
-        total = sum(value or 0.0 for value in values.values())
-        shares.append(sum(values.get(name) or 0.0 for name in members) / total if total else None)
-    return shares
-
-
 def running_mean(values: Sequence[float], half: int) -> list[float]:
     """Mean of each value and its ``half`` neighbours on either side, fewer at the ends."""
     sums = list(accumulate(values, initial=0.0))

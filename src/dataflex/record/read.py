@@ -115,7 +115,7 @@ def _shallow(value: Any, depth: int = 0) -> Any:
     return "..." if isinstance(value, int) and abs(value) > _LARGEST else value
 
 
-def _sound(found: Any) -> tuple[Event | None, list[str]]:
+def sound_event(found: Any) -> tuple[Event | None, list[str]]:
     """Return the event with what can be relied on, and the keys left out; None where a key that it needs is bad."""
     if not isinstance(found, dict):
         return None, ["not an object"]
@@ -197,7 +197,7 @@ def _parsed(path: Path) -> Iterator[tuple[int, Event | None, str]]:
     for number, line in enumerate(lines, 1):
         event: Event | None = None
         try:
-            event, left_out = _sound(json.loads(line))
+            event, left_out = sound_event(json.loads(line))
             problem = ", ".join(on_one_line(str(key))[:60] for key in left_out[:8])
             if event is None:
                 problem += (

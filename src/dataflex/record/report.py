@@ -1,4 +1,4 @@
-"""``dataflex report``: one run's summary and plots, written beside its record.
+"""``dataflex report``: what one run did, or several beside each other, as a page, a text, pictures and JSON.
 
 Works on a run that is still going on or was killed. Every file is written aside and renamed, so a
 report can be renewed while somebody looks at it.
@@ -6,66 +6,88 @@ report can be renewed while somebody looks at it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dataflex.errors import DataError
 from dataflex.printable import printable
-from dataflex.record.digest import digest
-from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir
+from dataflex.record.recorded import Recorded, recorded
 from dataflex.record.summary import summary
+from dataflex.record.text import without_prefix
 from dataflex.state import replacing
 
+PAGE, DATA, TEXT = "report.html", "report.json", "summary.txt"
 
-def report(run_dir: Path, out: Path | None = None) -> str:
-    """Write ``summary.txt`` and the plots that there is data for; return the summary and the files' paths.
 
-    Plots of an earlier report that have no data any more are removed.
+def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: bool = False) -> str | int:
+    """Write the page and, in the folder ``report``, the summary, the page's values and its pictures.
+
+    Pictures of an earlier report that have no data any more are removed. The first run is the one that is told of;
+    the others are what it is compared with.
 
     Args:
-        run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
-        out: Folder for the files; ``<output_dir>/dataflex/report`` when None.
+        run_dirs: The runs' ``output_dir``, or the ``dataflex`` folders in them.
+        out: Folder for all files; None: the page in the first run's ``<output_dir>/dataflex``, the rest in ``report``.
+        as_json: Print the values instead of the summary.
+
+    Returns:
+        The summary and the files' paths; 0 after JSON was printed.
 
     Raises:
-        DataError: The folder has no record, nothing of it can be read, or ``out`` cannot be written.
+        DataError: A folder has neither a record nor logs, nothing of it can be read, or ``out`` cannot be written.
     """
-    from dataflex.record.plots import PLOTS, draw
+    from dataflex.record.charts import CHARTS, charts
+    from dataflex.record.page import page
+    from dataflex.record.plots import draw
+    from dataflex.record.sections import report_of
 
-    folder = record_dir(run_dir)
-    events, left_out = read_record(folder)
-    if left_out and not events:
-        raise DataError(f"{folder / EVENTS} is damaged: none of its lines is an event, such as {left_out[0]}")
-
-    def readable(read: Callable[..., Any], *arguments: str) -> Any:
-        try:
-            return read(folder, *arguments)
-        except DataError as error:
-            left_out.append(str(error).removeprefix(f"{folder}/"))
-            return None
-
-    run = digest([*events, *(readable(read_ending) or [])])
-    weighed = readable(read_weights)
-    found = readable(read_found, run.methods["mixer"][0]) if "mixer" in run.methods else None
-    out = _inside(folder, Path(run_dir)) if out is None else Path(out)
-    title = str(folder.parent if folder.name == "dataflex" else folder)
-    pictures = draw(run)
-    files = [out / "summary.txt", *(out / name for name in pictures)]
-    told = summary(run, title, weighed, found, left_out)
-    text = printable(told + "\nFiles\n" + "".join(f"  {file}\n" for file in files))
+    runs = _titled([recorded(run_dir) for run_dir in run_dirs])
+    view = runs[0]
+    folder = _inside(view.folder, Path(run_dirs[0])) if out is None else Path(out)
+    made = charts(runs)
+    told = report_of(runs, made)
+    pictures = draw(made)
+    values = json.dumps(told, allow_nan=False) + "\n"
+    contents = {
+        (view.folder if out is None else folder) / PAGE: page(told, made).encode("utf-8", "backslashreplace"),
+        folder / DATA: values.encode(),
+        **{folder / name: picture for name, picture in pictures.items()},
+    }
+    files = [folder / TEXT, *contents]
+    text = summary(view.run, view.title, view.weighed, view.found, view.left_out)
+    text = printable(text + "\nFiles\n" + "".join(f"  {file}\n" for file in files))
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in PLOTS:
-            if name not in pictures:
-                (out / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in CHARTS:
+            if f"{name}.png" not in pictures:
+                (folder / f"{name}.png").unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
-            f"cannot write the report to {out}: {error.strerror or error}; name another folder with --out"
+            f"cannot write the report to {folder}: {error.strerror or error}; name another folder with --out"
         ) from error
-    for name, picture in {**pictures, "summary.txt": text.encode("utf-8", "backslashreplace")}.items():
-        with replacing(out / name) as file:
-            file.write(picture)
-    return text
+    for path, content in {**contents, folder / TEXT: text.encode("utf-8", "backslashreplace")}.items():
+        with replacing(path) as file:
+            file.write(content)
+    if not as_json:
+        return text
+    sys.stdout.write(values)
+    return 0
+
+
+def _titled(runs: Sequence[Recorded]) -> list[Recorded]:
+    """Return the runs without what all of their titles begin with.
+
+    Raises:
+        DataError: The same run is given twice.
+    """
+    titles = [each.title for each in runs]
+    twice = next((title for at, title in enumerate(titles) if title in titles[:at]), None)
+    if twice is not None:
+        raise DataError(f"{twice} is given twice; a run is compared with other ones")
+    return [replace(each, title=title) for each, title in zip(runs, without_prefix(titles, "/"), strict=True)]
 
 
 def _inside(folder: Path, run_dir: Path) -> Path:

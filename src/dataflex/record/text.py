@@ -36,6 +36,25 @@ def cut(text: str, columns: int) -> str:
     return "".join(kept) + ".."
 
 
+def middle(text: str, columns: int) -> str:
+    """Shorten ``text`` to at most ``columns`` columns as ``cut`` does, but in its middle."""
+    whole = cut(text, _MOST_READ)
+    if width(whole) <= columns:
+        return whole
+    half = (columns - 2) // 2
+    return cut(whole, columns - half).removesuffix("..") + ".." + cut(whole[::-1], half + 2).removesuffix("..")[::-1]
+
+
+def without_prefix(names: Sequence[str], signs: str = "/_-.") -> list[str]:
+    """Return the names without what all of them begin with, up to the last of ``signs`` in it."""
+    if len(names) < 2:
+        return list(names)
+    first, last = min(names), max(names)
+    alike = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    length = max(first[:alike].rfind(sign) for sign in signs) + 1
+    return [name[length:] or name for name in names]
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """Write a number with fixed digits, or three significant ones where those would hide it; ``-`` for None."""
     if value is None:

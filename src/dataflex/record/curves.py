@@ -1,0 +1,303 @@
+"""Charts over the steps of a run: losses, those of several runs beside each other, and the mixture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.record.chart import PANELS, Chart, Panel, Series, corners, line, lines, over_steps
+from dataflex.record.digest import DECIDING, Curve, Run, domain_groups, domain_rows, running_mean
+from dataflex.record.recorded import Recorded, spaced
+from dataflex.record.text import middle, number, percent, without_prefix
+
+_BLOCKS = 60
+_BARS = 24
+_SMOOTH_FROM = 120
+
+AGGREGATES = ("eval_macro_loss", "eval_micro_loss", "eval_token_loss", "eval_loss")
+"""Held-out losses over all sets, the one that counts first."""
+
+
+def held_out(runs: Sequence[Run]) -> str | None:
+    """Return the held-out loss that all of the runs have, the one that counts most; None where there is none."""
+    metrics = [run.metrics() for run in runs]
+    shared = [key for key in metrics[0] if all(key in each for each in metrics)] if metrics else []
+    losses = [*(key for key in AGGREGATES if key in shared), *(key for key in shared if key.endswith("loss"))]
+    return losses[0] if losses else None
+
+
+def _unit(run: Run) -> str:
+    return "loss (nats per token)" if run.config.get("stage") in ("sft", "pt") else "loss"
+
+
+def loss_chart(runs: Sequence[Recorded]) -> Chart | None:
+    """Training loss of every run, and the held-out loss that counts most of the first one."""
+    run, told = runs[0].run, []
+    series: list[Series] = []
+    for at, each in enumerate(runs):
+        train = each.run.logged("loss")
+        if not train:
+            continue
+        name = "train" if len(runs) == 1 else each.title
+        smooth = len(train) >= _SMOOTH_FROM
+        if at == 0 or not smooth:
+            series.append(line(name, train, at, 4 * len(runs), "faint" if smooth else "line"))
+        if smooth:
+            mean = running_mean([value for _, value in train], len(train) // 60)
+            curve = [(step, value) for (step, _), value in zip(train, mean, strict=True)]
+            series.append(line(f"{name}, running mean", curve, at, 4 * len(runs)))
+        if at == 0:
+            told.append(f"Training loss {number(train[0][1], 3)} -> {number(train[-1][1], 3)}")
+    if plain := run.logged("dataflex/plain_loss"):
+        series.append(line("train, unweighted", plain, 0, 4, "dashed"))
+    key = held_out([run])
+    if key is not None and (curve := run.metrics()[key]):
+        series.append(line(key, curve, 5, 4, "points"))
+        best_step, best = min(curve, key=lambda point: point[1])
+        told.append(f"{key} {number(curve[0][1], 3)} -> {number(curve[-1][1], 3)}")
+        told[-1] += f" (best {number(best, 3)} at step {best_step})" if best_step != curve[-1][0] else ""
+    if not series:
+        return None
+    return Chart(headline="; ".join(told) or "Loss", y=_unit(run), panels=[Panel(series=series)], **over_steps(run))
+
+
+def heldout_chart(runs: Sequence[Recorded]) -> Chart | None:
+    """Held-out losses of each set, those over all sets first."""
+    run = runs[0].run
+    curves = {key: curve for key, curve in run.metrics().items() if key.endswith("loss") and len(curve) > 1}
+    sets = [key for key in curves if key not in AGGREGATES and key.endswith("_token_loss")]
+    sets = sets or [key for key in curves if key not in AGGREGATES]
+    if not sets:
+        return None
+    ends = {key: curves[key][-1][1] - curves[key][0][1] for key in sets}
+    best, worst = min(sets, key=lambda key: ends[key]), max(sets, key=lambda key: ends[key])
+    told = f"Held-out loss fell most on {middle(_set_of(best), 28)} ({ends[best]:+.3f})"
+    told += f", least on {middle(_set_of(worst), 28)} ({ends[worst]:+.3f})" if len(sets) > 1 else ""
+    whole = {key: curves[key] for key in AGGREGATES if key in curves}
+    panels = [Panel(title="all sets", series=[line(k, c, at, 8, "line") for at, (k, c) in enumerate(whole.items())])]
+    named = {_set_of(key): curves[key] for key in sets}
+    return Chart(headline=told, y=_unit(run), panels=[*(panels if whole else []), *lines(named, "")], **over_steps(run))
+
+
+def _set_of(key: str) -> str:
+    return re.sub(r"^eval_|_(token_)?loss$", "", key) or key
+
+
+def domain_loss_chart(runs: Sequence[Recorded]) -> Chart | None:
+    """Loss of each domain in training."""
+    run = runs[0].run
+    found = {name: run.logged(f"dataflex/loss/{name}") for name, _ in most_served(run, PANELS)}
+    curves = {name: curve for name, curve in found.items() if len(curve) > 1}
+    if not curves:
+        return None
+    change = {name: curve[-1][1] - curve[0][1] for name, curve in curves.items()}
+    best, worst = min(change, key=lambda name: change[name]), max(change, key=lambda name: change[name])
+    told = f"In training the loss of {middle(best, 28)} changed by {change[best]:+.3f}"
+    told += f", of {middle(worst, 28)} by {change[worst]:+.3f}" if worst != best else ""
+    return Chart(headline=told, y=_unit(run), panels=lines(curves, ""), **over_steps(run))
+
+
+def most_served(run: Run, most: int) -> list[tuple[str, float]]:
+    """Return the most served domains, in the order of the row space, and their rows."""
+    served = run.served
+    kept = set(sorted(served, key=lambda name: -served[name])[:most])
+    return [(name, rows) for name, rows in served.items() if name in kept]
+
+
+def seconds_at(run: Run) -> Curve:
+    """Return the seconds of training and of deciding up to each log: what a run has cost by then."""
+    curve: dict[int, float] = {}
+    before = offset = 0.0
+    for event in sorted([*run.stepped, *run.evaluated], key=lambda event: event["time"]):
+        spent = event.get("spent") or {}
+        now = sum(spent.get(phase, 0.0) for phase in ("train", "reference", "ledger", *DECIDING))
+        offset += before if now < before else 0.0  # another process, whose clock began anew
+        before = now
+        curve[event["step"]] = offset + now
+    return sorted(curve.items()) if any(curve.values()) else []
+
+
+def tokens_at(run: Run) -> Curve:
+    """Return the tokens served up to each log; empty where the record does not have them."""
+    curve = {}
+    for event in run.stepped:
+        counts = [value for key, value in event.items() if key.startswith("dataflex/tokens/")]
+        if counts:
+            curve[event["step"]] = float(sum(value or 0.0 for value in counts))
+    return sorted(curve.items())
+
+
+def compared_chart(runs: Sequence[Recorded]) -> Chart | None:
+    """Compare held-out losses at equal steps, equal tokens and equal compute."""
+    key = held_out([each.run for each in runs]) if len(runs) > 1 else None
+    if key is None:
+        return None
+    panels = []
+    scales: dict[str, tuple[str, Callable[[Run], Curve] | None]] = {
+        "steps": ("optimizer step", None),
+        "tokens": ("tokens served", tokens_at),
+        "compute": ("seconds of training and deciding", seconds_at),
+    }
+    for what, (label, scale) in scales.items():
+        series = []
+        for at, each in enumerate(runs):
+            curve = each.run.metrics()[key]
+            if scale is not None:
+                known = scale(each.run)
+                if not known:
+                    continue
+                xs, ys = zip(*known, strict=True)
+                curve = [(float(np.interp(step, [0, *xs], [0.0, *ys])), value) for step, value in curve]  # type: ignore[misc]
+            series.append(line(each.title, curve, at, 3 * len(runs)))
+        if len(series) > 1:
+            panels.append(Panel(title=f"at equal {what}", x=label, y=_unit(runs[0].run), series=series))
+    last = [(each.run.metrics()[key][-1][1], each.title) for each in runs]
+    return Chart(headline=f"{key} ends lowest in {min(last)[1]}, at {number(min(last)[0], 3)}", panels=panels)
+
+
+def over_time(
+    run: Run, groups: Sequence[tuple[str, Sequence[str]]], most: int = _BLOCKS
+) -> tuple[list[int], list[int], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the first and last steps of up to ``most`` stretches of intervals, and what was served in them.
+
+    Rows of each group of domains [stretches, groups], and nominal shares [stretches, groups], NaN where there are none.
+    """
+    planned = [event for event in run.planned if sum((event.get("domain_counts") or {}).values())]
+    column = {name: at for at, (_, members) in enumerate(groups) for name in members}
+    parts = [part for part in np.array_split(np.arange(len(planned)), min(most, len(planned)) or 1) if len(part)]
+    counts, nominal = np.zeros((len(parts), len(groups))), np.full((len(parts), len(groups)), np.nan)
+    for at, part in enumerate(parts):
+        weight, sums = 0.0, np.zeros(len(groups))
+        for event in (planned[place] for place in part):
+            for name, rows in event["domain_counts"].items():
+                counts[at, column[name]] += rows
+            shares = event.get("proportions") or {}
+            total = sum(share or 0.0 for share in shares.values())
+            if total > 0:
+                weight += event["rows"]
+                for name, share in shares.items():
+                    if name in column:
+                        sums[column[name]] += event["rows"] * (share or 0.0) / total
+        if weight:
+            nominal[at] = sums / weight
+    starts, stops = (
+        [planned[part[0]]["start_step"] for part in parts],
+        [planned[part[-1]]["stop_step"] for part in parts],
+    )
+    return starts, stops, counts, nominal
+
+
+def mixture_chart(runs: Sequence[Recorded]) -> Chart | None:
+    """Each domain's share of rows and tokens, nominal share and share of the pool."""
+    run = runs[0].run
+    groups = domain_groups(run, PANELS - 1)
+    starts, stops, counts, nominal = over_time(run, groups)
+    if not starts:
+        return None
+    shares = counts / counts.sum(1, keepdims=True)
+    pool, labels = sum(run.pool.values()), labels_of(groups)
+    tokens = _token_shares(run, groups)
+    panels = []
+    for at, (_, members) in enumerate(groups):
+        xs, ys = corners(starts, stops, shares[:, at].tolist())
+        series = [Series(name="rows", x=xs, y=ys)]
+        if at in tokens:
+            series.insert(0, line("tokens", tokens[at], 4, 40, "faint"))
+        if np.isfinite(nominal).any():
+            xs, ys = corners(starts, stops, nominal[:, at].tolist())
+            series.append(Series(name="nominal", x=xs, y=ys, look="dashed", colour=5))
+        if pool:
+            natural = sum(run.pool.get(name, 0) for name in members) / pool
+            series.append(Series(name="pool", x=[starts[0], stops[-1]], y=[natural] * 2, look="dotted", colour=-1))
+        panels.append(Panel(title=labels[at], series=series))
+    return Chart(
+        headline=f"Served mixture{_change(labels, shares)}", y="share", percent=True, panels=panels, **over_steps(run)
+    )
+
+
+def labels_of(groups: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Return the names of groups of domains, those of single ones without what they share."""
+    alone = [name for name, members in groups if list(members) == [name]]
+    labels = dict(zip(alone, without_prefix(alone), strict=True))
+    return [labels.get(name, name) for name, _ in groups]
+
+
+def _token_shares(run: Run, groups: Sequence[tuple[str, Sequence[str]]]) -> dict[int, Curve]:
+    """Return each group's share of the tokens served between two logs, where all of its domains are logged."""
+    found: dict[int, Curve] = {}
+    logs = [event for event in run.stepped if any(key.startswith("dataflex/tokens/") for key in event)]
+    logs = spaced(logs, _BLOCKS)
+    totals = [sum(v or 0.0 for k, v in event.items() if k.startswith("dataflex/tokens/")) for event in logs]
+    for at, (_, members) in enumerate(groups):
+        keys = [f"dataflex/tokens/{name}" for name in members]
+        if not logs or not all(key in logs[-1] for key in keys):
+            continue
+        own = [sum(event.get(key) or 0.0 for key in keys) for event in logs]
+        curve = [
+            (event["step"], (mine - mine_before) / (total - before))
+            for event, mine, mine_before, total, before in zip(logs[1:], own[1:], own, totals[1:], totals, strict=False)
+            if total > before
+        ]
+        if curve:
+            found[at] = curve
+    return found
+
+
+def _change(labels: Sequence[str], shares: NDArray[np.float64]) -> str:
+    if len(shares) == 1:
+        return " of the one interval so far"
+    moved = shares[-1] - shares[0]
+    at = int(np.abs(moved).argmax())
+    if abs(moved[at]) < 0.01:
+        return ": the same at the beginning and at the end"
+    verb = "rose" if moved[at] > 0 else "fell"
+    return f": {middle(labels[at], 28)} {verb} from {percent(shares[0, at], 0)} to {percent(shares[-1, at], 0)}"
+
+
+def epochs_chart(runs: Sequence[Recorded]) -> Chart | None:
+    """How often each domain's rows were served by then."""
+    run = runs[0].run
+    groups = [(name, [name]) for name, _ in most_served(run, PANELS) if run.pool.get(name)]
+    rest = [name for name in {**run.pool, **run.served} if name not in dict(groups)]
+    starts, stops, counts, _ = over_time(run, [*groups, ("rest", rest)])
+    if not starts or not groups:
+        return None
+    total = counts.cumsum(0)[:, :-1] / np.array([run.pool[name] for name, _ in groups])
+    curves = {
+        name: [(starts[0], 0.0), *zip(stops, total[:, at].tolist(), strict=True)] for at, (name, _) in enumerate(groups)
+    }
+    cap = (run.config.get("dynamic") or {}).get("max_epochs") if isinstance(run.config.get("dynamic"), dict) else None
+    level = ("cap", float(cap)) if isinstance(cap, int | float) and not isinstance(cap, bool) else None
+    at = int(total[-1].argmax())
+    told = f"{middle(groups[at][0], 28)} was served most often: {total[-1, at]:.2f} times over"
+    return Chart(headline=told, y="epochs", panels=lines(curves, ""), level=level, **over_steps(run))
+
+
+def composition_chart(runs: Sequence[Recorded]) -> Chart | None:
+    """Each domain's share of what was served, and of the pool."""
+    run = runs[0].run
+    all_served, all_pool = sum(run.served.values()), sum(run.pool.values())
+    if not all_served or not all_pool:
+        return None
+    groups = domain_rows(run, _BARS)
+    shares, fair = [rows / all_served for _, rows, _ in groups], [rows / all_pool for _, _, rows in groups]
+    names = labels_of(domain_groups(run, _BARS))
+    series = [Series(name="served rows", y=shares)]
+    tokens = {key: value for event in run.stepped[-1:] for key, value in event.items() if key.startswith(_TOKENS)}
+    if tokens and sum(tokens.values()):
+        alone = [sum(tokens.get(f"{_TOKENS}{name}", 0.0) for name in group) for _, group in domain_groups(run, _BARS)]
+        series.append(Series(name="served tokens", y=[each / sum(tokens.values()) for each in alone], colour=4))
+    series.append(Series(name="pool rows", y=fair, colour=-1))
+    ratios = [(share / base, name) for share, base, name in zip(shares, fair, names, strict=True) if base]
+    (most, most_name), (least, least_name) = max(ratios), min(ratios)
+    told = f"{middle(most_name, 28)} is served {most:.2f} times its share of the pool"
+    told += f", {middle(least_name, 28)} {least:.2f} times"
+    if most < 1.02 and least > 0.98:
+        told = "Domains are served in the proportions of the pool"
+    return Chart(headline=told, kind="bars", x="share", percent=True, names=names, panels=[Panel(series=series)])
+
+
+_TOKENS = "dataflex/tokens/"

@@ -1,0 +1,164 @@
+"""What a run's folder holds, read for a report: the record, or the Trainer's own logs where there is no record.
+
+What cannot be read is named and the rest is given; only a folder with neither is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.errors import DataError
+from dataflex.plan.domains import Rows
+from dataflex.plan.proportions import ProportionsFile
+from dataflex.record.digest import Event, Run, digest
+from dataflex.record.read import (
+    EVENTS,
+    load_plan,
+    read_ending,
+    read_found,
+    read_record,
+    read_weights,
+    record_dir,
+    sound_event,
+)
+
+TRAINER_STATE = "trainer_state.json"
+_PLANS = 2048
+_SCORED = 24
+"""Intervals whose scores are read, evenly spaced."""
+_NO_LOG = ("step", "epoch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """One run as a report sees it."""
+
+    title: str
+    folder: Path
+    """Folder of the record, whether it is there or not."""
+    run: Run
+    weighed: dict[str, Any] | None = None
+    """What ``read_weights`` gives."""
+    found: ProportionsFile | None = None
+    left_out: list[str] = field(default_factory=list)
+    """What is missing or cannot be read, one line each."""
+
+    @cached_property
+    def plans(self) -> list[tuple[Event, Rows]]:
+        """Each interval whose rows are stored, and the ids of the rows served in it [m]; at most 2,048 intervals."""
+        kept = spaced([event for event in self.run.planned if event.get("plan")], _PLANS)
+        found = [(event, self._array(event, "rows")) for event in kept]
+        return [(event, rows[rows >= 0]) for event, rows in found if rows is not None]
+
+    @cached_property
+    def scored(self) -> list[tuple[Event, Rows, NDArray[np.float64]]]:
+        """Of up to 24 decisions: the interval, the ids of the rows with a finite score [n], and the scores [n]."""
+        events = [event for event in self.run.planned if event.get("plan") and event.get("scores")]
+        found = []
+        for event in spaced(events, _SCORED):
+            scores, pool = self._array(event, "scores"), self._array(event, "pool", optional=True)
+            if scores is None or (pool is not None and len(pool) != len(scores)):
+                continue
+            rows = np.arange(len(scores)) if pool is None else pool
+            finite = np.isfinite(scores)
+            found.append((event, rows[finite], scores[finite]))
+        return found
+
+    def _array(self, event: Event, name: str, optional: bool = False) -> NDArray[Any] | None:
+        """Return one array of an interval's plan; None where it is not there, and told where it should be."""
+        try:
+            array = getattr(load_plan(self.folder, event["interval"]), name)
+        except DataError as error:
+            told = str(error).removeprefix(f"{self.folder}/")
+        else:
+            rows = sum(self.run.pool.values()) or np.iinfo(np.int64).max
+            if array is None and optional:
+                return None
+            told = f"{event['plan']} has no {name} that are numbers of rows of the pool"
+            if array is not None and array.ndim == 1:
+                if name == "scores" and array.dtype.kind == "f":
+                    return np.asarray(array, np.float64)
+                if name != "scores" and array.dtype.kind == "i" and (not len(array) or array.max() < rows):
+                    return np.asarray(array, np.int64)
+        if told not in self.left_out:
+            self.left_out.append(told)
+        return None
+
+
+def spaced(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most ``most`` items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[at] for at in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def recorded(run_dir: Path | str) -> Recorded:
+    """Read a run's folder.
+
+    Args:
+        run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
+
+    Raises:
+        DataError: There is neither a record nor a Trainer's log, or nothing of it can be read.
+    """
+    run_dir = Path(run_dir)
+    try:
+        folder = record_dir(run_dir)
+    except DataError:
+        if (run_dir / TRAINER_STATE).is_file():
+            return _without_record(run_dir)
+        raise
+    events, left_out = read_record(folder)
+    if left_out and not events:
+        raise DataError(f"{folder / EVENTS} is damaged: none of its lines is an event, such as {left_out[0]}")
+
+    def readable(read: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return read(folder, *arguments)
+        except DataError as error:
+            left_out.append(str(error).removeprefix(f"{folder}/"))
+            return None
+
+    run = digest([*events, *(readable(read_ending) or [])])
+    return Recorded(
+        title=str(folder.parent if folder.name == "dataflex" else folder),
+        folder=folder,
+        run=run,
+        weighed=readable(read_weights),
+        found=readable(read_found, run.methods["mixer"][0]) if "mixer" in run.methods else None,
+        left_out=left_out,
+    )
+
+
+def _without_record(run_dir: Path) -> Recorded:
+    """Read the losses and metrics that the Trainer itself keeps of a run."""
+    path = run_dir / TRAINER_STATE
+    try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    logs = stored.get("log_history") if isinstance(stored, Mapping) else None
+    events: list[Event] = []
+    for log in logs if isinstance(logs, list) else ():
+        step = log.get("step") if isinstance(log, Mapping) else None
+        metrics = {key: value for key, value in log.items() if key not in _NO_LOG} if step is not None else {}
+        evaluated = any(str(key).startswith("eval_") for key in metrics)
+        told = {"metrics": metrics} if evaluated else metrics
+        kind = "evaluated" if evaluated else "stepped"
+        event, _ = sound_event({**told, "event": kind, "step": step, "time": 0})
+        if event is not None and metrics:
+            events.append(event)
+    if not events:
+        raise DataError(f"{run_dir} has no dataflex/{EVENTS}, and {path.name} holds no log")
+    missing = (
+        f"dataflex/{EVENTS}: there is no record; losses and metrics are those of {path.name}, nothing else is known"
+    )
+    return Recorded(title=str(run_dir), folder=run_dir / "dataflex", run=digest(events), left_out=[missing])

@@ -1,0 +1,188 @@
+"""What a record says that its reader should not miss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from dataflex.record.choices import signal_quality, times_served
+from dataflex.record.curves import held_out, over_time
+from dataflex.record.digest import Run
+from dataflex.record.recorded import Recorded
+from dataflex.record.text import middle, number, percent
+from dataflex.version import __version__
+
+_COLLAPSED = 0.95
+_FEW_EFFECTIVE = 0.1
+_MANY_EPOCHS = 4.0
+_WEAK = 0.1
+_NAMED = 5
+_REPEATED = re.compile(r"[0-9]+% of the rows were served more than [0-9]+ times by now, up to [0-9]+")
+
+
+def warnings(runs: Sequence[Recorded]) -> list[str]:
+    """Return the warnings of all runs, one sentence each."""
+    found = []
+    for view in runs:
+        for look in LOOKS:
+            found += [f"{view.title}: {told}" if len(runs) > 1 else told for told in look(view)]
+    return found
+
+
+def _version(view: Recorded) -> Iterator[str]:
+    versions = view.run.started.get("versions")
+    written = versions.get("dataflex") if isinstance(versions, Mapping) else None
+    if isinstance(written, str) and _parts(written) > _parts(__version__):
+        yield f"The record is of dataflex {written}; this is {__version__}, and what is new there is not shown."
+
+
+def _parts(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"[0-9]{1,9}", version.partition("+")[0])[:3]]
+
+
+def _leaks(view: Recorded) -> Iterator[str]:
+    leaks = (view.run.started.get("row_space") or {}).get("leaks")
+    for name, leak in leaks.items() if isinstance(leaks, dict) else ():
+        rows, of = (leak.get("target_rows"), leak.get("of")) if isinstance(leak, dict) else (None, None)
+        if isinstance(rows, int) and rows > 0:
+            yield f"Leak: {rows} of the {of} rows of the target {middle(name, 40)} also lie in the training pool."
+
+
+def _labels(view: Recorded) -> Iterator[str]:
+    rows = (view.run.started.get("row_space") or {}).get("rows_without_labels")
+    if isinstance(rows, int) and rows > 0:
+        yield f"{rows:,} rows of the pool have no label that is trained on; serving them teaches nothing."
+
+
+def _losses(view: Recorded) -> Iterator[str]:
+    run = view.run
+    broken = [event for event in run.stepped if "loss" in event.get("nonfinite", ())]
+    if broken:
+        told = f"{len(broken)} of {len(run.stepped)} logs, first at step {broken[0]['step']}"
+        yield f"The training loss was not finite in {told}."
+    key = held_out([run])
+    curve = run.metrics()[key] if key else []
+    if len(curve) > 2:
+        step, best = min(curve, key=lambda point: point[1])
+        if curve[-1][1] > 1.01 * best > 0 and step < curve[-1][0]:
+            last = number(curve[-1][1])
+            yield f"Held-out loss ({key}) rose after step {step}: {number(best)} there, {last} at the end."
+
+
+def _mixture(view: Recorded) -> Iterator[str]:
+    run = view.run
+    pool = sum(run.pool.values())
+    dynamic = [
+        event
+        for event in run.planned
+        if event["kind"] == "dynamic" and sum((event.get("domain_counts") or {}).values())
+    ]
+    if dynamic and pool and len(run.pool) > 1:
+        counts = dynamic[-1]["domain_counts"]
+        name = max(counts, key=lambda name: counts[name])
+        share, natural = counts[name] / sum(counts.values()), run.pool.get(name, 0) / pool
+        if share > _COLLAPSED and natural < share / 1.2:
+            told = f"{percent(share, 0)} of the last interval ({percent(natural, 0)} of the pool)"
+            yield f"The mixture has collapsed: {middle(name, 40)} is {told}."
+    if view.found is not None and view.found.details["warning"]:
+        yield str(view.found.details["warning"])
+
+
+def _caps(view: Recorded) -> Iterator[str]:
+    run = view.run
+    stopped = [event for event in run.planned if "at its cap: " in str(event.get("reason"))]
+    if stopped:
+        told = str(stopped[-1]["reason"]).partition("at its cap: ")[2][:200]
+        yield f"Training ended at step {stopped[-1]['stop_step']}, at a cap: {told}."
+    block = run.config.get("dynamic")
+    cap = block.get("max_epochs") if isinstance(block, Mapping) else None
+    epochs = {name: rows / run.pool[name] for name, rows in run.served.items() if run.pool.get(name)}
+    if isinstance(cap, int | float) and not isinstance(cap, bool):
+        full = [name for name, times in epochs.items() if times >= cap - 0.01]
+        if full:
+            yield f"{_named(full)} reached the cap of {cap:g} epochs."
+    elif many := [name for name, times in epochs.items() if times > _MANY_EPOCHS]:
+        most = max(many, key=lambda name: epochs[name])
+        told = f"{_named(many)}: served more than {_MANY_EPOCHS:g} times over"
+        yield f"{told}, {middle(most, 40)} {epochs[most]:.1f} times; repeats teach less each time."
+
+
+def _named(names: Sequence[str]) -> str:
+    told = ", ".join(middle(name, 40) for name in names[:_NAMED])
+    return f"{told} and {len(names) - _NAMED} more domains" if len(names) > _NAMED else told
+
+
+def _repeats(view: Recorded) -> Iterator[str]:
+    told = [found.group() for event in view.run.planned if (found := _REPEATED.search(str(event.get("reason"))[:4000]))]
+    if told:
+        yield f"Repeats: {told[-1]} (at most, over the run: {max(told, key=_first)})."
+    times = times_served(view)
+    if times is not None and view.run.methods.get("selector") and len(view.plans) > 1:
+        never = float((times == 0).mean())
+        if never == 0:
+            yield "The pool is exhausted: every row has been served, so that selection only orders and repeats."
+
+
+def _first(text: str) -> int:
+    return int(text.partition("%")[0])
+
+
+def _weights(view: Recorded) -> Iterator[str]:
+    ess = view.run.weight_curve("ess")
+    low = [step for step, value in ess if value < _FEW_EFFECTIVE]
+    if low:
+        told = f"{len(low)} of {len(ess)} logs, first at step {low[0]}"
+        yield f"Weights collapsed: fewer than {percent(_FEW_EFFECTIVE, 0)} of the sequences were effective in {told}."
+
+
+def _signals(view: Recorded) -> Iterator[str]:
+    curve = signal_quality(view.run).get("correlation", [])
+    weak = [step for step, value in curve if value < _WEAK]
+    if weak:
+        told = f"(rank correlation below {_WEAK:g}), first at step {weak[0]}"
+        yield f"In {len(weak)} of {len(curve)} decisions the predicted scores hardly ranked the rows {told}."
+
+
+def _idle_domains(view: Recorded) -> Iterator[str]:
+    """Tell domains whose share rises while their loss does not fall."""
+    run = view.run
+    names = [name for name in run.served if any(f"dataflex/loss/{name}" in event for event in run.stepped[-3:])]
+    rest = [name for name in {**run.pool, **run.served} if name not in set(names)]
+    _, _, counts, _ = over_time(run, [*((name, [name]) for name in names), ("rest", rest)], 3)
+    if len(counts) < 3:
+        return
+    shares = counts / counts.sum(1, keepdims=True)
+    for at, name in enumerate(names):
+        curve = [value for _, value in run.logged(f"dataflex/loss/{name}")]
+        third = len(curve) // 3
+        if third < 2 or shares[-1, at] < 1.2 * shares[0, at] or shares[-1, at] < 0.02:
+            continue
+        first, last = sum(curve[:third]) / third, sum(curve[-third:]) / third
+        if last > 0.99 * first:
+            yield (
+                f"{middle(name, 40)} does not learn while its share rises: share {percent(shares[0, at], 0)} -> "
+                f"{percent(shares[-1, at], 0)}, training loss {number(first, 3)} -> {number(last, 3)}."
+            )
+
+
+def _unfinished(view: Recorded) -> Iterator[str]:
+    run: Run = view.run
+    if run.finished is None and run.planned:
+        of = f" of {run.total_steps}" if run.total_steps else ""
+        yield f"The run had not finished when this was written: step {run.steps_done}{of}."
+
+
+LOOKS: tuple[Callable[[Recorded], Iterator[str]], ...] = (
+    _version,
+    _unfinished,
+    _leaks,
+    _labels,
+    _losses,
+    _mixture,
+    _caps,
+    _repeats,
+    _weights,
+    _signals,
+    _idle_domains,
+)
+"""What is looked for, in the order of the page."""

@@ -1,0 +1,320 @@
+"""The page of a report: whole, self-contained, accessible, and of the same values as its JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataflex.cli import main
+from dataflex.record import report as report_module
+from dataflex.record.chart import thin
+from dataflex.record.recorder import RunRecorder
+from dataflex.record.report import report
+from dataflex.record.text import middle, without_prefix
+from dataflex.record.warnings import warnings
+from tests.record.synthetic import MIXTURE, SELECTION, WEIGHTING, Spent, simulate, started
+from tests.record.test_hostile import line, lines_of
+
+VOID = {"meta", "input", "br", "link", "img", "path", "rect"}
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'&$$x$$\x1b[2J\u202e"
+
+
+class Page(HTMLParser):
+    """The elements of a page; fails where they are not nested."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        (self.scripts if self.open[-1:] == ["script"] else self.texts).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("dataflex.record.plots.draw", lambda charts: {})
+
+
+def page_of(*folders) -> tuple[Page, dict]:
+    report(folders)
+    text = (folders[0] / "dataflex" / "report.html").read_text(encoding="utf-8")
+    assert len(text.encode()) < 3_000_000
+    return Page(text), json.loads((folders[0] / "dataflex" / "report" / "report.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SELECTION, MIXTURE, WEIGHTING])
+def test_the_page_is_whole_loads_nothing_and_can_be_read_aloud(tmp_path, case):
+    simulate(tmp_path / "dataflex", **case)
+    page, told = page_of(tmp_path)
+    for _, attributes in page.elements:
+        assert not {"src", "srcset", "action", "formaction", "poster", "data"} & set(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    (style,) = re.findall(r"<style>(.*?)</style>", (tmp_path / "dataflex" / "report.html").read_text(), re.DOTALL)
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "prefers-color-scheme: dark" in style
+    assert "@media print" in style
+    policy = next(each["content"] for each in page.all("meta") if "http-equiv" in each)
+    assert policy.startswith("default-src 'none';")
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for key in ("aria-labelledby", "aria-controls", "for"):
+            assert attributes.get(key, ids[0]) in ids
+    assert page.all("html") == [{"lang": "en"}]
+    for landmark in ("header", "nav", "main", "footer", "h1"):
+        assert len(page.all(landmark)) == 1
+    assert {each["href"] for each in page.all("a")} <= {f"#{each}" for each in ids}
+    assert all(each.get("scope") for each in page.all("th"))
+    assert len(page.all("caption")) + len([each for each in page.all("table") if "aria-labelledby" in each]) == len(
+        page.all("table")
+    )
+    pictures = [attributes for _, attributes in page.elements if attributes.get("role") == "img"]
+    assert pictures
+    assert all(each["aria-label"] for each in pictures)
+    assert [each["id"] for each in page.all("section") if "id" in each] == [each["id"] for each in told["sections"]]
+    shown = " ".join(page.texts)
+    for text in [*told["sentences"], *(chart["headline"] for each in told["sections"] for chart in each["charts"])]:
+        assert text in shown
+    assert "BSD-3-Clause" in shown
+    assert "Redistribution and use in source and binary forms" in shown
+
+
+@pytest.mark.slow
+def test_the_json_is_what_the_page_shows(tmp_path, capsys):
+    simulate(tmp_path / "dataflex", **SELECTION)
+    page, told = page_of(tmp_path)
+    assert json.loads(page.scripts[0]) == told
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == told
+    assert set(told) == {"format", "dataflex", "title", "runs", "sentences", "missing", "sections"}
+    assert told["format"] == 1
+    for section in told["sections"]:
+        assert {"id", "title", "notes", "charts", "tables", "texts"} <= set(section)
+    rows = sum(len(table["rows"]) for section in told["sections"] for table in section["tables"])
+    bars = sum(len(chart["names"]) for section in told["sections"] for chart in section["charts"])
+    heads = len(page.all("table"))
+    assert len(page.all("tr")) == rows + bars + heads
+    plots = json.loads(page.scripts[1])
+    panels = [panel for section in told["sections"] for chart in section["charts"] for panel in chart["panels"]]
+    assert len(plots) == len([panel for panel in panels if panel["series"][0]["x"]])
+    loss = json.dumps(plots[0])
+    assert json.dumps(told["sections"][0]["charts"][0]["panels"][0]["series"][0]["y"]) in loss
+
+
+@pytest.mark.slow
+def test_hostile_names_and_texts_stay_text(tmp_path):
+    simulate(tmp_path / "dataflex", **{**SELECTION, "sources": {HOSTILE: 900, "b": 300}}, stop_step=40)
+    row = {"row": 0, "weight": 2.0, "times": 1, "domain": HOSTILE, "text": HOSTILE}
+    recorder = RunRecorder(tmp_path / "dataflex", 40, clock=Spent(train=1.0))
+    recorder.weighed(40, most=[row], least=[], rows=9)
+    recorder.stepped(41, {"loss": 1.0, f"dataflex/loss/{HOSTILE}": 1.0, f"dataflex/tokens/{HOSTILE}": 5})
+    recorder.evaluated(41, {f"eval_{HOSTILE}_loss": 1.0, "eval_loss": 2.0})
+    recorder.evaluated(42, {f"eval_{HOSTILE}_loss": 1.0, "eval_loss": 2.0})
+    page, _ = page_of(tmp_path)
+    assert page.all("img") == []
+    assert len(page.all("script")) == 4
+    text = (tmp_path / "dataflex" / "report.html").read_text(encoding="utf-8")
+    assert not {"\x1b", "\u202e"} & set(text)
+    assert "onerror=alert(1)>" not in text
+    assert any("onerror=alert(1)>" in told for told in page.texts)
+    plots = page.scripts[1]
+    assert "$$" not in json.dumps([told["doc"] for told in json.loads(plots)])
+
+
+@pytest.mark.slow
+def test_several_runs_are_compared_and_one_without_a_record_has_its_losses(tmp_path):
+    simulate(tmp_path / "a" / "dataflex", **SELECTION)
+    simulate(
+        tmp_path / "b" / "dataflex", **{**SELECTION, "dynamic": {"selector": {"name": "random"}}, "total_steps": 80}
+    )
+    logs = [{"loss": 2.0, "step": 10}, {"eval_loss": 1.9, "step": 40}, {"eval_loss": 1.5, "step": 80}, {"loss": 1.0}]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    _, told = page_of(*(tmp_path / name for name in "abc"))
+    assert [run["title"] for run in told["runs"]] == ["a", "b", "c"]
+    assert told["missing"] == [
+        "c: dataflex/events.jsonl: there is no record; losses and metrics are those of trainer_state.json, "
+        "nothing else is known"
+    ]
+    sections = {section["id"]: section for section in told["sections"]}
+    compared = sections["loss"]["charts"][0]
+    assert compared["key"] == "compared"
+    assert [panel["title"] for panel in compared["panels"]] == ["at equal steps", "at equal compute"]
+    named = [[series["name"] for series in panel["series"]] for panel in compared["panels"]]
+    assert named == [["a", "b", "c"], ["a", "b"]]
+    assert "c has no seconds in its record, so that it is not compared at equal seconds." in sections["loss"]["notes"]
+    assert compared["panels"][0]["series"][2] == {**compared["panels"][0]["series"][2], "x": [40, 80], "y": [1.9, 1.5]}
+    differ = next(table for table in sections["repeat"]["tables"] if table["caption"] == "Differences in configuration")
+    assert ["dynamic.selector.name", "loss", "random", "-"] in differ["rows"]
+    assert "b ended at" in told["sentences"][2]
+    _, told = page_of(tmp_path / "a", tmp_path / "b")
+    assert compared["panels"][1]["series"][0]["x"][0] == pytest.approx(20 * 0.8 + 3 * 0.25 + 1 * 3.2 + 3.2, abs=4)
+    overlap = next(chart for chart in told["sections"][3]["charts"] if chart["key"] == "overlap")
+    assert overlap["names"] == ["a", "b"]
+    assert overlap["cells"][0][0] == 1.0
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+
+
+def test_phases_add_up_and_tell_the_steps_they_would_have_bought(tmp_path):
+    simulate(tmp_path / "dataflex", **SELECTION)
+    _, told = page_of(tmp_path)
+    cost = next(section for section in told["sections"] if section["id"] == "cost")
+    *phases, whole = cost["tables"][0]["rows"]
+    assert sum(row[1] for row in phases) == pytest.approx(whole[1])
+    bought = 10 * (3.2 + 0.25) / 0.8  # decisions of 3.2 s of signals and 0.25 s, at 0.8 s a step
+    assert cost["notes"][0].startswith(f"Deciding would have bought {bought:.1f} training steps")
+
+
+def plan(index, counts, **more):
+    return line(
+        "planned", interval=index, kind="dynamic", start_step=10 * index, stop_step=10 * index + 10, rows=10,
+        domain_counts=counts, **more,
+    )  # fmt: skip
+
+
+def test_warnings_say_what_the_record_shows(tmp_path):
+    space = {"domains": {"a": 50, "b": 50}, "rows_without_labels": 3}
+    space["leaks"] = {"goal": {"target_rows": 2, "of": 8, "training_rows": 2, "examples": []}}
+    start = line(
+        "run_started", config={"dynamic": {"max_epochs": None}}, row_space=space, versions={"dataflex": "99.0"}
+    )
+    reason = "by loss; trust 1, correlation 0.02; 30% of the rows were served more than 4 times by now, up to 9"
+    plans = [plan(0, {"a": 5, "b": 5}), plan(1, {"a": 0, "b": 300}, reason=reason)]
+    logs = [
+        json.dumps(
+            {"event": "stepped", "step": 5 * at, "time": 1.7e9, "loss": 2.0, "dataflex/weight_ess": 0.05}
+        ).encode()
+        for at in range(1, 5)
+    ]
+    evals = [
+        json.dumps({"event": "evaluated", "step": 5 * at, "time": 1.7e9, "metrics": {"eval_loss": loss}}).encode()
+        for at, loss in enumerate((2.0, 1.0, 1.5), 1)
+    ]
+    folder = lines_of(tmp_path, start, *plans, *logs, *evals)
+    found = "\n".join(warnings([report_module.recorded(folder)]))
+    for told in (
+        "is of dataflex 99.0",
+        "had not finished",
+        "Leak: 2 of the 8 rows of the target goal",
+        "3 rows of the pool have no label",
+        "rose after step 10",
+        "collapsed: b is 100 % of the last interval (50 % of the pool)",
+        "b: served more than 4 times over",
+        "Repeats: 30% of the rows",
+        "Weights collapsed",
+        "In 1 of 1 decisions the predicted scores hardly ranked",
+    ):
+        assert told in found
+    quiet = lines_of(
+        tmp_path / "quiet", line("run_started", row_space={"domains": {"a": 9}}), line("finished", metrics={})
+    )
+    assert warnings([report_module.recorded(quiet)]) == []
+
+
+def test_a_domain_that_does_not_learn_while_its_share_rises_is_told(tmp_path):
+    recorder = RunRecorder(tmp_path / "dataflex", clock=Spent(train=3.0))
+    started(recorder, dynamic={}, sources={"a": 50, "b": 50}, schedule={"total_steps": 30})
+    for step in range(1, 31):
+        losses = {"dataflex/loss/a": 3.0 - step / 20, "dataflex/loss/b": 2.0}
+        recorder.stepped(step, {"loss": 2.0, **losses})
+    events = (tmp_path / "dataflex" / "events.jsonl").read_bytes().splitlines()
+    plans = [plan(at, {"a": 10 - 3 * at, "b": 3 * at}) for at in range(3)]
+    view = report_module.recorded(lines_of(tmp_path, *events, *plans))
+    assert [told for told in warnings([view]) if "learn" in told] == [
+        "b does not learn while its share rises: share 0 % -> 60 %, training loss 2.000 -> 2.000."
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b"[]", b"\x00", b'{"log_history": 3}', b'{"log_history": [[], {"step": "x"}]}']
+)
+def test_a_trainer_log_that_says_nothing_is_told(tmp_path, content, capsys):
+    (tmp_path / "trainer_state.json").write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "trainer_state.json" in capsys.readouterr().err
+
+
+def test_plans_that_are_not_rows_of_the_pool_are_left_out_and_named(tmp_path):
+    simulate(tmp_path / "dataflex", **SELECTION, stop_step=60)
+    plans = tmp_path / "dataflex" / "plans"
+    np.savez(plans / "plan-00001.npz", rows=np.array([2**62, 1]), scores=np.zeros(3, np.float32))
+    np.savez(plans / "plan-00002.npz", rows=np.array([["a"]]), scores=np.zeros((2, 2)))
+    (plans / "plan-00003.npz").unlink()
+    _, told = page_of(tmp_path)
+    missing = "\n".join(told["missing"])
+    for number in (1, 2, 3):
+        assert f"plan-0000{number}" in missing or f"no plan of interval {number}" in missing
+
+
+@pytest.mark.slow
+def test_five_thousand_intervals_take_seconds_and_fit(tmp_path):
+    names = [f"common/prefix/domain-{at}" for at in range(40)]
+    start = line("run_started", config={}, row_space={"domains": dict.fromkeys(names, 1000)})
+    plans, steps = [], []
+    for at in range(5000):
+        counts = {name: 1 + (at * place) % 7 for place, name in enumerate(names)}
+        plans.append(plan(at, counts, proportions=dict.fromkeys(names, 1 / 40)))
+        losses = {f"dataflex/loss/{name}": 2.0 + place / at if at else 3.0 for place, name in enumerate(names)}
+        tokens = {f"dataflex/tokens/{name}": 100 * (at + 1) for name in names}
+        event = {"event": "stepped", "step": 10 * at + 10, "time": 1.7e9, "loss": 2.0, **losses, **tokens}
+        steps.append(json.dumps(event).encode())
+    folder = lines_of(tmp_path, start, *plans, *steps)
+    began = time.process_time()
+    _, told = page_of(folder)
+    assert time.process_time() - began < 10
+    mixture = next(chart for chart in told["sections"][1]["charts"] if chart["key"] == "mixture")
+    assert mixture["panels"][0]["title"] == "2"
+    assert len(mixture["panels"]) == 24
+
+
+@given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=300), most=st.integers(2, 50))
+def test_thinning_keeps_ends_and_extremes(values, most):
+    curve = list(enumerate(values))
+    kept = thin(curve, most)
+    assert kept[0] == curve[0]
+    assert kept[-1] == curve[-1]
+    assert max(value for _, value in kept) == max(values)
+    assert min(value for _, value in kept) == min(values)
+    assert kept == sorted(set(kept))
+    assert len(kept) <= most + 3
+
+
+def test_labels_lose_what_they_share_and_are_cut_in_the_middle():
+    assert without_prefix(["web/en/a", "web/en/b"]) == ["a", "b"]
+    assert without_prefix(["web_a", "wet_b"]) == ["web_a", "wet_b"]
+    assert without_prefix(["web/", "web/a"]) == ["web/", "a"]
+    assert without_prefix(["alone/x"]) == ["alone/x"]
+    assert middle("abcdefghij", 6) == "ab..ij"
+    assert middle("abcdef", 6) == "abcdef"
+    assert len(middle("x" * 9999, 20)) == 20
