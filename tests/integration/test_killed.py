@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
+
+from dataflex.record.chosen import CHOSEN, chosen_notes, chosen_table
 
 BLOCK = {"warmup_steps": 2, "interval_steps": 3, "selector": "loss"}
 SETTINGS = {
@@ -44,7 +47,12 @@ def test_kill_and_resume(run):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (folder / "trainer_state.json").exists(), "the run ended before it was killed"
+    left = pq.read_table(folder / "dataflex" / CHOSEN)
+    assert sum(left.column("times_served").to_pylist()) == 2 * chosen_notes(left)["step"]
+    assert chosen_notes(chosen_table(folder))["step"] >= chosen_notes(left)["step"]
     resumed = run("killed", **SETTINGS, dynamic=BLOCK, resume_from_checkpoint=True)
+    written = [(each.folder / "dataflex" / CHOSEN).read_bytes() for each in (resumed, straight)]
+    assert written[0] == written[1]
     assert resumed.series() == straight.series()
     assert resumed.series("grad_norm") == straight.series("grad_norm")
     steps = [event["step"] for event in resumed.events if event["event"] == "resumed"]

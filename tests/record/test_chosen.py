@@ -19,7 +19,7 @@ from dataflex.record import recorder as recorder_module
 from dataflex.record.chosen import CHOSEN, FIXED, ROWS, Origins, Source, chosen_notes, chosen_table, raw_rows
 from dataflex.record.read import LEDGER
 from dataflex.record.recorder import RunRecorder
-from tests.record.synthetic import Plan
+from tests.record.synthetic import Plan, space_of
 
 SIZE, BATCH = 12, 2
 
@@ -226,6 +226,23 @@ def test_decisions_with_columns_of_their_own_stay_few_and_spread(tmp_path, monke
     assert [name for name in table.column_names if name.startswith("rank_")] == ["rank_0", "rank_4", "rank_8"]
     assert column(table, "score")[0] == 15.0
     assert column(table, "times_chosen")[2] == 11
+
+
+@pytest.mark.slow
+def test_a_million_rows(tmp_path):
+    size, kept = 1_000_000, np.arange(0, 1_000_000, 500)
+    folder = tmp_path / "dataflex"
+    rows = space_of({"a": size // 2, "b": size // 2})
+    recorder = begun(folder, rows)
+    for index in range(2):
+        scores = np.where(np.arange(size) % 500 == 0, 1.0, 0.0).astype(np.float32)
+        plan(recorder, index, (10 * index, 10 * index + 10), kept[::-1], scores=scores, kept=kept)
+        recorder.stepped(10 * index + 10, {})
+    table = chosen_table(folder)
+    assert table.num_rows == size
+    assert np.flatnonzero(table.column("times_served").to_numpy() == 2).tolist() == kept.tolist()
+    assert np.flatnonzero(table.column("rank").to_numpy() <= len(kept)).tolist() == kept.tolist()
+    assert chosen_notes(table)["decisions"][1]["cut"] == 1.0
 
 
 def test_the_original_lines_are_found(tmp_path):
