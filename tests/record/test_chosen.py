@@ -16,7 +16,17 @@ from dataflex.errors import DataError
 from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
 from dataflex.record import recorder as recorder_module
-from dataflex.record.chosen import CHOSEN, FIXED, ROWS, Origins, Source, chosen_notes, chosen_table, raw_rows
+from dataflex.record.chosen import (
+    CHOSEN,
+    FIXED,
+    ROWS,
+    Origins,
+    Source,
+    chosen_notes,
+    chosen_table,
+    moved_name,
+    raw_rows,
+)
 from dataflex.record.read import LEDGER
 from dataflex.record.recorder import RunRecorder
 from tests.record.synthetic import Plan, space_of
@@ -226,6 +236,37 @@ def test_decisions_with_columns_of_their_own_stay_few_and_spread(tmp_path, monke
     assert [name for name in table.column_names if name.startswith("rank_")] == ["rank_0", "rank_4", "rank_8"]
     assert column(table, "score")[0] == 15.0
     assert column(table, "times_chosen")[2] == 11
+
+
+def test_plans_of_an_earlier_pool_are_those_of_rows_that_are_still_there(tmp_path):
+    folder = tmp_path / "dataflex"
+    record(begun(folder, space(tmp_path)))
+    before = chosen_table(folder)
+    # Rows 0 and 6 left the pool, the order is another, and the last row is new.
+    found = np.array([*range(11, 6, -1), *range(1, 6), -1])
+    now = space(tmp_path, size=11, fingerprint="0" * 16)
+    recorder = RunRecorder(folder, 5, plan_in_progress=2)
+    recorder.run_started(config={}, row_space={"fingerprint": now.fingerprint})
+    recorder.rows_known(now, ("f" * 16, found))
+    table = chosen_table(folder)
+    assert chosen_notes(table)["notes"] == []
+    old = np.flatnonzero(found >= 0)
+    for name in ("times_served", "first_served", "served_at", "decision", "chosen", "score", "times_chosen"):
+        values = [column(before, name)[row] for row in found[old]]
+        assert [column(table, name)[row] for row in old] == values, name
+    assert (column(table, "times_served")[10], column(table, "decision")[10]) == (0, None)
+    # Once more: the new row leaves, and row 1 of the first pool comes first.
+    plan(recorder, 3, (5, 6), [0, 10])
+    recorder.stepped(6, {})
+    again = space(tmp_path, size=10, fingerprint="1" * 16)
+    recorder.run_started(config={}, row_space={"fingerprint": again.fingerprint})
+    recorder.rows_known(again, ("0" * 16, np.array([5, 0, 1, 2, 3, 4, 6, 7, 8, 9])))
+    times = column(before, "times_served")
+    assert column(chosen_table(folder), "times_served")[:3] == [times[1], times[11] + 1, times[10]]
+    (folder / moved_name("f" * 16, "0" * 16)).unlink()
+    table = chosen_table(folder)
+    assert column(table, "times_served")[:3] == [0, 1, 0]
+    assert "the plan is of another pool of rows" in chosen_notes(table)["notes"][0]
 
 
 @pytest.mark.slow

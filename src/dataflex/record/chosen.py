@@ -24,7 +24,7 @@ from dataflex.plan.domains import Rows
 from dataflex.printable import on_one_line, plain
 from dataflex.record.digest import digest
 from dataflex.record.read import LEDGER, ROW_WEIGHTS, THINNED, StoredPlan, load_plan, read_record, record_dir
-from dataflex.state import replacing
+from dataflex.state import blake2b, replacing
 
 if TYPE_CHECKING:
     from dataflex.train.row_space import RowSpace
@@ -50,6 +50,8 @@ FIXED = (
     *("times_chosen", "times_scored", "weight", "times_weighed"),
 )
 """Columns that every table has."""
+_BY_ROW = ("scores", "target", "target_row")
+"""Arrays of a plan that have one value for each row of its pool."""
 _PREFIXES = ("score_", "rank_", "credit_", "raw_")
 
 
@@ -146,6 +148,17 @@ def _places(origins: Origins) -> tuple[NDArray[np.int32], NDArray[np.int64], lis
     return file_of, lines, files
 
 
+def moved_name(before: str, after: str) -> str:
+    """Path of the old row of each row of a pool, relative to the record's folder, by the fingerprints of both pools."""
+    return f"plans/moved-{blake2b(before.encode(), after.encode(), size=8).hex()}.npy"
+
+
+def write_moved(folder: Path, before: str, after: str, found: Rows) -> None:
+    """Write the row of pool ``before`` that each row of pool ``after`` was [N], -1 for new ones."""
+    with replacing(folder / moved_name(before, after)) as file:
+        np.save(file, found)
+
+
 # ---- what the record adds
 
 
@@ -168,16 +181,21 @@ def chosen_table(run_dir: Path | str) -> pa.Table:
     if not events:
         raise DataError(f"{folder} holds no event that can be read; the run had not begun to train")
     run = digest(events)
-    steps = {
-        event["interval"]: event["stop_step"] - event["start_step"] for event in events if event["event"] == "planned"
-    }
-    known, told = _known(folder, (run.started.get("row_space") or {}).get("fingerprint"))
+    steps, pools, fingerprint = dict[int, int](), dict[int, Any](), None
+    for event in events:
+        if event["event"] == "run_started":
+            fingerprint = (event.get("row_space") or {}).get("fingerprint")
+        elif event["event"] == "planned":
+            steps[event["interval"]] = event["stop_step"] - event["start_step"]
+            pools[event["interval"]] = fingerprint
+    known, told = _known(folder, fingerprint)
     size = known.num_rows
     served, decided = _Served(size), _Decided(size, _targets(run.config))
     stock = not run.planned
-    for event in run.planned:
+    moves = _Moves(folder, [pools[event["interval"]] for event in run.planned], fingerprint)
+    for number, event in enumerate(run.planned):
         try:
-            plan = _stored(folder, event, size)
+            plan = _checked(moves.of(number, _stored(folder, event)), event, size)
         except DataError as error:
             notes.append(f"{str(error).removeprefix(f'{folder}/')}; its rows are not counted")
             continue
@@ -261,23 +279,24 @@ def _targets(config: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in block] if isinstance(block, list | tuple) else []
 
 
-def _stored(folder: Path, event: Mapping[str, Any], size: int) -> StoredPlan:
-    """Return the arrays of an interval; DataError where they are missing, damaged, or of other rows."""
-    index = event["interval"]
-    what = f"plan of interval {index}"
-    span = event.get("thinned")
+def _stored(folder: Path, event: Mapping[str, Any]) -> StoredPlan:
+    """Return the arrays of an interval; DataError where they are missing or damaged."""
+    span, what = event.get("thinned"), f"plan of interval {event['interval']}"
     if span is None:
-        plan = load_plan(folder, index)
-    else:
-        try:
-            start, count = (int(number) for number in span)
-            served = np.fromfile(folder / THINNED, dtype="<i4", count=count, offset=4 * start)
-        except (OSError, TypeError, ValueError) as error:
-            raise DataError(f"{THINNED}, {what}: {error}") from error
-        if len(served) != count:
-            raise DataError(f"{THINNED} ends before the {what}")
-        plan = StoredPlan(rows=served.astype(np.int64))
-    lines = size if plan.pool is None else len(plan.pool)
+        return load_plan(folder, event["interval"])
+    try:
+        start, count = (int(number) for number in span)
+        served = np.fromfile(folder / THINNED, dtype="<i4", count=count, offset=4 * start)
+    except (OSError, TypeError, ValueError) as error:
+        raise DataError(f"{THINNED}, {what}: {error}") from error
+    if len(served) != count:
+        raise DataError(f"{THINNED} ends before the {what}")
+    return StoredPlan(rows=served.astype(np.int64))
+
+
+def _checked(plan: StoredPlan, event: Mapping[str, Any], size: int) -> StoredPlan:
+    """Return a plan of a pool of ``size`` rows; DataError where its arrays are of others, or do not fit together."""
+    what, lines = f"plan of interval {event['interval']}", size if plan.pool is None else len(plan.pool)
     for name in ("rows", "pool", "kept"):
         rows: Any = getattr(plan, name)
         if rows is None:
@@ -286,11 +305,70 @@ def _stored(folder: Path, event: Mapping[str, Any], size: int) -> StoredPlan:
             raise DataError(f"{what}: {name} are no rows of the {size:,} of this run")
         if len(rows) and rows.min() < (-1 if name == "rows" else 0):
             raise DataError(f"{what}: {name} hold negative rows")
-    for name in ("scores", "target", "target_row"):
+    for name in _BY_ROW:
         values: Any = getattr(plan, name)
         if values is not None and (values.shape != (lines,) or values.dtype.kind not in "fiu"):
             raise DataError(f"{what}: {name} are not one for each of its {lines:,} rows")
     return plan
+
+
+class _Moves:
+    """Takes plans of earlier pools to the rows of the present one, where a resumed run had another pool."""
+
+    def __init__(self, folder: Path, pools: Sequence[str | None], now: str | None) -> None:
+        """``pools`` are the fingerprints of the pools that plans were of, in order; ``now`` is the present one."""
+        self._place: list[int] = []  # of each plan's pool in the chain of pools
+        chain: list[str | None] = []
+        for pool in pools:
+            chain += [pool] if not chain or chain[-1] != pool else []
+            self._place.append(len(chain) - 1)
+        chain += [now] if chain and chain[-1] != now else []
+        self._to_now: list[Rows | str | None] = [None] * len(chain)  # None: its rows are those of now; or what is wrong
+        for place in reversed(range(len(chain) - 1)):
+            self._to_now[place] = self._step(folder, chain[place], chain[place + 1], self._to_now[place + 1])
+
+    @staticmethod
+    def _step(folder: Path, before: str | None, after: str | None, onwards: Rows | str | None) -> Rows | str:
+        path = folder / moved_name(before or "", after or "")
+        try:
+            with path.open("rb") as file:
+                found = np.load(file, allow_pickle=False)
+            if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+                raise ValueError("it holds no rows")
+        except Exception as error:  # noqa: BLE001 - numpy has several kinds for broken files
+            return f"is of another pool of rows, and {path.name} cannot be read ({type(error).__name__})"
+        if isinstance(onwards, str):
+            return onwards
+        to_now = np.full(int(found.max(initial=-1)) + 1, -1, dtype=np.int64)
+        there = np.flatnonzero(found >= 0)
+        to_now[found[there]] = there if onwards is None else _looked_up(onwards, there)
+        return to_now
+
+    def of(self, number: int, plan: StoredPlan) -> StoredPlan:
+        """Return the ``number``-th plan as one of the present pool; rows that left it are left out."""
+        to_now = self._to_now[self._place[number]]
+        if to_now is None:
+            return plan
+        if isinstance(to_now, str):
+            raise DataError(f"the plan {to_now}")
+        values = {name: getattr(plan, name) for name in _BY_ROW if getattr(plan, name) is not None}
+        pool = plan.pool
+        if pool is None and values:
+            pool = np.arange(min(len(each) for each in values.values()), dtype=np.int64)
+        if pool is not None:
+            pool = _looked_up(to_now, pool)
+            there = np.flatnonzero(pool >= 0)
+            pool, values = pool[there], {name: each[there] for name, each in values.items()}
+        kept = None if plan.kept is None else _looked_up(to_now, plan.kept)
+        return StoredPlan(
+            rows=_looked_up(to_now, plan.rows), pool=pool, kept=None if kept is None else kept[kept >= 0], **values
+        )
+
+
+def _looked_up(to_now: Rows, rows: Rows) -> Rows:
+    """Return where rows are now, -1 for those that are not there."""
+    inside = (rows >= 0) & (rows < len(to_now))
+    return np.where(inside, to_now[np.where(inside, rows, 0)] if len(to_now) else -1, -1)
 
 
 class _Served:

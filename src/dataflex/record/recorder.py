@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
 from dataflex.printable import plain, redacted
-from dataflex.record.chosen import CHOSEN, ROWS, write_chosen, write_rows
+from dataflex.record.chosen import CHOSEN, ROWS, write_chosen, write_moved, write_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import (
     ENDING,
@@ -221,8 +221,14 @@ class RunRecorder:
         self._write("planned", interval.start_step, fields)
         self.refresh()
 
-    def rows_known(self, space: RowSpace) -> None:
-        """Store where each row comes from, and what is known of it before training."""
+    def rows_known(self, space: RowSpace, moved: tuple[str, Rows] | None = None) -> None:
+        """Store where each row comes from, and what is known of it before training.
+
+        ``moved``: where a resumed run has another pool, the fingerprint of the one before, and the row there of each
+        row [N], -1 for new ones.
+        """
+        if moved is not None:
+            write_moved(self.directory, moved[0], space.fingerprint, moved[1])
         write_rows(self.directory, space)
         self.refresh(now=True)
 
