@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataflex.cli import main
+from dataflex.commands.rows import _excerpt
 from dataflex.errors import ConfigError
 from dataflex.record.chosen import text_of
+from dataflex.record.text import WIDTH, width
 from dataflex.record.where import where
 from tests.record.test_chosen import begun, record, space
 
@@ -60,7 +62,7 @@ def test_what_is_printed(run, capsys):
         "after step 5: 7 of 12 rows were served (58.3%), 2 of them more than once, up to 2 times\n"
         "interval 2: 2 of 6 rows were kept, 6 scored; the cut is at 1, low scores are kept\n"
         "\n"
-        "5 of 12 rows are never served; the first 3:\n"
+        "3 of 5 rows that were never served:\n"
         "  row  from  domain  tokens  served  last at   score  rank  kept  nearest\n"
         "    3  a:6   a            4       0        -       -     -    no      u 3\n"
         "      id: 3 | text: line 3\n"
@@ -69,6 +71,13 @@ def test_what_is_printed(run, capsys):
         "    5  a:8   a            6       0        -  2.0000     9    no      u 5\n"
         "      id: 5 | text: line 5\n"
     )
+
+
+def test_a_long_text_is_shown_with_its_end():
+    text = _excerpt("prompt " * 40 + "\u6570" * 30 + "\x1b[2J the answer is 42")
+    assert width(text) == WIDTH - 6
+    assert text.startswith("prompt prompt")
+    assert text.endswith("\u6570\\x1b[2J the answer is 42")
 
 
 def test_json_has_every_column_and_the_decisions(run, capsys):

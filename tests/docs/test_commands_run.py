@@ -33,6 +33,9 @@ ELSEWHERE = {
     "query runs/offline/index --target gsm8k_valid general_valid --out runs/offline/query.parquet": (
         "tests/offline/test_index.py"
     ),
+    'rows runs/demo/dynamic --where chosen and domain != "noise_gsm8k" --export runs/demo/clean.jsonl': (
+        "tests/cli/test_rows.py"
+    ),
     "mix swarm small.yaml --runs 24 --out swarm --run": "tests/mixing/test_real_swarm.py",
     "mix fit swarm": SWARM,
     "mix propose swarm --budget 2000000 --max-epochs 4 --out mixture.json": SWARM,

@@ -17,19 +17,20 @@ from dataflex.offline.subset import write_subset
 from dataflex.offline.table import ScoreTable
 from dataflex.printable import on_one_line, plain
 from dataflex.record.chosen import chosen_notes, chosen_table, row_texts
-from dataflex.record.text import WIDTH, cut, number, table
+from dataflex.record.text import WIDTH, cut, number, table, width
 from dataflex.record.where import where as fulfil
 from dataflex.version import __version__
 
 By = Literal["most", "never", "near-cut", "heaviest", "lightest"]
-TOLD: dict[By, str] = {
-    "most": "served most often first",
-    "never": "never served",
-    "near-cut": "whose scores are nearest to the cut of their latest decision",
-    "heaviest": "of the largest mean weight",
-    "lightest": "of the smallest mean weight",
+_TOLD: dict[By, str] = {
+    "most": ", served most often first",
+    "never": "",
+    "near-cut": ", those nearest to the cut of their latest decision",
+    "heaviest": ", largest mean weight first",
+    "lightest": ", smallest mean weight first",
 }
 _SHOWN = 20
+_END = 40  # columns for the end of a text
 
 
 def rows(
@@ -78,15 +79,11 @@ def rows(
         # ASCII that no terminal obeys; what the command line makes of messages would change the data.
         sys.stdout.write(_as_json(found, about, run_dir, chosen, len(ordered), texts))
         return ""
-    told = f"{len(ordered):,} of {found.num_rows:,} rows" + (f" fulfil {on_one_line(where)}" if where else "")
-    if by is not None or where is None:
-        told += f"{' and' if where else ''} are {TOLD[by or 'most']}" if by == "never" else f", {TOLD[by or 'most']}"
-    lines = [*_head(found, about), f"{told}{_first(len(chosen), len(ordered))}", *_lines(found, chosen, texts)]
+    that = [f"fulfil {on_one_line(where)}"] if where else []
+    that += ["were never served"] if by == "never" else []
+    told = f"{len(chosen):,} of {len(ordered):,} rows{' that ' * bool(that)}{' and '.join(that)}{_TOLD[by or 'most']}:"
+    lines = [*_head(found, about), told, *_lines(found, chosen, texts)]
     return "\n".join([*lines, *(f"note: {note}" for note in about["notes"])])
-
-
-def _first(shown: int, all_rows: int) -> str:
-    return f"; the first {shown}:" if shown < all_rows else ":" if shown else ""
 
 
 def _floats(found: pa.Table, name: str) -> Any:
@@ -181,8 +178,19 @@ def _lines(found: pa.Table, chosen: Rows, texts: dict[int, str] | None) -> list[
         return lines
     with_text = [lines[0]]
     for line, row in zip(lines[1:], chosen.tolist(), strict=True):
-        with_text += [line, f"      {cut(texts.get(row, '(no text: its place in a file is not known)'), WIDTH - 6)}"]
+        with_text += [line, f"      {_excerpt(texts.get(row, '(no text: its place in a file is not known)'))}"]
     return with_text
+
+
+def _excerpt(text: str) -> str:
+    """Return the beginning and the end of a text, which is where an answer is."""
+    text = " ".join(text.split())
+    if width(text) <= WIDTH - 6:
+        return cut(text, WIDTH - 6)
+    end = text[-_END:]
+    while width(on_one_line(end)) > _END:
+        end = end[1:]
+    return f"{cut(text, WIDTH - 7 - _END)} {on_one_line(end)}"
 
 
 def _or_dash(value: Any) -> str:
