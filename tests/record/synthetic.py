@@ -179,6 +179,7 @@ def record_plan(
         reason="synthetic",
         proportions=dict(zip(names, proportions.tolist(), strict=True)) if mixed else None,
         scores=scores,
+        kept=None if scores is None else np.argsort(-np.nan_to_num(scores), kind="stable")[:count],
     )
 
 
