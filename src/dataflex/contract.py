@@ -28,6 +28,7 @@ from dataflex.method import (
     Mix,
     Mixer,
     Normalizer,
+    Orderer,
     Params,
     Requires,
     Selection,
@@ -62,6 +63,13 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "static_weights": ("an array of one number per row, or None", lambda value: value is None or _numeric(value)),
     "loss_weights": ("an array of one number per domain", lambda value: _numeric(np.asarray(value))),
+    "sort_keys": ("an array of one number per row", _numeric),
+    "ranks": (
+        "an int64 array, a permutation of 0 to count - 1",
+        lambda value: bool(_numeric(value) and value.dtype.kind in "iu"),
+    ),
+    "available": ("a share, above 0", lambda value: isinstance(value, int | float) and value > 0),
+    "reason": ("text", lambda value: isinstance(value, str)),
     "state_dict": ("a dict of JSON values and numpy arrays", lambda value: isinstance(value, dict)),
     "requires": ("dataflex.Requires(...)", lambda value: isinstance(value, Requires)),
     "normalizer": ("'weight_sum', 'num_tokens' or 'num_sequences'", lambda value: value in typing.get_args(Normalizer)),
@@ -177,11 +185,16 @@ def _told(cls: type[Method], name: str, error: Exception) -> ComponentError:
     return ComponentError(f"{said}\n{trace}" if trace else said)
 
 
-BASES: Mapping[str, type[Method]] = {"selector": Selector, "mixer": Mixer, "weighter": Weighter}
+BASES: Mapping[str, type[Method]] = {"selector": Selector, "mixer": Mixer, "orderer": Orderer, "weighter": Weighter}
 
 _NAME = re.compile(r"\w+(-\w+)*")
-_MUST = {"selector": ("select",), "mixer": ("mix",), "weighter": ("weigh", "static_weights")}
-_SWITCHES = ("selects_subset", "observes", "neutral", "by_token")
+_MUST = {
+    "selector": ("select",),
+    "mixer": ("mix",),
+    "orderer": ("sort_keys", "ranks"),
+    "weighter": ("weigh", "static_weights"),
+}
+_SWITCHES = ("selects_subset", "gives_scores", "observes", "paced", "neutral", "by_token")
 
 
 def class_problems(kind: str, cls: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The contract between methods and the rest: what a selector, mixer or weighter is given, and what it returns.
+"""The contract between methods and the rest: what a selector, mixer, orderer or weighter is given, and returns.
 
 Nothing here imports torch. Arrays are numpy, except in ``BatchView``. Shape suffixes: ``_N`` rows of the data set,
 ``_K`` domains, ``_B`` sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over all ranks,
@@ -63,6 +63,19 @@ class Reference:
     cached: bool = True  # whether a row is scored once and its losses are kept, instead of in every step
 
 
+@dataclass(frozen=True)
+class ScoreFile:
+    """A column of a file that ``dataflex score`` wrote, whose rows must be the training rows."""
+
+    file: str
+    column: str
+
+    @property
+    def name(self) -> str:
+        """Its name in ``Context.columns``."""
+        return f"{self.file}: {self.column}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Passes:
     """Forward and backward passes (F, B) of one row that a method costs; ``dataflex plan`` adds them up."""
@@ -112,6 +125,8 @@ class Requires:
     embedding: Embedding | None = None  # how in_run_embeddings are made, or a weighter's BatchView.embeddings_BH
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
     ledger: bool = False  # mixers: Context.benefit is needed, which takes a ledger of its targets
+    selector_scores: bool = False  # orderers: Context.scores is needed, which takes a selector that gives scores
+    score_files: tuple[ScoreFile, ...] = ()  # orderers: files of scores that are read into Context.columns
     budget: bool = False  # selectors: gradient scores, gradient norms or losses of training rows are all it asks for
     passes: Passes = Passes()  # what it costs
 
@@ -145,6 +160,7 @@ class Requires:
             stages=tuple(stage for stage in STAGES if all(stage in one.stages for one in each)),
             columns=tuple(dict.fromkeys(name for one in each for name in one.columns)),
             reference=Reference(references[0].folder, all(one.cached for one in references)) if references else None,
+            score_files=tuple(dict.fromkeys(file for one in each for file in one.score_files)),
             embedding=next((one.embedding for one in each if one.embedding is not None), None),
             passes=sum((one.passes for one in each), Passes()),
         )
@@ -224,6 +240,7 @@ class Context:
     unit: Literal["sequences", "tokens", "documents"] = "sequences"  # unit in which proportions are measured
     learning_rate: float = 0.0  # of the optimizer at the step of the decision
     benefit: Benefit | None = None  # by the ledger; None without one, and before it has an account
+    scores: NDArray[np.floating] | None = None  # orderers: the selector's score of every row [N], NaN where none
 
     def rng(self, name: str) -> np.random.Generator:
         """Return the counter-based random stream ``name`` of this interval, equal on every rank."""
@@ -237,6 +254,7 @@ class Selection:
     rows: Rows  # row ids [n] in order of preference, distinct unless the method repeats on purpose
     scores: NDArray[np.floating] | None = None  # score of every pool row in pool order [len(pool)], NaN where none
     reason: str = ""  # one line for the record
+    ordered: bool = False  # whether the rows are in the order in which they are to be served
     nearest: tuple[NDArray[np.integer], NDArray[np.integer]] | None = None
     """Of every pool row the target that it is nearest to, as an index into ``Context.targets``, and that target's row
     [len(pool)] each; -1 where there is none. For the record."""
@@ -281,7 +299,7 @@ class BatchView:
 
 
 class Method:
-    """Base of selectors, mixers and weighters.
+    """Base of selectors, mixers, orderers and weighters.
 
     A subclass sets ``name``, ``card`` and, where it has parameters, a nested frozen dataclass ``Params``. Its
     constructor takes the built Params only.
@@ -339,6 +357,11 @@ class Selector(Method):
         """Choose at most ``budget`` rows of ``pool`` (all of it when ``selects_subset`` is False)."""
         raise NotImplementedError
 
+    @property
+    def gives_scores(self) -> bool:
+        """Whether its selections have scores, which an orderer may go by."""
+        return True
+
 
 class Mixer(Method):
     """Sets the proportions in which domains are served during an interval.
@@ -382,6 +405,36 @@ class DomainWeighter(Mixer):
     def loss_weights(self) -> Floats:
         """Return the weights of the domains in the loss of the next optimizer step [K]; asked after its ``mix``."""
         raise NotImplementedError
+
+
+class Orderer(Method):
+    """Puts rows in the order in which they are served: those of a selection, of each domain, or of the whole pool.
+
+    It gives keys, by which rows are ranked, and the rank that is served at each place.
+    """
+
+    kind = "orderer"
+    paced: ClassVar[bool] = False  # whether an epoch may hold a part of the rows: those of smallest keys
+
+    def sort_keys(self, rows: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return a number for each row [len(rows)]: smaller ones come first, equal ones in file order, NaN last.
+
+        Asked once in a run, unless ``requires`` says that keys change (``needs_interval``, ``selector_scores``).
+        """
+        return np.zeros(len(rows))
+
+    def ranks(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Return the rank of the row that is served at each place: a permutation of 0 to ``count - 1``."""
+        return np.arange(count, dtype=np.int64)
+
+    def available(self, step: int, total_steps: int) -> float:
+        """Return the share of the rows, by keys, of an epoch that begins at optimizer step ``step``; if ``paced``."""
+        return 1.0
+
+    @property
+    def reason(self) -> str:
+        """What the record says of the order, in a few words."""
+        return f"in the order of {self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Finds methods by kind and name: built in, from other packages' entry points, or from a user's file.
 
 Built-in methods are imported when they are asked for, so that ``dataflex --help`` stays quick. Other packages add
-methods through the entry point groups ``dataflex.selectors``, ``dataflex.mixers`` and ``dataflex.weighters``; of a
-user's own file, named in ``dynamic.plugins``, every method class is taken.
+methods through the entry point groups ``dataflex.selectors``, ``dataflex.mixers``, ``dataflex.orderers`` and
+``dataflex.weighters``; of a user's own file, named in ``dynamic.plugins``, every method class is taken.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataflex.contract import class_problems, is_ours, watched, whereabouts
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 from dataflex.method import Method
 
-KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
+KINDS: tuple[str, ...] = ("selector", "mixer", "orderer", "weighter")
 
 _BUILTIN: dict[str, dict[str, str]] = {
     "selector": {
@@ -45,6 +45,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "measured": "ledger",
         "loss_weights": "doremi group_dro",
     },
+    "orderer": {"patterns": "sorting folding zigzag segment stair saw shuffle", "pacing": "pacing"},
     "weighter": {
         "rows": "none column group",
         "loss": "loss slm rho",
@@ -188,7 +189,7 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
     if not found:
         nameless = f"; {whereabouts(classes[0])} has no name" if classes else ""
         raise ConfigError(
-            f"dynamic.plugins: {path} defines no method (a Selector, Mixer or Weighter with a name){nameless}"
+            f"dynamic.plugins: {path} defines no method (a Selector, Mixer, Orderer or Weighter with a name){nameless}"
         )
     problems = [line for cls in found for line in _problems(cls)] + same_names(found)
     if problems:
@@ -201,7 +202,9 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
 
 def _problems(cls: type[Method]) -> list[str]:
     if cls.kind not in KINDS:
-        return [f"{whereabouts(cls)} must be a subclass of dataflex.Selector, Mixer or Weighter, not of Method itself"]
+        return [
+            f"{whereabouts(cls)} must be a subclass of dataflex.Selector, Mixer, Orderer or Weighter, not of Method"
+        ]
     try:
         registered(cls.kind, cls)
     except ComponentError as error:

@@ -45,7 +45,9 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
         ConfigError: All problems of the block.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"dynamic: expected a mapping with a selector, mixer or weighter, found {shown(mapping)}")
+        raise ConfigError(
+            f"dynamic: expected a mapping with a selector, mixer, orderer or weighter, found {shown(mapping)}"
+        )
     problems: list[str] = []
     mapping = dict(mapping)
     if isinstance(mapping.get("plugins"), str):

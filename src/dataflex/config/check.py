@@ -494,16 +494,19 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
         yield f"streaming: the files of {name!r} are fetched first, whole: its rows are read at any place"
     if "buffer_size" in lf and lf.streaming:
         yield f"buffer_size: {beside}: streamed rows are read at any place, so all can be shuffled"
-    if lf.dataloader_drop_last and (dynamic.mixer is not None or dynamic.narrows):
+    if lf.dataloader_drop_last and dynamic.full_steps:
         yield "dataloader_drop_last: no effect here: every step is full"
 
 
 def _notes_on_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     mixer, signals = dynamic.mixer, dynamic.signals
-    if not dynamic.narrows and not (mixer is not None and mixer.requires.needs_interval):
-        if dynamic.interval_steps is not None or (mixer is not None and mixer.every is not None):
-            key = "interval_steps" if dynamic.interval_steps is not None else "mixer.every"
+    decides_once = not dynamic.requires.needs_interval and not (dynamic.paces and mixer is not None)
+    if not dynamic.narrows and decides_once:
+        own = next((each for each in (mixer, dynamic.orderer) if each is not None and each.every is not None), None)
+        if dynamic.interval_steps is not None or own is not None:
+            key = "interval_steps" if dynamic.interval_steps is not None or own is None else f"{own.kind}.every"
             alone = mixer is None and dynamic.selector is None
+            alone = alone and dynamic.orderer is None
             told = "a weighter alone" if alone else "methods that decide once for all"
             yield f"dynamic.{key}: no effect with {told}"
         if dynamic.warmup("mixer") and mixer is not None and dynamic.initial_proportions is None:

@@ -105,7 +105,7 @@ class Forecast:
         if self.steps is None:
             return None
         size = self.batch.global_batch
-        if not self.rows or self.dynamic.mixer is not None or self.dynamic.narrows or self.batch.world > 1:
+        if not self.rows or self.dynamic.full_steps or self.batch.world > 1:
             return self.steps * size
         epoch = self.batch.rows_per_epoch(self.rows)
         epochs, rest = divmod(self.steps, self.batch.steps_per_epoch(self.rows))
@@ -217,7 +217,7 @@ class Forecast:
     def serves_all_again(self) -> bool:
         """Whether every row is expected to be served more than once; False where that is unknown."""
         dynamic = self.dynamic
-        if self.rows is None or self.steps is None or dynamic.narrows:
+        if self.rows is None or self.steps is None or dynamic.narrows or dynamic.paces:
             return False
         if dynamic.mixer is None:
             return self.steps * self.batch.global_batch > self.rows

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig
-from dataflex.errors import did_you_mean
-from dataflex.method import IN_RUN, Method, Requires, RunFacts, Weighter
+from dataflex.errors import DataError, did_you_mean
+from dataflex.method import IN_RUN, Method, Requires, RunFacts, Selector, Weighter
 
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
@@ -26,11 +26,13 @@ _STAGES_OF_SIGNALS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gradients", "logits", "generate", "gates", *IN_RUN), _CAUSAL),
 }
 _TAKERS: dict[str, tuple[str, ...]] = {
-    "needs_interval": ("selector", "mixer"),
+    "needs_interval": ("selector", "mixer", "orderer"),
     "within_batch": ("selector",),
     "reference": ("mixer", "weighter"),
     "pure_micro_batches": ("mixer",),
     "ledger": ("mixer",),
+    "selector_scores": ("orderer",),
+    "score_files": ("orderer",),
     "embedding": ("weighter",),
     "entropy": ("weighter",),
 }
@@ -77,6 +79,7 @@ def unmet(
             yield from _reference(method, needs)
             yield from _models(method, needs)
             yield from _by_target(method, needs)
+            yield from _score_files(method, needs)
         for problem in method.build().check(run):
             yield f"{place}{'.' if problem.key else ''}{problem.key}: {problem.text}"
     if dynamic.signals.budget is not None:
@@ -149,6 +152,16 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
     if needs.ledger and method.kind == "mixer" and dynamic.ledger is None and "ledger" not in unread:
         yield f"dynamic.ledger: missing; the {method.name} mixer decides by it: add 'ledger: {{targets: [<data set>]}}'"
     selector = dynamic.selector
+    if needs.selector_scores and method.kind == "orderer":
+        built = selector.build() if selector is not None else None
+        if not isinstance(built, Selector) or not dynamic.narrows:
+            told = "goes by a selector's scores, and no selector chooses rows; add one, or order by something else"
+            yield f"dynamic.{method.kind}: {method.name} {told}"
+        elif not built.gives_scores:
+            yield (
+                f"dynamic.{method.kind}: {method.name} goes by the selector's scores, and the {built.name} selector "
+                "gives none; order by something else, or use a selector that scores rows"
+            )
     if needs.pure_micro_batches and selector is not None and dynamic.narrows:
         yield (
             f"dynamic.{method.kind}: {method.name} requires micro-batches of one domain each, which the "
@@ -170,6 +183,8 @@ def _budget(dynamic: DynamicConfig, run: RunFacts | None) -> Iterator[str]:
         for each in fields(selector.params):
             if each.name in _IDLE_WITHIN_BUDGET and getattr(selector.params, each.name) != each.default:
                 yield f"dynamic.selector.{each.name}: has no effect beside {key}; remove one of the two"
+    if run is None and dynamic.orderer is not None and dynamic.orderer.requires.signals - {"texts"}:
+        yield f"{key}: the {dynamic.orderer.name} orderer makes a pass that no budget pays for; order by something else"
     if run is None and dynamic.signals.screen_fraction < 1.0:
         yield f"{key}: screening makes a pass over the pool that no budget pays for; remove screen_fraction"
     if run is not None and run.stage is not None and run.stage not in _CAUSAL:
@@ -309,6 +324,17 @@ def _reference(method: MethodConfig, needs: Requires) -> Iterator[str]:
         yield f"{key}: {_no_folder(needs.reference.folder)} (the reference model is trained before this run)"
     elif not any((folder / name).is_file() for name in _REFERENCE_FILES):
         yield f"{key}: {needs.reference.folder} holds no model (neither config.json nor adapter_config.json)"
+
+
+def _score_files(method: MethodConfig, needs: Requires) -> Iterator[str]:
+    """Yield files of scores that cannot be read or lack a column."""
+    from dataflex.offline.table import read_scores, score_column
+
+    for wanted in needs.score_files:
+        try:
+            score_column(read_scores(Path(wanted.file).expanduser()), wanted)
+        except DataError as error:
+            yield f"dynamic.{method.kind}: {error}"
 
 
 def _models(method: MethodConfig, needs: Requires) -> Iterator[str]:

@@ -29,7 +29,8 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
     """
     methods_unread = any(kind in unread for kind in KINDS)
     if not dynamic.methods and not methods_unread and dynamic.ledger is None and "ledger" not in unread:
-        yield "dynamic: names no method (selector, mixer or weighter) and no ledger; name one, or remove the block"
+        kinds = "selector, mixer, orderer or weighter"
+        yield f"dynamic: names no method ({kinds}) and no ledger; name one, or remove the block"
         return
     given = _given(dynamic)
     yield from unmet(dynamic, unread=unread)
@@ -38,6 +39,8 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         yield from _selector_rules(dynamic, given, unread)
     if "mixer" not in unread:
         yield from _mixer_rules(dynamic, given, unread)
+    if dynamic.orderer is not None and not methods_unread:
+        yield from _orderer_rules(dynamic, dynamic.orderer, unread)
     if not methods_unread:
         yield from _idle_keys(dynamic, given)
 
@@ -64,8 +67,8 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
     ]
     if "warmup_steps" in given and not followers:
         yield (
-            "dynamic.warmup_steps: has no effect without a mixer, a weighter, or a selector that leaves rows out, that "
-            "has no warmup_steps of its own; remove the key"
+            "dynamic.warmup_steps: has no effect without a mixer, an orderer, a weighter, or a selector that leaves "
+            "rows out, that has no warmup_steps of its own; remove the key"
         )
     own = [each.every for each in dynamic.methods if each.decides]
     if "interval_steps" in given and own and None not in own:
@@ -182,6 +185,28 @@ def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collect
             yield (
                 "dynamic.initial_proportions: hold during warm-up, and warmup_steps is 0; set warmup_steps, or "
                 "remove the key"
+            )
+
+
+def _orderer_rules(dynamic: DynamicConfig, orderer: MethodConfig, unread: Collection[str]) -> Iterator[str]:
+    """Yield why rows cannot be put in order, or why their order would not matter."""
+    key, selector, name = "dynamic.orderer", dynamic.selector, orderer.name
+    if selector is not None and dynamic.narrows:
+        if dynamic.every(selector) == 1:
+            yield (
+                f"{key}: has no effect where the {selector.name} selector chooses the rows of one step: they are "
+                "summed up in any order; let the selector decide less often, or remove the orderer"
+            )
+        if dynamic.paces:
+            yield (
+                f"{key}: {name} says which rows are available, and so does the {selector.name} selector; remove one of "
+                "the two"
+            )
+    elif dynamic.paces and dynamic.mixer is not None and dynamic.every(orderer) is None:
+        if "interval_steps" not in unread and not orderer.requires.needs_interval:
+            yield (
+                f"dynamic.interval_steps: missing; beside a mixer, {name} makes more rows available at each decision, "
+                "so say after how many optimizer steps (for example 'interval_steps: 100')"
             )
 
 

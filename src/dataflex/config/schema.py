@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
 
-from dataflex.method import IN_RUN, Method, Params, Requires, Selector, param
+from dataflex.method import IN_RUN, Method, Orderer, Params, Requires, Selector, param
 from dataflex.plan.schedule import Schedule
-from dataflex.registry import find
+from dataflex.registry import KINDS, find
 
 _NEXT = "holds from the next decision on"
 
@@ -39,7 +39,7 @@ class Cadence:
 class MethodConfig(Cadence):
     """One method of a run: which, with what parameters, towards which targets, and when it decides."""
 
-    kind: str  # "selector", "mixer" or "weighter"
+    kind: str  # "selector", "mixer", "orderer" or "weighter"
     name: str  # in the registry
     params: Params
     targets: tuple[str, ...] = ()  # names of the target data sets; empty where the method takes none
@@ -135,6 +135,7 @@ class DynamicConfig:
 
     selector: MethodConfig | None = param(None, "method that chooses rows", flat="component_name")
     mixer: MethodConfig | None = param(None, "method that sets proportions of domains", flat="component_name")
+    orderer: MethodConfig | None = param(None, "method that puts the rows that are served in order")
     weighter: MethodConfig | None = param(None, "method that weighs losses", flat="component_name")
     warmup_steps: int = param(0, "optimizer steps before the first decision", minimum=0, flat="warmup_step")
     interval_steps: int | None = param(None, "optimizer steps between two decisions", minimum=1, flat="update_step")
@@ -217,7 +218,7 @@ class DynamicConfig:
     @property
     def methods(self) -> tuple[MethodConfig, ...]:
         """The methods asked for, in the order in which they decide."""
-        return tuple(method for method in (self.selector, self.mixer, self.weighter) if method is not None)
+        return tuple(method for kind in KINDS if (method := getattr(self, kind)) is not None)
 
     @property
     def narrows(self) -> bool:
@@ -257,6 +258,17 @@ class DynamicConfig:
         own = {each.kind: of(self.every(each), self.warmup(each.kind)) for each in self.methods if each.decides}
         first = next(iter(own.values()), block)
         return first if all(each == first for each in own.values()) else replace(block, own=own)
+
+    @property
+    def paces(self) -> bool:
+        """Whether an orderer serves more and more of the rows."""
+        orderer = self.orderer
+        return orderer is not None and issubclass(orderer.cls, Orderer) and orderer.cls.paced
+
+    @property
+    def full_steps(self) -> bool:
+        """Whether every optimizer step is a full one, instead of epochs over all rows with a short last step."""
+        return self.mixer is not None or self.narrows or self.paces
 
     @property
     def watches(self) -> MethodConfig | None:

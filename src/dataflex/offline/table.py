@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dataflex.errors import DataError
+from dataflex.errors import DataError, did_you_mean
+from dataflex.method import ScoreFile
 from dataflex.state import replacing
 
 _FIXED = ("row", "dataset", "domain", "position", "tokens", "supervised_tokens")
@@ -120,6 +121,32 @@ def read_scores(path: Path) -> ScoreTable:
     except Exception as error:  # a column of another type, in one of the many ways in which arrow says so
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise DataError(f"{path}: is damaged, or of another version: {kind}{str(error)[:300]}") from error
+
+
+def score_column(table: ScoreTable, wanted: ScoreFile, fingerprint: str | None = None) -> NDArray[np.float64]:
+    """Return a column of scores [N], NaN where there is none.
+
+    Raises:
+        DataError: No such column, or none of its scores is finite; or the scores are of other rows than those that
+            ``fingerprint`` names.
+    """
+    told = f"scores in {wanted.file}"
+    if wanted.column not in table.columns:
+        known = sorted(table.columns)
+        raise DataError(
+            f"{told}: no column {wanted.column!r}{did_you_mean(wanted.column, known)} (columns: {', '.join(known)})"
+        )
+    values = np.asarray(table.columns[wanted.column], dtype=np.float64)
+    if not np.isfinite(values).any():
+        raise DataError(f"{told}: no row has a finite number in column {wanted.column!r}")
+    of = table.provenance["data"].get("fingerprint")
+    if fingerprint is not None and of != fingerprint:
+        raise DataError(
+            f"{told}: they are of {table.num_rows:,} rows of {', '.join(table.datasets)} (fingerprint {of}), not of "
+            f"those that are trained on ({fingerprint}). Score the data again as it is trained on: the same data sets, "
+            "tokenizer, template, cutoff_len and max_samples, without val_size"
+        )
+    return values
 
 
 def _check(provenance: Any, datasets: Sequence[str]) -> None:

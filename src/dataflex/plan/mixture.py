@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import CheckpointError, DataError
+from dataflex.method import Orderer
 from dataflex.plan.domains import Domains, Rows, check_proportions
+from dataflex.plan.orders import Keys, OrderedEpochs
 from dataflex.plan.planner import ShuffledEpochs
 from dataflex.rng import keys
 from dataflex.state import State
@@ -187,7 +189,8 @@ class MixtureSampler:
     - Counts in a block (usually the global batch) follow the proportions by residual carry (``block_counts``).
     - The order within a block is a permutation keyed by (seed, segment, block), or ``evenly``; with ``unit``, that many
       consecutive sequences are of one domain (a domain-pure micro-batch).
-    - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
+    - Each domain is read in epochs of its own (``ShuffledEpochs``, or ``OrderedEpochs`` with an ``orderer``, which
+      ``order`` gives its keys): every row once before any twice.
     - A segment may end inside a block; then the used share of the block's change of residual is carried on,
       so that short segments do not starve small domains.
 
@@ -207,6 +210,7 @@ class MixtureSampler:
         unit: int = 1,
         interleave: Interleave = "shuffled",
         shuffle: bool = True,
+        orderer: Orderer | None = None,
     ) -> None:
         assert block >= 1, f"block {block}"
         assert block % unit == 0, f"block {block}, unit {unit}"
@@ -225,9 +229,27 @@ class MixtureSampler:
         self.stopped_by: tuple[str, ...] = ()
         self._forgotten = 0  # number of earlier segments
         self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
-        self._streams = [
-            ShuffledEpochs(domains.rows(k), name, self.seed, shuffle=shuffle) for k, name in enumerate(self.names)
+        self._streams: list[ShuffledEpochs | OrderedEpochs] = [
+            ShuffledEpochs(domains.rows(k), name, self.seed, shuffle=shuffle)
+            if orderer is None
+            else OrderedEpochs(domains.rows(k), name, self.seed, orderer)
+            for k, name in enumerate(self.names)
         ]
+
+    @property
+    def _ordered(self) -> list[tuple[OrderedEpochs, int]]:
+        """Streams in an orderer's order, and how far each was read."""
+        read = zip(self._streams, self.drawn.tolist(), strict=True)
+        return [(stream, drawn) for stream, drawn in read if isinstance(stream, OrderedEpochs)]
+
+    def wanted(self, count: int) -> Rows:
+        """Return the rows whose keys the next ``count`` ids may depend on."""
+        return np.sort(np.concatenate([stream.wanted(drawn, count) for stream, drawn in self._ordered]))
+
+    def order(self, keys: Keys, step: int, total_steps: int) -> None:
+        """Read each domain from here on in the order of keys [N] of a decision at ``step``."""
+        for stream, drawn in self._ordered:
+            stream.decide(drawn, keys, lambda _: step, total_steps)
 
     def append(
         self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "", *, go_on: bool = False
@@ -378,6 +400,7 @@ class MixtureSampler:
             "position": self.position,
             "drawn": self.drawn,
             "residual": self._residual,
+            "order": {str(k): stream.state_dict(drawn) for k, (stream, drawn) in enumerate(self._ordered)},
             "segments": {
                 "start": [segment.start for segment in log],
                 "proportions": np.array([segment.proportions for segment in log]).reshape(-1, len(self.names)),
@@ -408,3 +431,5 @@ class MixtureSampler:
         ]
         self.position, self._forgotten = int(state["position"]), int(state["forgotten"])
         self.drawn, self._residual = state["drawn"], state["residual"]
+        for k, (stream, _) in enumerate(self._ordered):
+            stream.load_state_dict(state["order"][str(k)])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
+from dataflex.plan.orders import OrderedEpochs
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.schedule import Interval
 from dataflex.rng import permutations, stream
@@ -25,10 +26,13 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Rows:
     return order
 
 
-def epoch_stream(pool: Rows, interval: Interval, shape: BatchShape, seed: int) -> Rows:
+def epoch_stream(
+    pool: Rows, interval: Interval, shape: BatchShape, seed: int, ordered: OrderedEpochs | None = None
+) -> Rows:
     """Return an interval of the stream of whole epochs over the pool, int64 [interval.steps * global_batch].
 
-    With ``shape.shuffle`` each epoch permutes the pool anew. Short steps are filled up with -1.
+    With ``shape.shuffle`` each epoch permutes the pool anew, unless it is ``ordered``. Short steps are filled up with
+    -1.
     """
     batch, num = shape.global_batch, len(pool)
     epoch_steps, epoch_rows = shape.steps_per_epoch(num), shape.rows_per_epoch(num)
@@ -40,13 +44,18 @@ def epoch_stream(pool: Rows, interval: Interval, shape: BatchShape, seed: int) -
         start = within * batch
         stop = min(start + (stop_step - step) * batch, epoch_rows)
         place = (step - interval.start_step) * batch
-        ids = pool[_epoch_order(num, seed, epoch)[start:stop]] if shape.shuffle else pool[start:stop]
+        if ordered is not None:
+            ids = ordered.take(epoch * epoch_rows + start, stop - start)
+        else:
+            ids = pool[_epoch_order(num, seed, epoch)[start:stop]] if shape.shuffle else pool[start:stop]
         rows[place : place + stop - start] = ids
         step = stop_step
     return rows
 
 
-def epoch_fill(pool: Rows, interval: Interval, shape: BatchShape, seed: int) -> Rows:
+def epoch_fill(
+    pool: Rows, interval: Interval, shape: BatchShape, seed: int, ordered: OrderedEpochs | None = None
+) -> Rows:
     """Return the rows that even out the short last step of an epoch over any number of ranks; empty without one.
 
     As in accelerate they are the first rows of the epoch, int64 [min(pool, global_batch)]. Where an interval ends
@@ -56,6 +65,8 @@ def epoch_fill(pool: Rows, interval: Interval, shape: BatchShape, seed: int) -> 
     epoch = interval.start_step // epoch_steps
     if (epoch + 1) * epoch_steps > interval.stop_step or shape.rows_per_epoch(len(pool)) % batch == 0:
         return np.empty(0, dtype=np.int64)
+    if ordered is not None:
+        return ordered.head(epoch, batch).astype(np.int64)
     return pool[_epoch_order(len(pool), seed, epoch)[:batch]] if shape.shuffle else pool[:batch].copy()
 
 

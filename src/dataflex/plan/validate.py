@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dataflex.contract import refuse_answer, whereabouts
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import DomainWeighter, Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
+from dataflex.method import DomainWeighter, Method, Mix, Mixer, Orderer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import normalized
 from dataflex.plan.schedule import Interval
@@ -65,6 +65,29 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
 
 def _select_of(selector: Selector) -> str:
     return whereabouts(type(selector), "select")
+
+
+def check_sort_keys(orderer: Orderer, keys: Any, rows: Rows) -> NDArray[np.float64]:
+    """Return an orderer's keys of rows; ComponentError unless there is one number for each."""
+    refuse_answer(orderer, "sort_keys", keys)
+    if len(keys) != len(rows):
+        raise ComponentError(
+            f"orderer {orderer.name!r} gave {len(keys):,} keys for {len(rows):,} rows: "
+            f"{whereabouts(type(orderer), 'sort_keys')}"
+        )
+    return np.asarray(keys, dtype=np.float64)
+
+
+def check_ranks(orderer: Orderer, ranks: Any, count: int) -> NDArray[np.int64]:
+    """Return an orderer's ranks; ComponentError unless they are a permutation of 0 to ``count - 1``."""
+    refuse_answer(orderer, "ranks", ranks)
+    inside = len(ranks) == count and (not count or (ranks.min() >= 0 and ranks.max() < count))
+    if not inside or (count and np.bincount(ranks, minlength=count).max() > 1):
+        raise ComponentError(
+            f"orderer {orderer.name!r} gave ranks {ranks.tolist()!s:.80}, no permutation of 0 to {count - 1:,}: "
+            f"{whereabouts(type(orderer), 'ranks')}"
+        )
+    return np.asarray(ranks, dtype=np.int64)
 
 
 def check_loss_weights(mixer: DomainWeighter, domains: int) -> NDArray[np.float64]:

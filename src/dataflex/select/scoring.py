@@ -254,6 +254,11 @@ class ScoringSelector(PoolSelector):
         yield from self._combination_problems(self.name, None if given == type(self.params).aggregate else given)
 
     @property
+    def gives_scores(self) -> bool:
+        """Not where a rule looks at vectors alone."""
+        return self.gives != "vectors" or self.requires().targets
+
+    @property
     def aggregate(self) -> Aggregate:
         """How targets come together."""
         return self.params.aggregate or Aggregate.of("max")

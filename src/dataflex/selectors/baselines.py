@@ -17,7 +17,16 @@ from dataflex.select.rules import REPLACEMENT
 from dataflex.select.scoring import Found, ScoringSelector
 
 
-class RandomRows(Selector):
+class _Unscored(Selector):
+    """Draws rows, or takes all, without a score."""
+
+    @property
+    def gives_scores(self) -> bool:
+        """No."""
+        return False
+
+
+class RandomRows(_Unscored):
     """Draw rows uniformly, anew in every interval.
 
     Uniform random rows are the baseline that every other selector has to beat. The draw is keyed by row id, so it
@@ -45,7 +54,7 @@ class RandomRows(Selector):
         return Selection(rows=rows, reason=f"{len(rows)} of {len(pool)} rows at random")
 
 
-class AllRows(Selector):
+class AllRows(_Unscored):
     """Keep the whole pool as it is; epochs and order stay those of the run.
 
     The selector that leaves the data alone: every row, in the order given.
@@ -60,7 +69,7 @@ class AllRows(Selector):
         return Selection(rows=pool, reason=f"all {len(pool)} rows of the pool")
 
 
-class RandomBalanced(Selector):
+class RandomBalanced(_Unscored):
     """Draw rows uniformly within domains, the same number of each.
 
     A baseline against selectors that merely balance sources. A domain that is too small gives all it has, and the

@@ -58,7 +58,7 @@ class Identity:
         lines: dict[str, list[str]] = {"refused": [], "told": [], "rows": [], "batch": []}
         for key, now in _compared(mine).items():
             change = ON_RESUME[key]
-            for path, was, is_now in _leaves(before[key], now, self._named(key)):
+            for path, was, is_now in _leaves(before.get(key), now, self._named(key)):
                 line = f"{path} changed ({_said(was)} -> {_said(is_now)})"
                 lines[change.kind].append(f"{line}: {change.note}" if change.note else line)
         refused, told = lines["refused"], lines["told"]

@@ -1,14 +1,16 @@
 """Decides the next stretch of the id stream: runs the methods of an interval and lays out the plan.
 
-The order of decisions is fixed: pool, selector, then the mixer's quotas over what the selector kept. A method that has
-a slower cadence than another is not asked in between: what it decided last stands. Everything that is decided is a
-function of (seed, interval, state of the methods, signals), equal on every rank.
+The order of decisions is fixed: pool, selector, then the mixer's quotas over what the selector kept, then the orderer
+arranges what is served. A method that has a slower cadence than another is not asked in between: what it decided last
+stands. Everything that is decided is a function of (seed, interval, state of the methods, signals), equal on every
+rank.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,18 +20,19 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError
-from dataflex.method import Context, Mixer, Rows, Selection, Selector, State, Weighter
+from dataflex.method import Context, Mixer, Orderer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import MixtureSampler
+from dataflex.plan.orders import Keys, OrderedEpochs, arranged
 from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.plan.planner import ShuffledEpochs, epoch_fill, epoch_stream, spread, warmup_rows
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain, per_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
-from dataflex.plan.validate import check_mix, check_selection, check_state, quota_rows
+from dataflex.plan.validate import check_mix, check_selection, check_sort_keys, check_state, quota_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.rng import stream
+from dataflex.rng import stream, uniforms
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
@@ -171,6 +174,7 @@ class Controller:
     signals: SignalRunner
     selector: Selector | None
     mixer: Mixer | None
+    orderer: Orderer | None = None
     recorder: RunRecorder = field(default_factory=NullRecorder)
     plan: DataPlan | None = None
     ends_at: int | None = None  # step at which the data run out under ``at_cap: stop``
@@ -188,6 +192,7 @@ class Controller:
         self._earlier: Rows = np.empty(0, dtype=np.int64)
         self._kept: Rows | None = None  # what the selector chose last
         self._nominal: NDArray[np.float64] | None = None  # what the mixer said last [K]
+        self._standing: Keys | None = None  # the orderer's keys in force [N]
         self._carried = np.zeros(len(domains.names))  # what quotas were rounded off since the selection was made [K]
         # Sampling proportions of sequences in the plan in progress.
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
@@ -204,7 +209,14 @@ class Controller:
                 unit=self.shape.micro_batch_size if self.mixer.requires().pure_micro_batches else 1,
                 interleave=config.interleave,
                 shuffle=self.shape.shuffle,
+                orderer=self.orderer,
             )
+        self._keys: Keys | None = None  # what the orderer gave last [N]
+        self._ordered: OrderedEpochs | None = None  # the epochs of the whole pool or of a selection, without a mixer
+        self._selected: dict[str, Any] = {"at": 0}  # of which selection they are, and how much of it is planned
+        if self.orderer is not None and self.mixer is None and not self.selects_subset:
+            length = self.shape.rows_per_epoch(self.space.num_rows)
+            self._ordered = OrderedEpochs(self.space.all_rows(), "", self.seed, self.orderer, length=length)
         options = config.signals
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
         if config.watches is not None:
@@ -263,6 +275,13 @@ class Controller:
         return self.selector is not None and self.selector.selects_subset
 
     @property
+    def _order_changes(self) -> bool:
+        """Whether the orderer's keys are others at each decision, or random for a warm-up."""
+        needs = None if self.orderer is None else self.orderer.requires()
+        warm = self.schedule.of("orderer").warmup_steps > 0
+        return needs is not None and (needs.needs_interval or needs.selector_scores or warm)
+
+    @property
     def listeners(self) -> list[InRun | Ledger]:
         """What listens to the forward and backward passes of training."""
         return [part for part in (self.in_run, self.ledger) if part is not None]
@@ -313,8 +332,8 @@ class Controller:
         step = interval.start_step
         own = self.schedule.of(kind).interval(step)
         cut = all(self.schedule.of(each).interval(step).start_step < step for each in self.schedule.own or (kind,))
-        stands = self._kept if kind == "selector" else self._nominal
-        asked = own.start_step == step or cut or (stands is None and (own.kind == "dynamic" or kind == "mixer"))
+        stands = {"selector": self._kept, "mixer": self._nominal, "orderer": self._standing}[kind]
+        asked = own.start_step == step or cut or (stands is None and (own.kind == "dynamic" or kind != "selector"))
         return replace(own, index=interval.index, start_step=step), asked
 
     def _decide(self, interval: Interval) -> DataPlan | None:
@@ -342,7 +361,7 @@ class Controller:
             else:
                 assert self._kept is not None
                 selection = Selection(rows=self._kept, reason="the selection stands")
-        rows, proportions, reason = self._lay_out(interval, ctx, pool, selection)
+        rows, proportions, reason = self._lay_out(interval, ctx, pool, selection, asked)
         if self.in_run is not None and selection is None:
             before = self._earlier if self.selects_subset else self._earlier[:0]
             self.in_run.explored = np.union1d(before, rows[rows >= 0])
@@ -466,16 +485,101 @@ class Controller:
         enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, size)
         return left if enough else rows
 
+    def _sort_keys(
+        self,
+        interval: Interval,
+        rows: Callable[[int], NDArray[np.integer]],
+        *,
+        fresh: bool = False,
+        scores: NDArray[np.floating] | None = None,
+    ) -> tuple[Keys, str]:
+        """Return the orderer's keys [N], NaN for rows that it was not asked about, and the reason.
+
+        They stand while it is not asked anew, but for a ``fresh`` selection. During warm-up they are random. ``rows``
+        gives those to ask about, for so many sequences until its next decision; ``scores`` are the selector's [N].
+        """
+        assert self.orderer is not None
+        own, asked = self._own("orderer", interval)
+        needs, reason = self.orderer.requires(), self.orderer.reason
+        if own.kind == "warmup" or (needs.selector_scores and fresh and scores is None):
+            reason = "order: random in warm-up" if own.kind == "warmup" else "order: random, without scores"
+        if self._standing is not None and not fresh and (not asked or needs.selector_scores):
+            return self._standing, reason
+        if reason != self.orderer.reason:
+            self._standing = uniforms(self.seed, "order/random", interval.index, self.space.all_rows())
+            return self._standing, reason
+        same = not needs.needs_interval and not needs.selector_scores
+        if self._keys is None or not same:
+            every = self.space.all_rows()
+            asked_for = every if same else np.unique(rows(own.steps * self.shape.global_batch)).astype(np.int64)
+            ctx = replace(self._context(own, self.config.orderer), scores=scores)
+            self._keys = np.full(len(every), np.nan)
+            self._keys[asked_for] = check_sort_keys(self.orderer, self.orderer.sort_keys(asked_for, ctx), asked_for)
+        self._standing = self._keys
+        return self._keys, reason
+
+    def _selection_keys(self, interval: Interval, pool: Rows, selection: Selection, fresh: bool) -> tuple[Keys, str]:
+        """Return keys of a selection's rows, and the reason."""
+        scores = None
+        if selection.scores is not None:
+            scores = np.full(self.space.num_rows, np.nan)
+            scores[pool] = selection.scores
+        return self._sort_keys(interval, lambda count: selection.rows, fresh=fresh, scores=scores)
+
+    def _ordered_selection(
+        self, interval: Interval, pool: Rows, selection: Selection, laid: Rows | None
+    ) -> tuple[Rows, str]:
+        """Return the rows of an interval from a selection in the orderer's order, and the reason.
+
+        ``laid`` are the rows that the selection serves until the next one; None where the last one stands.
+        """
+        assert self.orderer is not None
+        if laid is not None:
+            own, times = np.unique(laid, return_counts=True)
+            self._selected = {"rows": own, "times": times, "number": interval.index, "at": 0}
+            self._ordered = self._selected_epochs()
+        assert self._ordered is not None
+        keys, reason = self._selection_keys(interval, pool, selection, laid is not None)
+        at, count = self._selected["at"], interval.steps * self.shape.global_batch
+        self._ordered.decide(at, keys, lambda number: 0, 1)
+        self._selected["at"] = at + count
+        return self._ordered.take(at, count).astype(np.int64), reason
+
+    def _selected_epochs(self) -> OrderedEpochs:
+        """Return the stream of the rows of a selection."""
+        assert self.orderer is not None
+        name = f"selection {self._selected['number']}"
+        return OrderedEpochs(self._selected["rows"], name, self.seed, self.orderer, times=self._selected["times"])
+
+    def _ordered_pool(self, interval: Interval) -> tuple[Rows, str]:
+        """Return the rows of an interval of the whole pool in the orderer's order, and the reason."""
+        assert self.orderer is not None
+        assert self._ordered is not None
+        batch, num, step, ordered = self.shape.global_batch, self.space.num_rows, interval.start_step, self._ordered
+        at, count = step * batch, interval.steps * batch
+        if not self.orderer.paced:
+            epoch, within = divmod(step, self.shape.steps_per_epoch(num))
+            at = epoch * self.shape.rows_per_epoch(num) + within * batch
+        keys, reason = self._sort_keys(interval, lambda count: ordered.wanted(at, count))
+        ordered.decide(at, keys, lambda number: number // batch, self.schedule.total_steps)
+        if self.orderer.paced:
+            rows = ordered.take(at, count).astype(np.int64)
+        else:
+            rows = epoch_stream(self.space.all_rows(), interval, self.shape, self.seed, ordered)
+        self._selected["at"] = at + int((rows >= 0).sum())
+        return rows, reason
+
     def _lay_out(
-        self, interval: Interval, ctx: Context, pool: Rows, selection: Selection | None
+        self, interval: Interval, ctx: Context, pool: Rows, selection: Selection | None, fresh: bool
     ) -> tuple[Rows, NDArray[np.float64] | None, str]:
         """Return serving order, nominal proportions if a mixer set them, and the reason for the record.
 
-        ``ctx`` is the selector's.
+        ``ctx`` is the selector's, and ``fresh`` says that the selection was made now.
         """
         batch = self.shape.global_batch
         total = interval.steps * batch
         reasons = [selection.reason] if selection is not None and selection.reason else []
+        shuffle = self.shape.shuffle and not (selection is not None and selection.ordered)
         if self.mixer is not None:
             own, asked = self._own("mixer", interval)
             if asked:
@@ -490,6 +594,10 @@ class Controller:
                 if asked:
                     rest = step != self.schedule.of("mixer").interval(step).start_step
                     self.sampler.append(shares, start=step * batch, decided_at_step=step, reason=why, go_on=rest)
+                if self.orderer is not None:
+                    keys, order = self._sort_keys(interval, self.sampler.wanted)
+                    self.sampler.order(keys, step, self.schedule.total_steps)
+                    reasons.append(order)
                 rows = self.sampler.draw(total, whole=batch)
             else:
                 kept = selection.rows if selection is not None else self.space.all_rows()
@@ -501,20 +609,34 @@ class Controller:
                     self.space.domains,
                     seed=self.seed,
                     repeat=self.config.repeat,
-                    shuffle=self.shape.shuffle,
+                    shuffle=shuffle,
                     earlier=self._earlier,
                     carried=self._carried,
                 )
+                if selection is not None and self.orderer is not None:
+                    keys, order = self._selection_keys(interval, pool, selection, fresh)
+                    groups, name = self.space.domains.domain_of[rows], f"quota {interval.index}"
+                    rows = arranged(rows, keys, groups, self.orderer, self.seed, name)
+                    reasons.append(order)
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
-            order = stream(self.seed, "order", interval.index) if self.shape.shuffle else None
-            # keep_ratio sets the share of the pool that is served, however long the interval is: rows may repeat.
-            repeat = self.config.repeat or self.config.keep_ratio is not None
-            rows = spread(selection.rows, interval.steps, batch, order, repeat, pool_rows=len(pool))
-            return rows, None, "; ".join(reasons)
+            laid = None
+            if fresh:
+                draws = stream(self.seed, "order", interval.index) if shuffle else None
+                # keep_ratio sets the share of the pool that is served, however long the interval is: rows may repeat.
+                repeat = self.config.repeat or self.config.keep_ratio is not None
+                laid = spread(selection.rows, ctx.interval.steps, batch, draws, repeat, pool_rows=len(pool))
+            if self.orderer is not None:
+                laid, order = self._ordered_selection(interval, pool, selection, laid)
+                reasons.append(order)
+            assert laid is not None, "only an orderer decides within a selection"
+            return laid, None, "; ".join(filter(None, reasons))
         if self.selects_subset:
             rows = warmup_rows(self.space.all_rows(), interval, batch, self.seed, self._earlier)
             return rows, None, "warm-up: uniform"
+        if self._ordered is not None:
+            rows, order = self._ordered_pool(interval)
+            return rows, None, order
         rows = epoch_stream(self.space.all_rows(), interval, self.shape, self.seed)
         return rows, None, "every row, epoch by epoch"
 
@@ -549,10 +671,10 @@ class Controller:
 
     def _fill(self, interval: Interval) -> Rows:
         """Return the rows that even out short steps over ranks; only whole epochs have short steps."""
-        if self.mixer is not None or self.selects_subset:
+        if self.config.full_steps:
             return np.zeros(0, dtype=np.int64)
         whole = self.schedule.interval(interval.start_step)  # the rest of a cut one is filled as it would have been
-        return epoch_fill(self.space.all_rows(), whole, self.shape, self.seed)
+        return epoch_fill(self.space.all_rows(), whole, self.shape, self.seed, self._ordered)
 
     def _record(
         self,
@@ -627,6 +749,11 @@ class Controller:
             "limits": self.sampler.limits if self.sampler else None,
             "unplanned": None if self._unplanned is None else np.packbits(self._unplanned),
             "earlier": self._earlier,
+            "orderer": check_state(self.orderer) if self.orderer else {},
+            "ordered": self._ordered.state_dict(self._selected["at"]) if self._ordered else {},
+            "selected": self._selected,
+            # Keys that may stand at the next decision, and that cannot be asked for again.
+            "standing": self._standing if self.schedule.own and self._order_changes else None,
             "proportions": self.proportions,
             "kept": self._kept,
             "nominal": self._nominal,
@@ -647,9 +774,15 @@ class Controller:
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        for key, part in {"selector": self.selector, "mixer": self.mixer, **self._parts()}.items():
+        methods = {"selector": self.selector, "mixer": self.mixer, "orderer": self.orderer}
+        for key, part in {**methods, **self._parts()}.items():
             if part is not None:
                 part.load_state_dict(state[key])
+        self._selected, self._standing = {**state["selected"]}, state["standing"]
+        if "rows" in self._selected and self.orderer is not None:
+            self._ordered = self._selected_epochs()
+        if self._ordered is not None:
+            self._ordered.load_state_dict(state["ordered"])
         # The end of the data follows from the caps: with other caps the next decision finds it again.
         capped = self.sampler is not None and self.config.at_cap == "stop"
         same = self.sampler is not None and np.array_equal(state["limits"], self.sampler.limits)

@@ -24,12 +24,14 @@ from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
+from dataflex.offline.table import read_scores, score_column
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.record.read import recorded_run, thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
+from dataflex.registry import KINDS
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.model_parts import capture_hidden, model_parts
@@ -129,9 +131,9 @@ class Session:
             raise ConfigError(problems)
         self.setup, self.config, self.clock = setup, config, setup.clock
         built: list[Any] = [
-            None if method is None else method.build() for method in (config.selector, config.mixer, config.weighter)
+            None if method is None else method.build() for method in (getattr(config, k) for k in KINDS)
         ]
-        self.selector, self.mixer, weighter = built
+        self.selector, self.mixer, self.orderer, weighter = built
         self.weighter = None if weighter is None or weighter.neutral else weighter
         told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
         self._told_mixer: Mixer | None = self.mixer if told else None
@@ -165,7 +167,7 @@ class Session:
         """Return a session for a loop of one's own; ``start`` comes next.
 
         Args:
-            block: The ``dynamic`` block: a selector, mixer or weighter, and when they decide.
+            block: The ``dynamic`` block: a selector, mixer, orderer or weighter, and when they decide.
             rows: The training rows, see ``RowSpace.of``.
             loop: The loop.
             stage: Stage of training; weighters need the language-model losses of ``pt`` or ``sft``.
@@ -187,7 +189,7 @@ class Session:
     def micro_batches_per_epoch(self, shape: BatchShape) -> int:
         """Return the micro-batches of a rank per epoch, as the stock Trainer counts them."""
         num_rows = self.setup.rows.num_rows
-        if self.mixer is not None or (self.selector is not None and self.selector.selects_subset):
+        if self.config.full_steps:
             return shape.steps_per_epoch(num_rows) * shape.accumulation
         return shape.micro_batches_per_epoch(num_rows)
 
@@ -198,7 +200,8 @@ class Session:
             UnsupportedError: A kind of parallelism or a batch shape that cannot be served.
             ConfigError: The block asks for what these rows and steps do not give.
         """
-        setup, config, shape, space = self.setup, self.config, loop.shape, self.setup.rows
+        setup, config, shape = self.setup, self.config, loop.shape
+        setup.space = space = with_scores(setup.rows, config)
         columns = {"rows": {*space.columns, config.domain_column or ""}}
         facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps, columns=columns)
         refuse_unsupported(loop, config, facts)
@@ -227,6 +230,7 @@ class Session:
             signals=signal_runner(setup, loop, seed),
             selector=self.selector,
             mixer=self.mixer,
+            orderer=self.orderer,
             clock=setup.clock,
             weighs_documents=setup.packed and self.weighter is not None,
         )
@@ -624,6 +628,15 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
             f"the batch shape is that of rank {loop.shape.rank} of {loop.shape.world}, and torch.distributed has "
             f"rank {comm.rank()} of {comm.world()}: every rank must be a data-parallel one"
         )
+
+
+def with_scores(space: RowSpace, config: DynamicConfig) -> RowSpace:
+    """Return the row space with the columns of the score files that methods ask for; DataError if not of its rows."""
+    found = {
+        wanted.name: score_column(read_scores(Path(wanted.file).expanduser()), wanted, space.fingerprint)
+        for wanted in config.requires.score_files
+    }
+    return replace(space, columns={**space.columns, **found}) if found else space
 
 
 def freeze_gates(model: torch.nn.Module) -> None:
