@@ -33,8 +33,9 @@ _HEAD = """# Methods
 <!-- Rendered from the classes by docs/render_methods.py; change those, not this page. -->
 
 Every method that comes with DataFlex, as `dataflex methods` lists them and `dataflex methods NAME` tells about one.
-F and B are forward and backward passes of one row. Up to one selector, one mixer and one weighter work together in a
-run; they decide in that order. [Your own](writing-a-method.md) joins them from a file or from another package.
+F and B are forward and backward passes of one row. Up to one selector, one mixer, one orderer and one weighter work
+together in a run; they decide in that order. [Your own](writing-a-method.md) joins them from a file or from another
+package.
 """
 
 

@@ -63,6 +63,7 @@ Configuration
       temperature: 1.0
       replacement: false
     mixer: null
+    orderer: null
     weighter: {name: column, warmup_steps: 10, column: w, normalizer: weight_sum}
     warmup_steps: 10
     interval_steps: 15

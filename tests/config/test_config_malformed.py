@@ -51,10 +51,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dynamic": {"selector": {"name": 3}}},
         ["dynamic.selector.name: expected text, found 3"],
     ),
-    "no method": ({"dynamic": {}}, ["dynamic: names no method (selector, mixer or weighter)"]),
+    "no method": ({"dynamic": {}}, ["dynamic: names no method (selector, mixer, orderer or weighter)"]),
     "block as text": (
         {"dynamic": "loss"},
-        ["dynamic: expected a mapping with a selector, mixer or weighter, found 'loss'"],
+        ["dynamic: expected a mapping with a selector, mixer, orderer or weighter, found 'loss'"],
     ),
     "text for a count": (
         {"dynamic": {"selector": "random", "interval_steps": "often"}},

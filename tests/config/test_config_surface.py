@@ -16,7 +16,7 @@ from tests.config.keys import user_keys
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "config_keys.txt"
 
-OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.weighters.")
+OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.orderers.", "dataflex.weighters.")
 
 
 def keys() -> list[str]:

@@ -50,6 +50,7 @@ NOTED: dict[str, dict[str, Any]] = {
 ALWAYS = {
     "selector": "a method",
     "mixer": "a method",
+    "orderer": "a method",
     "weighter": "a method",
     "domain_column": "the record counts rows and tokens by domain",
     "domain_path": "as domain_column",

@@ -15,7 +15,7 @@ from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
-from dataflex.method import Params, Reference, Requires, RunFacts
+from dataflex.method import Params, Reference, Requires, RunFacts, ScoreFile
 from dataflex.registry import KINDS, find, names
 from dataflex.signals.kinds import Embedding
 
@@ -127,7 +127,7 @@ class Asking(MethodConfig):
         return self.needs
 
 
-NAMES = {"selector": "random", "mixer": "uniform", "weighter": "none"}
+NAMES = {"selector": "random", "mixer": "uniform", "orderer": "shuffle", "weighter": "none"}
 # Field of Requires: a kind of method, what it states, what is known of a run that does not have it, and what is told.
 UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
     "signals": [
@@ -167,6 +167,14 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
     "ledger": [
         ("weighter", True, None, "requires ledger, which only a mixer is given"),
         ("mixer", True, None, "dynamic.ledger: missing; the uniform mixer decides by it"),
+    ],
+    "selector_scores": [
+        ("mixer", True, None, "requires selector_scores, which only an orderer is given"),
+        ("orderer", True, None, "goes by the selector's scores, and the random selector gives none"),
+    ],
+    "score_files": [
+        ("weighter", (ScoreFile("f", "c"),), None, "requires score_files, which only an orderer is given"),
+        ("orderer", (ScoreFile("nowhere", "c"),), RunFacts(), "nowhere: no such file; scores are written by"),
     ],
 }
 NOT_REQUIRED = {

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dataflex.config.build import half_read, method_block
+from dataflex.contract import BASES
 from dataflex.errors import DataFlexError
-from dataflex.method import STAGES, DomainWeighter, Mixer, Requires, Selector, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, Orderer, Requires, Selector
 from dataflex.registry import KINDS, find, names
 from dataflex.testing import FakeSignals, example_batch, example_context, example_stats, global_random_state_untouched
 
@@ -72,6 +73,14 @@ MINIMAL = {
     ("mixer", "aioli"): lambda K: {},
     ("mixer", "doremi"): lambda K: {"reference": "runs/reference"},
     ("mixer", "group_dro"): lambda K: {},
+    ("orderer", "sorting"): lambda K: {"by": "loss"},
+    ("orderer", "folding"): lambda K: {"by": "loss"},
+    ("orderer", "zigzag"): lambda K: {"by": "length"},
+    ("orderer", "segment"): lambda K: {"by": "length"},
+    ("orderer", "stair"): lambda K: {"by": "length"},
+    ("orderer", "saw"): lambda K: {"by": {"name": "column", "column": "sample_weight"}},
+    ("orderer", "shuffle"): lambda K: {},
+    ("orderer", "pacing"): lambda K: {"by": "random"},
     ("weighter", "none"): lambda K: {},
     ("weighter", "column"): lambda K: {},
     ("weighter", "loss"): lambda K: {},
@@ -103,16 +112,21 @@ DRAWS = {  # another seed, another answer
     ("mixer", "dga"),
     ("mixer", "pike"),
     ("mixer", "aioli"),
+    ("orderer", "segment"),
+    ("orderer", "shuffle"),
+    ("orderer", "pacing"),
 }
 
 # Taken while collecting, before any test registers a plugin.
 METHODS = [(kind, name) for kind in KINDS for name in names(kind)]
 SELECTORS = [name for kind, name in METHODS if kind == "selector"]
 MIXERS = [name for kind, name in METHODS if kind == "mixer"]
+ORDERERS = [name for kind, name in METHODS if kind == "orderer"]
 WEIGHTERS = [name for kind, name in METHODS if kind == "weighter"]
 every_method = pytest.mark.parametrize(("kind", "name"), METHODS)
 every_selector = pytest.mark.parametrize("name", SELECTORS)
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_orderer = pytest.mark.parametrize("name", ORDERERS)
 every_weighter = pytest.mark.parametrize("name", WEIGHTERS)
 
 NUM_ROWS = 64
@@ -143,6 +157,9 @@ def decide(method, **options):
         return selection.rows.tolist(), None if selection.scores is None else selection.scores.tolist()
     if isinstance(method, Mixer):
         return mixed(method, ctx)
+    if isinstance(method, Orderer):
+        keys = method.sort_keys(pool_of(NUM_ROWS), ctx)
+        return keys.tolist(), method.ranks(NUM_ROWS, ctx.rng("ranks")).tolist(), method.available(3, 9)
     prepare(method, ctx)
     static = method.static_weights(pool_of(NUM_ROWS), COLUMNS)
     if static is not None:
@@ -188,7 +205,7 @@ def test_every_registered_method_is_in_the_table():
 @every_method
 def test_it_builds_from_its_defaults_or_least_parameters(kind, name):
     method = build(kind, name)
-    assert isinstance(method, {"selector": Selector, "mixer": Mixer, "weighter": Weighter}[kind])
+    assert isinstance(method, BASES[kind])
     assert (type(method).kind, type(method).name) == (kind, name)
     if not MINIMAL[kind, name](3) and not method.requires().targets:
         assert method_block(kind, name, f"dynamic.{kind}", []).params == type(method).Params()
@@ -350,6 +367,25 @@ def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
     assert "\n" not in mix.reason
 
 
+@every_orderer
+def test_ranks_are_a_permutation_and_keys_one_number_a_row(name):
+    orderer = build("orderer", name)
+    for count in range(70):
+        ranks = orderer.ranks(count, np.random.default_rng(count))
+        assert ranks.dtype == np.int64
+        assert sorted(ranks.tolist()) == list(range(count))
+    losses = np.where(pool_of(NUM_ROWS) % 3, 1.0, math.nan)
+    keys = orderer.sort_keys(pool_of(NUM_ROWS)[5:], example_context(columns=COLUMNS, signals=FakeSignals(losses)))
+    assert keys.shape == (NUM_ROWS - 5,)
+    assert keys.dtype.kind == "f"
+    shares = [orderer.available(step, 100) for step in range(100)]
+    assert all(0 < share <= 1 for share in shares)
+    assert shares == sorted(shares)
+    assert (shares != [1.0] * 100) == orderer.paced
+    assert orderer.reason
+    assert "\n" not in orderer.reason
+
+
 @every_weighter
 def test_weights_are_finite_and_not_negative(name):
     weighter = build("weighter", name)
@@ -392,7 +428,7 @@ def test_the_card_is_complete(kind, name):
     assert card.paper
     assert card.cost
     assert "baseline" in card.paper or "arXiv" in card.paper
-    assert (needs.passes.pool[0] > 0) == (kind == "selector" and bool(needs.signals - {"texts"}))
+    assert (needs.passes.pool[0] > 0) == (kind in ("selector", "orderer") and bool(needs.signals - {"texts"}))
     assert set(needs.stages) <= set(STAGES)
     assert needs.stages
     assert needs.signals <= {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}

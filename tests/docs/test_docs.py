@@ -18,6 +18,7 @@ from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, LedgerCon
 from dataflex.config.split import split
 from dataflex.contract import class_problems
 from dataflex.method import SIGNALS, BatchView, Context, Params, Requires, Signals
+from dataflex.orderers.patterns import By
 from dataflex.plan.domains import DomainStats
 from dataflex.plan.schedule import Interval
 from dataflex.registry import KINDS, find, names
@@ -25,7 +26,7 @@ from dataflex.signals import kinds
 from dataflex.testing import example_context, example_stats
 from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
 
-OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.weighters.")
+OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.orderers.", "dataflex.weighters.")
 METHODS = [(kind, name) for kind in KINDS for name in names(kind) if find(kind, name).__module__.startswith(OURS)]
 
 
@@ -190,6 +191,17 @@ def test_the_mixer_in_the_guide_learns_from_losses_and_keeps_its_state():
         one.observe(example_stats([1.0, 3.0, 5.0]))
     np.testing.assert_allclose(again.loss, [1.9, 3.0, 5.0])
     assert mixer.mix(ctx).proportions.tolist() == again.mix(ctx).proportions.tolist()
+
+
+def test_the_orderer_in_the_guide_ranks_what_it_names():
+    code = next(code for page, code in blocks("python") if page == "docs/writing-a-method.md" and "MiddleFirst" in code)
+    scope = {"__name__": "guide"}
+    exec(compile(code, "guide", "exec"), scope)
+    cls = scope["MiddleFirst"]
+    assert class_problems("orderer", cls) == []
+    orderer = cls(cls.Params(by=By.of("length")))
+    assert orderer.ranks(5, np.random.default_rng(0)).tolist() == [2, 1, 3, 0, 4]
+    assert orderer.sort_keys(np.arange(3), example_context({"a": 3}, lengths=[3, 1, 2])).tolist() == [3, 1, 2]
 
 
 @pytest.mark.parametrize("cls", [Context, Interval, BatchView, DomainStats, Requires])

@@ -23,6 +23,7 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer", "velocity"): {"target_losses": [1.9, 2.1]},
     ("mixer", "skill_it"): {"graph": [[1.0, 0.5], [0.0, 1.0]]},
     ("mixer", "doremi"): {"reference": "runs/reference"},
+    **{("orderer", name): {"by": "length"} for name in "sorting folding zigzag segment stair saw pacing".split()},
     ("weighter", "slm"): {"reference": "runs/reference"},
     ("weighter", "rho"): {"reference": "runs/reference"},
     ("weighter", "product"): {"of": ["column", {"name": "slm", "reference": "runs/reference"}]},

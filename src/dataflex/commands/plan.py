@@ -17,7 +17,7 @@ from dataflex.config.mappings import as_mapping, as_yaml
 from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.method import Method, Weighter
+from dataflex.method import Method, Orderer, Weighter
 from dataflex.plan.schedule import Schedule, pilot_rows, wanted_rows
 from dataflex.printable import redacted
 from dataflex.record.text import duration, rows_of
@@ -90,7 +90,7 @@ def _schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
     lines = [("global batch", f"{batch.global_batch:,} sequences ({parts})"), ("rows", rows), ("steps", steps)]
     if not view.dynamic.methods or view.schedule is None:
         return lines
-    return lines + _interval_lines(view) + _pool_lines(view) + _epoch_lines(view)
+    return lines + _interval_lines(view) + _pool_lines(view) + _order_lines(view.dynamic) + _epoch_lines(view)
 
 
 def _interval_lines(view: Forecast) -> Lines:
@@ -110,9 +110,10 @@ def _cadence_lines(view: Forecast, schedule: Schedule, of: str, *, mixes: bool) 
     lines: Lines = []
     if schedule.warmup_steps:
         what = "at the mixer's proportions of step 0" if mixes else "rows drawn uniformly"
+        what = "rows in random order" if of.startswith("orderer") else what
         if dynamic.initial_proportions is not None and mixes:
             what = "at initial_proportions"
-        if of and not mixes and dynamic.mixer is not None:
+        if of.startswith("selector") and dynamic.mixer is not None:
             what = "the whole pool"
         lines.append(("warm-up", f"{of}{schedule.warmup_steps:,} steps, {what}"))
     if dynamic.cycle_steps is not None:
@@ -124,7 +125,7 @@ def _cadence_lines(view: Forecast, schedule: Schedule, of: str, *, mixes: bool) 
         last = f"; the last{' of a cycle' if dynamic.cycle_steps else ''} has {rest:,} steps" if rest else ""
         each = f"{first.steps:,} steps, {first.steps * view.batch.global_batch:,} sequences each"
         lines.append(("intervals", f"{of}{schedule.num_decisions:,} of {each}{last}"))
-    elif dynamic.selector is not None or dynamic.mixer is not None:
+    elif dynamic.selector is not None or dynamic.mixer is not None or dynamic.orderer is not None:
         lines.append(("intervals", "interval_steps is not set: one decision holds for the whole run"))
     return lines
 
@@ -158,6 +159,17 @@ def _pool_lines(view: Forecast) -> Lines:
         again = sum(each.steps for each in view.schedule.of("selector").decided()) * view.batch.global_batch / kept
         lines.append(("repeats", f"{again:.3g} times a row over the run if every decision kept the same rows"))
     return lines
+
+
+def _order_lines(dynamic: DynamicConfig) -> Lines:
+    """Return in which order rows are served, and within what."""
+    orderer = None if dynamic.orderer is None else dynamic.orderer.build()
+    if not isinstance(orderer, Orderer):
+        return []
+    within = "an interval's selection" if dynamic.narrows else "the epochs of all rows"
+    if dynamic.mixer is not None:
+        within = f"each domain{' of ' + within if dynamic.narrows else ', epoch by epoch'}"
+    return [("order", f"{orderer.reason.removeprefix('order: ')}; within {within}")]
 
 
 def _epoch_lines(view: Forecast) -> Lines:
@@ -358,7 +370,11 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
         decided = view.schedule.of(method.kind).decided()
         rows = sum(min(view.rows, batches * interval.steps) for interval in decided)
         told = told if rows == decisions * size else f"{rows:,} candidates in {decisions:,} intervals"
-    bound = "at most " if view.dynamic.exclude_seen else ""
+    bound = "at most " if view.dynamic.exclude_seen or method.kind == "orderer" else ""
+    if method.kind == "orderer" and pool is not None:
+        first = view.first_decision("selector")
+        size = min(size, 0 if first is None else first.steps * view.batch.global_batch)
+        rows, told = decisions * size, f"{decisions:,} intervals x {size:,} rows"
     return _cost(rows, each, f"{told} x {_passes(*each)}; {method.cost}", bound)
 
 
@@ -432,7 +448,7 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
     assert view.rows is not None
     assert view.steps is not None
     dynamic, most = view.dynamic, min(view.rows, served)
-    if dynamic.mixer is None and not dynamic.narrows:  # less than an epoch, or ``serves_all_again``
+    if not dynamic.full_steps:  # less than an epoch, or ``serves_all_again``
         return most, ""
     begins_late = isinstance(method, Weighter) and method.warmup(view.steps) > 0
     known = not dynamic.narrows and view.domains is not None and dynamic.unit == "sequences" and not begins_late

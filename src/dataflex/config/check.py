@@ -14,8 +14,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
-from dataflex.config.data import Source, columns_of, count_rows, find_sources, target_data_sets, train_rows
+from dataflex.config.data import (
+    Source,
+    column_values,
+    columns_of,
+    count_rows,
+    find_sources,
+    target_data_sets,
+    train_rows,
+)
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.mappings import shown
 from dataflex.config.needs import optimizer_without_moments, unmet
@@ -361,9 +371,13 @@ def _domain_problems(
     dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], facts: RunFacts
 ) -> Iterator[str]:
     """Yield problems of the columns, the domains, their proportions, and the number of rows."""
-    yield from unmet(dynamic, facts)
+    lacking = [*unmet(dynamic, facts)]
+    yield from lacking
     if not sources:
         return
+    if not lacking and not lf.packed and not lf.tokenized:
+        yield from _value_problems(dynamic, lf, sources)
+        yield from _score_problems(dynamic, sources)
     if dynamic.unit == "documents" and lf.packed and not dynamic.domains_are_sources:
         yield (
             "dynamic.unit: rows hold several documents under packing, which are counted by data set only; let the data "
@@ -383,6 +397,52 @@ def _domain_problems(
         yield from () if file is None else _raised(lambda: read_proportions(file, "dynamic.mixer.from"))
     yield from _too_few_rows(dynamic, view)
     yield from unmet(dynamic, RunFacts(total_steps=view.steps, num_rows=view.rows))
+
+
+def _value_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> Iterator[str]:
+    """Yield the first value of a column that a method cannot use, where the rows that are trained on are known."""
+    if lf.val_size > _NOT_HELD_OUT:
+        return
+    for method in dynamic.methods:
+        for name in method.requires.columns:
+            for source in sources:
+                known = source.path is not None and source.num_samples is None and source.split == "train"
+                found = column_values(source.path, name) if known and source.path is not None else None
+                if not found:
+                    continue
+                found = found[: lf.max_samples]
+                values = np.empty(len(found), dtype=object)
+                values[:] = [value for _, value in found]
+                refused = method.build().refused_values(name, values)
+                if refused is None or not refused[0].any():
+                    continue
+                bad, wanted = refused
+                place, value = found[int(np.flatnonzero(bad)[0])]
+                others = f" (and {int(bad.sum()) - 1:,} more rows)" if bad.sum() > 1 else ""
+                told = f"data set {source.name!r}, {place}, has {name} = {shown(value)}{others}; {wanted}"
+                yield f"dynamic.{method.kind}: {told}"
+
+
+def _score_problems(dynamic: DynamicConfig, sources: Sequence[Source]) -> Iterator[str]:
+    """Yield files of scores that are of other data sets or files; whether rows are the same is known once loaded."""
+    from dataflex.offline.files import file_records
+    from dataflex.offline.table import read_scores
+
+    names = [source.name for source in sources]
+    for method in dynamic.methods:
+        for wanted in method.requires.score_files:
+            try:
+                scored = read_scores(Path(wanted.file).expanduser()).provenance["data"]["sources"]
+            except DataError:
+                continue  # told already
+            place = f"dynamic.{method.kind}: scores in {wanted.file}"
+            if (of := [record["name"] for record in scored]) != names:
+                yield f"{place}: they are of the rows of {', '.join(of)}, and {', '.join(names)} is trained on"
+                continue
+            for source, record in zip(sources, scored, strict=True):
+                files = [(file.size, file.blake2b) for file in file_records(source.path)]
+                if files and files != [(file["size"], file["blake2b"]) for file in record["files"]]:
+                    yield f"{place}: {source.path} of {source.name!r} is another file than was scored; score it again"
 
 
 def _raised(check: Callable[[], object]) -> list[str]:

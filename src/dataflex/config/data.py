@@ -163,6 +163,41 @@ def _parquet(file: Path) -> Contents:
         return Contents(problem=f"is no readable Parquet: {str(error).splitlines()[0]}")
 
 
+def column_values(path: Path, name: str) -> list[tuple[str, Any]] | None:
+    """Return place ("line 3 of a.jsonl") and value of a column in each row of a data set, None for a missing one.
+
+    None where the files are not of moderate size, or of a form that is not read here.
+    """
+    files, found = _files(path), []
+    if sum(file.stat().st_size for file in files) > _MOST_READ_BYTES:
+        return None
+    for file in files:
+        try:
+            found += [(f"{place} of {file}", value) for place, value in _column(file, name)]
+        except ValueError:
+            return None
+    return found
+
+
+def _column(file: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield place and value of each row; ValueError for a file that is not read here."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        values = pq.read_table(file, columns=[name]).column(name).to_pylist()
+        yield from ((f"row {number:,}", value) for number, value in enumerate(values, start=1))
+    elif file.suffix in (".json", ".jsonl"):
+        text = file.read_bytes().decode("utf-8-sig")
+        if text.lstrip(_SPACE).startswith("["):
+            rows = ((f"item {number:,}", row) for number, row in enumerate(json.loads(text, strict=False), start=1))
+        else:
+            lines = enumerate(text.split("\n"), start=1)
+            rows = ((f"line {number:,}", json.loads(line, strict=False)) for number, line in lines if line.strip())
+        yield from ((place, row.get(name)) for place, row in rows)
+    else:
+        raise ValueError(file.suffix)
+
+
 ENDINGS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 _FORMATS = ("alpaca", "sharegpt", "openai")
 _KINDS = {".jsonl": ".json"}

@@ -126,9 +126,10 @@ def _kind(method: MethodConfig, needs: Requires) -> Iterator[str]:
     for name, kinds in _TAKERS.items():
         if name == "embedding" and "in_run_embeddings" in needs.signals:
             continue
+        listed = " or ".join(f"an {kind}" if kind == "orderer" else f"a {kind}" for kind in kinds)
         if method.kind not in kinds and getattr(needs, name) != getattr(usual, name):
             yield (
-                f"dynamic.{method.kind}: {method.name} requires {name}, which only a {' or a '.join(kinds)} is given; "
+                f"dynamic.{method.kind}: {method.name} requires {name}, which only {listed} is given; "
                 "leave it out of requires()"
             )
 
