@@ -27,6 +27,7 @@ PHASES = {
     "evaluate": "evaluation",
     "predict": "prediction",
     "checkpoint": "writing checkpoints",
+    "record": "writing where the rows come from, and the table of chosen rows",
     "save": "writing the final model",
     OTHER: "whatever is in none of them",
 }

@@ -227,9 +227,10 @@ class RunRecorder:
         ``moved``: where a resumed run has another pool, the fingerprint of the one before, and the row there of each
         row [N], -1 for new ones.
         """
-        if moved is not None:
-            write_moved(self.directory, moved[0], space.fingerprint, moved[1])
-        write_rows(self.directory, space)
+        with self._clock.phase("record"):
+            if moved is not None:
+                write_moved(self.directory, moved[0], space.fingerprint, moved[1])
+            write_rows(self.directory, space)
         self.refresh(now=True)
 
     def refresh(self, *, now: bool = False) -> None:
@@ -238,7 +239,8 @@ class RunRecorder:
         began = perf_counter()
         if not (self.directory / ROWS).is_file() or (not now and began - at < took / _SHARE):
             return
-        write_chosen(self.directory)
+        with self._clock.phase("record"):
+            write_chosen(self.directory)
         self._refreshed = (perf_counter(), perf_counter() - began)
 
     def stepped(self, step: int, logs: Mapping[str, Any]) -> None:
