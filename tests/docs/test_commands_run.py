@@ -118,7 +118,7 @@ def folder(tmp_path_factory):
     (folder / "clean.yaml").write_text(yaml.safe_dump({**stock, "output_dir": "runs/clean"}))
     small = {**stock, "dataset": "pool,weighted", "eval_dataset": "gsm8k_valid", "output_dir": "runs/small"}
     (folder / "small.yaml").write_text(yaml.safe_dump(small))
-    for run in ("mine", "demo/dynamic", "select_loss"):
+    for run in ("mine", "demo/dynamic", "demo/plain", "select_loss"):
         simulate(folder / "runs" / run / "dataflex", **SELECTION)
         write_rows(folder / "runs" / run / "dataflex", space_of(SELECTION["sources"]))
     scores(folder / "runs/offline/scores.parquet", ["less", "rds_plus", "rds_plus.rank"])

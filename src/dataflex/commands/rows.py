@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,11 @@ from dataflex.offline.subset import write_subset
 from dataflex.offline.table import ScoreTable
 from dataflex.printable import on_one_line, plain
 from dataflex.record.chosen import chosen_notes, chosen_table, row_texts
+from dataflex.record.order import By, floats, order
 from dataflex.record.text import WIDTH, cut, number, table, width
 from dataflex.record.where import where as fulfil
 from dataflex.version import __version__
 
-By = Literal["most", "never", "near-cut", "heaviest", "lightest"]
 _TOLD: dict[By, str] = {
     "most": ", served most often first",
     "never": "",
@@ -67,11 +67,11 @@ def rows(
     known = np.arange(found.num_rows, dtype=np.int64)
     if where is not None:
         known = known[fulfil(found, where).to_numpy(zero_copy_only=False)]
-    ordered = _ordered(found, known, by or "most", every=where is not None and by is None)
+    ordered = order(found, known, by or "most", every=where is not None and by is None)
     most = limit or (len(ordered) if export is not None else _SHOWN)
     chosen = ordered[:most]
     if by == "near-cut":
-        chosen = chosen[np.argsort(_floats(found, "rank")[chosen], kind="stable")]
+        chosen = chosen[np.argsort(floats(found, "rank")[chosen], kind="stable")]
     if export is not None:
         return _exported(found, about, chosen, export, {"by": by, "where": where, "limit": limit}, overwrite)
     texts = row_texts(found, chosen) if text else None
@@ -86,51 +86,12 @@ def rows(
     return "\n".join([*lines, *(f"note: {note}" for note in about["notes"])])
 
 
-def _floats(found: pa.Table, name: str) -> Any:
-    """Return a column of numbers as float64, NaN where there is none."""
-    return found.column(name).cast(pa.float64()).to_numpy()
-
-
-def _ordered(found: pa.Table, known: Rows, by: By, *, every: bool) -> Rows:
-    """Return the rows of ``known`` that an order asks for, in that order; ``every``: also those it has no place for."""
-    times = _floats(found, "times_served")[known]
-    if by == "never":
-        if np.isnan(times).all() and len(times):
-            raise DataError("--never: the record does not say which rows were served")
-        return known[times == 0]
-    if by == "most":
-        known, times = (known, np.nan_to_num(times)) if every else (known[times > 0], times[times > 0])
-        last = np.nan_to_num(_floats(found, "last_served")[known], nan=-1.0)
-        return known[np.lexsort((known, -last, -times))]
-    if by == "near-cut":
-        decisions = {one["interval"]: one for one in chosen_notes(found)["decisions"] if one["cut"] is not None}
-        decision, rank = _floats(found, "decision")[known], _floats(found, "rank")[known]
-        away = np.full(len(known), np.nan)
-        for interval, one in decisions.items():
-            mine = decision == interval
-            edge = one["kept"] if one["prefers"] == "high" else one["scored"] - one["kept"]
-            away[mine] = np.abs(rank[mine] - edge - 0.5)
-        there = np.flatnonzero(np.isfinite(away))
-        if not len(there) and len(known):
-            raise DataError(
-                "--near-cut: no decision of this run has a cut: its selector gives no scores, keeps every row, or does "
-                "not choose by them"
-            )
-        return known[there[np.lexsort((known[there], away[there]))]]
-    weights = _floats(found, "weight")[known]
-    there = np.flatnonzero(np.isfinite(weights))
-    if not len(there) and len(known):
-        raise DataError(f"--{by}: no row has a weight; the run has no weighter, or none of its checkpoints is written")
-    sign = -1.0 if by == "heaviest" else 1.0
-    return known[there[np.lexsort((known[there], sign * weights[there]))]]
-
-
 # ---- what is printed
 
 
 def _head(found: pa.Table, about: dict[str, Any]) -> list[str]:
     """Return the finding in one line, and the latest decision in another."""
-    times = _floats(found, "times_served")
+    times = floats(found, "times_served")
     lines = [f"after step {about['step']:,}, what was served is not known"]
     if not np.isnan(times).any():
         size, served, again = len(times), int((times > 0).sum()), int((times > 1).sum())
@@ -231,7 +192,7 @@ def _exported(
         dataset_of=_index(found, "dataset", names),
         domains=(),
         domain_of=np.zeros(0, dtype=np.int64),
-        position=np.nan_to_num(_floats(found, "position"), nan=0.0).astype(np.int64),
+        position=np.nan_to_num(floats(found, "position"), nan=0.0).astype(np.int64),
         tokens=found.column("tokens").to_numpy(),
         supervised_tokens=found.column("supervised_tokens").to_numpy(),
         columns={},

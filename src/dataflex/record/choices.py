@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from dataflex.record.chart import Chart, Panel, Series, corners, line, over_steps
-from dataflex.record.digest import Curve, Run
+from dataflex.record.digest import Curve, Event, Run
 from dataflex.record.recorded import Recorded, spaced
 from dataflex.record.recorder import scores_of
 from dataflex.record.text import cut, middle, number, percent, without_prefix
@@ -73,9 +73,26 @@ def histogram_chart(runs: Sequence[Recorded]) -> Chart | None:
         if counts.sum():
             xs, ys = corners(edges[:-1].tolist(), edges[1:].tolist(), (counts / counts.sum()).tolist())
             series.append(Series(name=name, x=xs, y=ys, colour=-1 if at == 0 else 5))
+    cut_at, prefers = _cut_of(view, event)
+    if cut_at is not None and low <= cut_at <= high:
+        top = max(value for each in series for value in each.y if value is not None)
+        series.append(Series(name="cut", x=[cut_at, cut_at], y=[0.0, top], look="dashed", colour=6))
     above = float((scores < np.median(of_served)).mean()) if len(of_served) else 0.0
     told = f"At step {event['start_step']} the median row served scores above {percent(above, 0)} of the pool"
+    told += f"; {prefers} scores are kept" if prefers else ""
     return Chart(headline=told, x=_score(view.run), y="share of rows", percent=True, panels=[Panel(series=series)])
+
+
+def _cut_of(view: Recorded, event: Event) -> tuple[float | None, str | None]:
+    """Return the score of the last row that a decision kept, and which scores it keeps: "high" or "low"."""
+    if view.rows is None:
+        return None, None
+    from dataflex.record.chosen import chosen_notes
+
+    for one in chosen_notes(view.rows)["decisions"]:
+        if one["interval"] == event["interval"]:
+            return one["cut"], one["prefers"]
+    return None, None
 
 
 def ranking_chart(runs: Sequence[Recorded]) -> Chart | None:
@@ -139,7 +156,9 @@ def coverage_chart(runs: Sequence[Recorded]) -> Chart | None:
 
 
 def times_served(view: Recorded) -> NDArray[np.int64] | None:
-    """Return how often each row of the pool [n] was served, in the intervals whose rows are kept."""
+    """Return how often each row of the pool [n] was served; None where the record does not say."""
+    if view.rows is not None and not view.rows.column("times_served").null_count:
+        return view.rows.column("times_served").to_numpy()
     pool = sum(view.run.pool.values())
     if not pool or not view.plans:
         return None

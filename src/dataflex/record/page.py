@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).with_name("page.html")
 _HEIGHT, _SMALL = 300, 170
 _DASHES = {"dashed": "6 3", "dotted": "2 3"}
-_LONG = 40  # characters from which a cell is broken into lines
+_LONG, _WIDE = 40, 300  # characters from which a cell is broken into lines, and is wide
 _FILTERED = 8  # lines from which a table has a filter
 _MATH = re.compile(r"(\$)(?=\$)|(\\)(?=[\[(])")
 
@@ -126,7 +126,7 @@ def _cell(value: Any, kind: str) -> str:
     """Return the text of a table's cell."""
     if value is None:
         return "-"
-    if isinstance(value, str) or kind == "text":
+    if isinstance(value, str) or kind in ("text", "choice"):
         return str(value)
     told = {"count": lambda: f"{value:,.0f}", "share": lambda: percent(value), "seconds": lambda: duration(value)}
     return told.get(kind, lambda: (signed if kind == "signed" else number)(value))()
@@ -135,7 +135,7 @@ def _cell(value: Any, kind: str) -> str:
 def _table(place: str, told: Json) -> str:
     ident = "table-" + place.replace(" ", "-")
     kinds = [column["kind"] for column in told["columns"]]
-    sides = ["" if kind == "text" else ' class="n"' for kind in kinds]
+    sides = ["" if kind in ("text", "choice") else ' class="n"' for kind in kinds]
     head = "".join(
         f'<th scope="col" aria-sort="none"{side}><button type="button">{_text(column["name"] or "name")}</button></th>'
         for column, side in zip(told["columns"], sides, strict=True)
@@ -144,15 +144,19 @@ def _table(place: str, told: Json) -> str:
     for row in told["rows"]:
         cells = []
         for at, (value, kind, side) in enumerate(zip(row, kinds, sides, strict=True)):
+            if kind == "trend" and value:
+                cells.append(f"<td>{_trend(value)}</td>")
+                continue
             text = _cell(value, kind)
-            look = ' class="long"' if len(text) > _LONG and kind == "text" else side
+            wide = " wide" if len(text) > _WIDE else ""
+            look = f' class="long{wide}"' if len(text) > _LONG and kind == "text" else side
             cells.append(f'<th scope="row"{look}>{_text(text)}</th>' if at == 0 else f"<td{look}>{_text(text)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     caption = _text(told["caption"])
     tools = [f'<button type="button" class="copy" aria-label="Copy the table: {caption}">Copy</button>']
     if len(lines) >= _FILTERED:
         tools.insert(0, f'<label>Filter <input type="search" aria-label="Filter: {caption}"></label>')
-        tools += _domain_filter(told)
+        tools += _choices(told)
     note = f'<p class="how">{_text(told["note"])}</p>' if told["note"] else ""
     return (
         f'<figure class="table" data-table="{place}"><h3 id="{ident}">{caption}</h3>{note}'
@@ -162,18 +166,30 @@ def _table(place: str, told: Json) -> str:
     )
 
 
-def _domain_filter(told: Json) -> list[str]:
-    """Return a choice of one domain, for a table of single rows of several."""
-    names = [column["name"] for column in told["columns"]]
-    if "row" not in names or "domain" not in names:
-        return []
-    column = names.index("domain")
-    known = dict.fromkeys(str(row[column]) for row in told["rows"])
-    options = "".join(f'<option value="{_text(name)}">{_text(middle(name, 40))}</option>' for name in known)
-    choice = (
-        f'<select data-column="{column}" aria-label="Domain"><option value="">all domains</option>{options}</select>'
+def _choices(told: Json) -> list[str]:
+    """Return a choice of one value for each column that rows may be filtered by."""
+    found = []
+    for at, column in enumerate(told["columns"]):
+        known = dict.fromkeys(_cell(row[at], "text") for row in told["rows"]) if column["kind"] == "choice" else {}
+        if len(known) > 1:
+            name = _text(column["name"])
+            options = "".join(f'<option value="{_text(each)}">{_text(middle(each, 40))}</option>' for each in known)
+            first = f'<option value="">every {name}</option>'
+            found.append(f'<select data-column="{at}" aria-label="{name}">{first}{options}</select>')
+    return found
+
+
+def _trend(values: Sequence[float]) -> str:
+    """Return a small curve of numbers."""
+    low, high = min(values), max(values)
+    points = " ".join(
+        f"{80 * at / (len(values) - 1):.1f},{18 - 16 * (value - low) / ((high - low) or 1.0):.1f}"
+        for at, value in enumerate(values)
     )
-    return [choice] if len(known) > 1 else []
+    label = f"{number(values[0])} at first, {number(values[-1])} at last, {number(low)} to {number(high)}"
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+    title = f"<title>{_text(label)}</title>"
+    return f'<svg width="82" height="20" role="img" aria-label="{_text(label)}">{title}{line}</svg>'
 
 
 def _chart(place: str, told: Json, chart: Chart, items: list[Any]) -> str:
@@ -263,10 +279,11 @@ def _figure(told: Json, panel: Panel, says: Json, *, small: bool) -> figure:
     for series in says["series"]:
         look: dict[str, Any] = {"color": _colour(series), "name": _plain(series["name"] or says["title"], 80)}
         if series["look"] == "band":
-            source = ColumnDataSource({"x": series["x"], "low": _gaps(series["y"]), "high": _gaps(series["high"])})
+            ends = {"low": _gaps(series["y"]), "high": _gaps(series["high"])}
+            source = ColumnDataSource({"x": _gaps(series["x"]), **ends})
             plot.varea("x", "low", "high", source=source, fill_alpha=0.25, **look)
             continue
-        source = ColumnDataSource({"x": series["x"], "y": _gaps(series["y"])})
+        source = ColumnDataSource({"x": _gaps(series["x"]), "y": _gaps(series["y"])})
         dash = [int(length) for length in _DASHES.get(series["look"], "").split()]
         faint = series["look"] == "faint"
         line = {"line_width": 1 if faint else 1.8, "line_alpha": 0.5 if faint else 1.0, "line_dash": dash}
@@ -303,7 +320,8 @@ def _figure(told: Json, panel: Panel, says: Json, *, small: bool) -> figure:
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
+    """Return numbers as Bokeh takes them: NaN where there is none, and no integers that JavaScript has not."""
+    return [float("nan") if value is None else float(value) if abs(value) >= 2**53 else value for value in values]
 
 
 def _bars(told: Json, ident: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from dataflex.record.read import (
     record_dir,
     sound_event,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TRAINER_STATE = "trainer_state.json"
 _PLANS = 2048
@@ -50,6 +53,8 @@ class Recorded:
     found: ProportionsFile | None = None
     left_out: list[str] = field(default_factory=list)
     """What is missing or cannot be read, one line each."""
+    no_rows: list[str] = field(default_factory=list)
+    """Why there is no table of chosen rows."""
 
     @cached_property
     def plans(self) -> list[tuple[Event, Rows]]:
@@ -70,6 +75,19 @@ class Recorded:
             rows = np.arange(len(scores)) if pool is None else pool
             finite = np.isfinite(scores)
             found.append((event, rows[finite], scores[finite]))
+        return found
+
+    @cached_property
+    def rows(self) -> pa.Table | None:
+        """The table of chosen rows; None where the record has none that can be read, which is told."""
+        from dataflex.record.chosen import chosen_notes, chosen_table
+
+        try:
+            found = chosen_table(self.folder)
+        except DataError as error:
+            self.no_rows.append(str(error).removeprefix(f"{self.folder}/"))
+            return None
+        self.left_out.extend(note for note in chosen_notes(found)["notes"] if note not in self.left_out)
         return found
 
     def _array(self, event: Event, name: str, optional: bool = False) -> NDArray[Any] | None:

@@ -42,13 +42,14 @@ def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: 
     from dataflex.record.charts import CHARTS, charts
     from dataflex.record.page import page
     from dataflex.record.plots import draw
+    from dataflex.record.samples import rows_section
     from dataflex.record.sections import report_of
 
     runs = _titled([recorded(run_dir) for run_dir in run_dirs])
     view = runs[0]
     folder = _inside(view.folder, Path(run_dirs[0])) if out is None else Path(out)
     made = charts(runs)
-    told = report_of(runs, made)
+    told = report_of(runs, made, rows_section(view))
     pictures = draw(made)
     values = json.dumps(told, allow_nan=False) + "\n"
     contents = {

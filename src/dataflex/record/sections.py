@@ -35,21 +35,24 @@ Json = dict[str, Any]
 
 
 def table(caption: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[Any]], note: str = "") -> Json:
-    """Return a table; a column is a name and what is in it: text, count, number, share, seconds or signed."""
+    """Return a table; a column is a name and what is in it.
+
+    That is text, count, number, share, seconds, signed, choice (a text to filter by) or trend (numbers in order).
+    """
     names = [{"name": name, "kind": kind} for name, kind in columns]
     left = len(rows) - _ROWS
     note = f"{note} The first {_ROWS} of {len(rows):,} lines." if left > 0 else note
     return {"caption": caption, "note": note.strip(), "columns": names, "rows": [list(row) for row in rows[:_ROWS]]}
 
 
-def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json | None = None) -> Json:
+def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json) -> Json:
     """Return everything that the page of ``runs`` says; ``rows`` is the section of single rows."""
     view = runs[0]
     told = warnings(runs)
     parts = (
         ("loss", "Loss and held-out curves", ("compared", "loss", "heldout", "domain_loss"), _losses(runs)),
         ("mixture", "Mixture over time", ("mixture", "epochs", "composition"), _domains(view)),
-        ("rows", "Rows", (), rows or {"notes": ["This record does not tell single rows."]}),
+        ("rows", "Rows", (), rows),
         ("scores", "Scores", ("scores", "histogram", "ranking", "overlap", "coverage", "repeats"), _decisions(view)),
         ("weights", "Weights, ledger and signals", ("weights", "ledger", "signals"), _accounts(view)),
         ("cost", "Cost", ("seconds",), _cost(runs)),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
+from scipy.stats import spearmanr
+
 from dataflex.record.choices import signal_quality, times_served
 from dataflex.record.curves import held_out, over_time
 from dataflex.record.digest import Run
@@ -16,6 +19,8 @@ _COLLAPSED = 0.95
 _FEW_EFFECTIVE = 0.1
 _MANY_EPOCHS = 4.0
 _WEAK = 0.1
+_BY_LENGTH = 0.6
+_FEW, _RANKED = 20, 50_000
 _NAMED = 5
 _REPEATED = re.compile(r"[0-9]+% of the rows were served more than [0-9]+ times by now, up to [0-9]+")
 
@@ -127,6 +132,21 @@ def _first(text: str) -> int:
     return int(text.partition("%")[0])
 
 
+def _lengths(view: Recorded) -> Iterator[str]:
+    """Tell a selection that the length of rows tells."""
+    if view.rows is None:
+        return
+    scores, tokens = (view.rows.column(name).to_numpy().astype(float) for name in ("score", "tokens"))
+    known = np.isfinite(scores)
+    scores, tokens = scores[known][:_RANKED], tokens[known][:_RANKED]
+    if len(scores) < _FEW or np.ptp(scores) == 0 or np.ptp(tokens) == 0:
+        return
+    alike = float(spearmanr(scores, tokens).statistic)
+    if abs(alike) > _BY_LENGTH:
+        side = "longer" if alike > 0 else "shorter"
+        yield f"Scores are told by length: {side} rows have higher ones (rank correlation with tokens {alike:.2f})."
+
+
 def _weights(view: Recorded) -> Iterator[str]:
     ess = view.run.weight_curve("ess")
     low = [step for step, value in ess if value < _FEW_EFFECTIVE]
@@ -181,6 +201,7 @@ LOOKS: tuple[Callable[[Recorded], Iterator[str]], ...] = (
     _mixture,
     _caps,
     _repeats,
+    _lengths,
     _weights,
     _signals,
     _idle_domains,
