@@ -101,9 +101,12 @@ def ranking_chart(runs: Sequence[Recorded]) -> Chart | None:
     curves: dict[str, Curve] = {"with the decision before": [], "with the first": []}
     for at in range(1, len(scored)):
         for name, other in (("with the decision before", scored[at - 1]), ("with the first", scored[0])):
-            shared, mine, theirs = np.intersect1d(scored[at][1], other[1], return_indices=True)
-            take = slice(None, None, max(1, len(shared) // _RANKED))
-            a, b = scored[at][2][mine][take], other[2][theirs][take]
+            (_, rows, a), (_, others, b) = scored[at], other
+            if not np.array_equal(rows, others):
+                _, mine, theirs = np.intersect1d(rows, others, return_indices=True)
+                a, b = a[mine], b[theirs]
+            take = slice(None, None, max(1, len(a) // _RANKED))
+            a, b = a[take], b[take]
             if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0:
                 curves[name].append((scored[at][0]["start_step"], float(spearmanr(a, b).statistic)))
     before = [value for _, value in curves["with the decision before"]]

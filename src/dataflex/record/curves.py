@@ -74,8 +74,9 @@ def heldout_chart(runs: Sequence[Recorded]) -> Chart | None:
         return None
     ends = {key: curves[key][-1][1] - curves[key][0][1] for key in sets}
     best, worst = min(sets, key=lambda key: ends[key]), max(sets, key=lambda key: ends[key])
-    told = f"Held-out loss fell most on {middle(_set_of(best), 28)} ({ends[best]:+.3f})"
-    told += f", least on {middle(_set_of(worst), 28)} ({ends[worst]:+.3f})" if len(sets) > 1 else ""
+    verb = "fell most" if ends[best] < 0 else "rose least"
+    told = f"Held-out loss {verb} on {middle(_set_of(best), 28)} ({ends[best]:+.3f})"
+    told += f", least on {middle(_set_of(worst), 28)} ({ends[worst]:+.3f})" if ends[worst] > ends[best] else ""
     whole = {key: curves[key] for key in AGGREGATES if key in curves}
     panels = [Panel(title="all sets", series=[line(k, c, at, 8, "line") for at, (k, c) in enumerate(whole.items())])]
     named = {_set_of(key): curves[key] for key in sets}
@@ -193,7 +194,7 @@ def over_time(
 def mixture_chart(runs: Sequence[Recorded]) -> Chart | None:
     """Each domain's share of rows and tokens, nominal share and share of the pool."""
     run = runs[0].run
-    groups = domain_groups(run, PANELS - 1)
+    groups = domain_groups(run, PANELS if len(run.served) <= PANELS else PANELS - 1)
     starts, stops, counts, nominal = over_time(run, groups)
     if not starts:
         return None
@@ -272,7 +273,7 @@ def epochs_chart(runs: Sequence[Recorded]) -> Chart | None:
     cap = (run.config.get("dynamic") or {}).get("max_epochs") if isinstance(run.config.get("dynamic"), dict) else None
     level = ("cap", float(cap)) if isinstance(cap, int | float) and not isinstance(cap, bool) else None
     at = int(total[-1].argmax())
-    told = f"{middle(groups[at][0], 28)} was served most often: {total[-1, at]:.2f} times over"
+    told = f"{middle(labels_of(groups)[at], 28)} was served most often: {total[-1, at]:.2f} times over"
     return Chart(headline=told, y="epochs", panels=lines(curves, ""), level=level, **over_steps(run))
 
 
@@ -292,9 +293,10 @@ def composition_chart(runs: Sequence[Recorded]) -> Chart | None:
         series.append(Series(name="served tokens", y=[each / sum(tokens.values()) for each in alone], colour=4))
     series.append(Series(name="pool rows", y=fair, colour=-1))
     ratios = [(share / base, name) for share, base, name in zip(shares, fair, names, strict=True) if base]
-    (most, most_name), (least, least_name) = max(ratios), min(ratios)
-    told = f"{middle(most_name, 28)} is served {most:.2f} times its share of the pool"
-    told += f", {middle(least_name, 28)} {least:.2f} times"
+    ratios = sorted(ratios, reverse=True)
+    above = [f"{middle(name, 28)} {ratio:.2f}" for ratio, name in ratios[:3] if ratio >= min(ratios[0][0], 1.02)]
+    most, (least, least_name) = ratios[0][0], ratios[-1]
+    told = f"Times their share of the pool: {', '.join(above)}; least {middle(least_name, 28)} {least:.2f}"
     if most < 1.02 and least > 0.98:
         told = "Domains are served in the proportions of the pool"
     return Chart(headline=told, kind="bars", x="share", percent=True, names=names, panels=[Panel(series=series)])

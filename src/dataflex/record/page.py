@@ -209,8 +209,8 @@ def _colour(series: Mapping[str, Any]) -> str:
 
 def _legend(told: Json) -> str:
     """Return the names of the curves beside how they are drawn; each once."""
-    several = any(len(panel["series"]) > 1 for panel in told["panels"]) or len(told["panels"]) == 1
-    every = [series for panel in told["panels"] for series in panel["series"] if series["name"] and several]
+    several = [panel for panel in told["panels"] if len(panel["series"]) > 1 or len(told["panels"]) == 1]
+    every = [series for panel in several for series in panel["series"] if series["name"]]
     named = {series["name"]: series for series in every}
     entries = []
     for name, series in named.items():
@@ -235,7 +235,11 @@ def _plots(told: Json, chart: Chart, ident: str, items: list[Any]) -> str:
         target = f"{ident}-{at}"
         item: Any = json_item(_figure(told, panel, says, small=small), target)
         items.append(item)
-        title = f'<h4 title="{_text(says["title"])}">{_text(middle(says["title"], 36))}</h4>' if says["title"] else ""
+        title = (
+            f'<h4 title="{_text(says["title"])}">{_text(middle(says["title"], 30 if small else 60))}</h4>'
+            if says["title"]
+            else ""
+        )
         label = ". ".join(filter(None, [told["headline"], says["title"], "Curve; its numbers are below"]))
         panels.append(
             f'<div>{title}<div class="plot" id="{target}" role="img" aria-label="{_text(label)}"></div></div>'
@@ -341,7 +345,8 @@ def _bars(told: Json, ident: str) -> str:
         )
     legend = _legend(told)
     names = " / ".join(series["name"] for series in every)
-    head = f'<thead><tr><th scope="col">name</th><th scope="col">{_text(names)} ({_text(told["x"])})</th></tr></thead>'
+    names += f" ({told['x']})" if told["x"] != names else ""
+    head = f'<thead><tr><th scope="col">name</th><th scope="col">{_text(names)}</th></tr></thead>'
     return f'{legend}<table class="bars" aria-labelledby="{ident}">{head}<tbody>{"".join(rows)}</tbody></table>'
 
 

@@ -119,7 +119,8 @@ def _decided(view: Recorded) -> str:
     if not run.planned:
         return "What was decided: nothing is recorded of what was served."
     served, pool = sum(run.served.values()), sum(run.pool.values())
-    told = f"What was decided: {names or 'no method'} decided {len(decisions)} times, and {served:,.0f} sequences"
+    told = f"What was decided: {names} decided {len(decisions)} times, and" if names else "What was decided: no rows;"
+    told += f" {served:,.0f} sequences"
     told += f" were served out of {pool:,} rows" if pool else " were served"
     shares = [
         (rows / served - size / pool, name, rows / served, size / pool)
