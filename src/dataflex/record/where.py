@@ -95,8 +95,8 @@ class _Reader:
             told = [on_one_line(each) for each in known if not each.startswith(("score_", "rank_"))]
             near = did_you_mean(name, [on_one_line(each) for each in known])
             raise ConfigError(
-                f"--where: no column {on_one_line(name)[:80]!r}{near} (columns: {', '.join(told)}, and score_N and rank_N "
-                "of single decisions)"
+                f"--where: no column {on_one_line(name)[:80]!r}{near} (columns: {', '.join(told)}, and score_N and "
+                "rank_N of single decisions)"
             )
         column = self._table.column(name)
         return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
