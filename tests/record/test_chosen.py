@@ -201,10 +201,13 @@ def test_the_file_is_there_from_the_start_and_takes_a_hundredth_of_the_time(tmp_
     monkeypatch.setattr(recorder_module, "write_chosen", write)
     recorder = begun(tmp_path / "dataflex")
     assert written == [102.0]
-    for after in (0.0, 100.0, 99.0, 2.0):
+    for step, after in enumerate((0.0, 100.0, 99.0, 2.0)):
         now[0] += after
+        recorder.stepped(step, {})
         recorder.refresh()
     assert written == [102.0, 305.0]
+    recorder.refresh(now=True)  # nothing was recorded since
+    recorder.stepped(4, {})
     recorder.refresh(now=True)
     assert len(written) == 3
 

@@ -143,6 +143,7 @@ class RunRecorder:
                     (self.directory / name).unlink(missing_ok=True)
         self._num_thinned = kept_rows
         self._refreshed = (-np.inf, 0.0)  # when the table of chosen rows was written, and the seconds it took
+        self._stale = True  # whether something was recorded since
 
     def run_started(self, *, config: Mapping[str, Any], **fields: Any) -> None:
         """Record what is about to run; a resumed run may say it again.
@@ -237,10 +238,12 @@ class RunRecorder:
         """Write the table of chosen rows, unless that would take more than a hundredth of the time; ``now``: anyway."""
         at, took = self._refreshed
         began = perf_counter()
-        if not (self.directory / ROWS).is_file() or (not now and began - at < took / _SHARE):
+        due = self._stale and (now or began - at >= took / _SHARE)
+        if not due or not (self.directory / ROWS).is_file():
             return
         with self._clock.phase("record"):
             write_chosen(self.directory)
+        self._stale = False
         self._refreshed = (perf_counter(), perf_counter() - began)
 
     def stepped(self, step: int, logs: Mapping[str, Any]) -> None:
@@ -262,6 +265,7 @@ class RunRecorder:
         weighed. Earlier such files are replaced.
         """
         if table is not None:
+            self._stale = True
             with replacing(self.directory / ROW_WEIGHTS) as file:
                 file.write(table)
         self._store(WEIGHTS, plain({"step": int(step), "rows": int(rows), "most": list(most), "least": list(least)}))
@@ -308,7 +312,7 @@ class RunRecorder:
             file.write(json.dumps(content, allow_nan=False).encode() + b"\n")
 
     def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        line, self._step = self._event(event, step, fields), int(step)
+        line, self._step, self._stale = self._event(event, step, fields), int(step), True
         path = self.directory / EVENTS
         # Opened for each line: no handle is left behind by a run that fails, at some 20 microseconds a log.
         with refusals(path, DataError, key="output_dir"), path.open("a", encoding="utf-8") as file:

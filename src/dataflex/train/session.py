@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from dataflex.config.forecast import Forecast
 from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
-from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
+from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
 from dataflex.offline.table import read_scores, score_column
 from dataflex.plan.plan import BatchShape
@@ -512,6 +512,8 @@ class Session:
 
     def close(self) -> None:
         """End the processes that collate, and stop listening; nothing is served afterwards."""
+        with suppress(DataError):  # what ended the run is told first
+            self.recorder.refresh(now=True)
         if self.feed is not None:
             self.feed.close()
             for listener in self.controller.listeners:
