@@ -61,7 +61,8 @@ def histogram_chart(runs: Sequence[Recorded]) -> Chart | None:
     if not view.scored:
         return None
     event, rows, scores = view.scored[-1]
-    ids = next((each for told, each in view.plans if told is event), np.zeros(0, np.int64))
+    served = view.served(event)
+    ids = np.zeros(0, np.int64) if served is None else served
     low, high = np.quantile(scores, [0.002, 0.998]) if len(scores) else (0.0, 0.0)
     if not low < high:
         return None
@@ -123,11 +124,14 @@ def ranking_chart(runs: Sequence[Recorded]) -> Chart | None:
 def overlap_chart(runs: Sequence[Recorded]) -> Chart | None:
     """Share of the distinct rows of one selection (rows of the chart) that are in another (columns)."""
     if len(runs) > 1:
-        kept = [(each.title, np.unique(np.concatenate([ids for _, ids in each.plans]))) for each in runs if each.plans]
+        known = [(each, times) for each in runs if (times := times_served(each)) is not None]
+        kept = [(each.title, np.flatnonzero(times)) for each, times in known if times.any()]
+        spaces = {(each.run.started.get("row_space") or {}).get("fingerprint") for each, _ in known}
     else:
-        plans = [(event, ids) for event, ids in runs[0].plans if event["kind"] == "dynamic" and len(ids)]
-        kept = [(f"step {event['start_step']}", np.unique(ids)) for event, ids in spaced(plans, _SELECTIONS)]
-    spaces = {(each.run.started.get("row_space") or {}).get("fingerprint") for each in runs if each.plans}
+        events = [event for event in runs[0].run.planned if event["kind"] == "dynamic" and event.get("plan")]
+        plans = [(event, runs[0].served(event)) for event in spaced(events, _SELECTIONS)]
+        kept = [(f"step {event['start_step']}", np.unique(ids)) for event, ids in plans if ids is not None and len(ids)]
+        spaces = set()
     if len(kept) < 2 or len(spaces) > 1:
         return None
     cells = [[float(np.isin(a, b, assume_unique=True).mean()) for _, b in kept] for _, a in kept]
@@ -144,18 +148,30 @@ def coverage_chart(runs: Sequence[Recorded]) -> Chart | None:
     """Share of the pool that was served at least once by then."""
     view = runs[0]
     pool = sum(view.run.pool.values())
-    if not pool or not view.plans:
+    first = _first_served(view) if pool else None
+    if first is None or not view.run.planned:
         return None
-    seen, curve = np.zeros(pool, bool), [(view.plans[0][0]["start_step"], 0.0)]
-    for event, ids in view.plans:
-        seen[ids] = True
-        curve.append((event["stop_step"], float(np.count_nonzero(seen)) / pool))
+    stops = [event["stop_step"] for event in view.run.planned]
+    seen = np.searchsorted(np.sort(first), stops) / pool
+    curve = [(view.run.planned[0]["start_step"], 0.0), *zip(stops, seen.tolist(), strict=True)]
     told = f"{percent(curve[-1][1])} of the pool has been served at least once"
-    told += " in the intervals whose rows are kept" if len(view.plans) < len(view.run.planned) else ""
+    by_plans = view.rows is None and len(view.plans) < len(view.run.planned)
+    told += " in the intervals whose rows are kept" if by_plans else ""
     series = [line("served at least once", curve, 0)]
     return Chart(
         headline=told, y="share of the pool", percent=True, panels=[Panel(series=series)], **over_steps(view.run)
     )
+
+
+def _first_served(view: Recorded) -> NDArray[np.int64] | None:
+    """Return the steps at which rows were first served [those that were]; None where the record does not say."""
+    if view.rows is not None:
+        return view.rows.column("first_served").drop_null().to_numpy()
+    seen, found = np.zeros(sum(view.run.pool.values()), bool), []
+    for event, ids in view.plans:
+        found.append(np.full(np.count_nonzero(~seen[np.unique(ids)]), event["start_step"]))
+        seen[ids] = True
+    return np.concatenate(found) if found else None
 
 
 def times_served(view: Recorded) -> NDArray[np.int64] | None:

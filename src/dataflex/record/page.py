@@ -300,11 +300,9 @@ def _figure(told: Json, panel: Panel, says: Json, *, small: bool) -> figure:
         plot.add_layout(Span(location=step, dimension="height", line_dash="dotted", line_color=GREY))
     if told["level"]:
         plot.add_layout(Span(location=told["level"][1], dimension="width", line_dash="dashed", line_color=GREY))
-    value = "@y{0.0 %}" if told["percent"] else "@y{0.[0000]}"
+    value = "@y{0.0 %}" if told["percent"] else "@y"
     plot.add_tools(
-        HoverTool(
-            renderers=shown, mode="vline", tooltips=[("", "$name"), (told["x"][:40], "@x{0,0.[00]}"), ("", value)]
-        )
+        HoverTool(renderers=shown, mode="vline", tooltips=[("", "$name"), (told["x"][:40], "@x"), ("", value)])
     )
     plot.grid.grid_line_color = "#E5E5E5"
     for axis, label in (
@@ -317,9 +315,8 @@ def _figure(told: Json, panel: Panel, says: Json, *, small: bool) -> figure:
         axis.ticker = BasicTicker(desired_num_ticks=4 if small else 6, mantissas=[1, 2, 5])
     if told["percent"]:
         plot.yaxis[0].formatter = NumeralTickFormatter(format="0 %")
-    else:
-        plot.yaxis[0].formatter = NumeralTickFormatter(format="0,0.[0000]")
-    plot.xaxis[0].formatter = NumeralTickFormatter(format="0,0.[00]")
+    if told["x"] == Chart.x:  # steps, tokens or seconds, which may be many
+        plot.xaxis[0].formatter = NumeralTickFormatter(format="0,0.[00]")
     return plot
 
 

@@ -60,8 +60,12 @@ class Recorded:
     def plans(self) -> list[tuple[Event, Rows]]:
         """Each interval whose rows are stored, and the ids of the rows served in it [m]; at most 2,048 intervals."""
         kept = spaced([event for event in self.run.planned if event.get("plan")], _PLANS)
-        found = [(event, self._array(event, "rows")) for event in kept]
-        return [(event, rows[rows >= 0]) for event, rows in found if rows is not None]
+        return [(event, rows) for event in kept if (rows := self.served(event)) is not None]
+
+    def served(self, event: Event) -> Rows | None:
+        """Return the ids of the rows served in an interval [m]; None where they are not stored, or cannot be read."""
+        rows = self._array(event, "rows") if event.get("plan") else None
+        return None if rows is None else rows[rows >= 0]
 
     @cached_property
     def scored(self) -> list[tuple[Event, Rows, NDArray[np.float64]]]:

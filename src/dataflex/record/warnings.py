@@ -122,7 +122,7 @@ def _repeats(view: Recorded) -> Iterator[str]:
     if told:
         yield f"Repeats: {told[-1]} (at most, over the run: {max(told, key=_first)})."
     times = times_served(view)
-    if times is not None and view.run.methods.get("selector") and len(view.plans) > 1:
+    if times is not None and view.run.methods.get("selector") and len(view.run.planned) > 1:
         never = float((times == 0).mean())
         if never == 0:
             yield "The pool is exhausted: every row has been served, so that selection only orders and repeats."
