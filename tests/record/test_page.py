@@ -186,6 +186,27 @@ def test_several_runs_are_compared_and_one_without_a_record_has_its_losses(tmp_p
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
 
 
+def test_a_baseline_is_beside_each_set_and_domain(tmp_path):
+    for run, offset in (("a", 0.0), ("b", 0.5)):
+        start = line("run_started", row_space={"domains": {"x": 9, "y": 9}})
+        events = [start, plan(0, {"x": 5, "y": 5})]
+        for step in (5, 10):
+            sets = {"eval_m_token_loss": 2 - step / 10 + offset, "eval_n_token_loss": 3.0, "eval_macro_loss": 2.0}
+            told = {"loss": 2.0, "dataflex/loss/x": 2.0 + offset, "dataflex/loss/y": 3.0}
+            for event in ({"event": "evaluated", "metrics": sets}, {"event": "stepped", **told}):
+                events.append(json.dumps({"step": step, "time": 1.7e9, **event}).encode())
+        lines_of(tmp_path / run, *events)
+    _, told = page_of(tmp_path / "a", tmp_path / "b")
+    charts = {chart["key"]: chart for chart in told["sections"][0]["charts"]}
+    heldout = charts["heldout"]
+    assert heldout["headline"] == "Held-out loss fell most on m (-0.500), least on n (+0.000)"
+    assert [panel["title"] for panel in heldout["panels"]] == ["all sets", "m", "n"]
+    assert [series["y"] for series in heldout["panels"][1]["series"]] == [[1.5, 1.0], [2.0, 1.5]]
+    domains = charts["domain_loss"]["panels"]
+    assert [[series["name"] for series in panel["series"]] for panel in domains] == [["a", "b"]] * 2
+    assert [series["y"] for series in domains[0]["series"]] == [[2.0, 2.0], [2.5, 2.5]]
+
+
 def test_phases_add_up_and_tell_the_steps_they_would_have_bought(tmp_path):
     simulate(tmp_path / "dataflex", **SELECTION)
     _, told = page_of(tmp_path)

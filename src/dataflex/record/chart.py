@@ -87,14 +87,25 @@ def line(name: str, curve: Curve, colour: int, many: int = 1, look: str = "line"
     return Series(name=name, x=[x for x, _ in points], y=[y for _, y in points], look=look, colour=colour)
 
 
-def lines(curves: dict[str, Curve], y: str, *, alone: bool = False) -> list[Panel]:
-    """Return one panel of several lines, or a panel for each of more than eight."""
+def lines(runs: Sequence[tuple[str, dict[str, Curve]]]) -> list[Panel]:
+    """Return one panel of the curves of one run, or a panel for each of more than eight, or of several runs.
+
+    Args:
+        runs: Title and curves of each run; those of the first one are shown, the others' of the same names beside them.
+    """
+    (_, curves), *others = runs
     names = spaced(list(curves), PANELS)
     labels = dict(zip(names, without_prefix(names), strict=True))
-    many = len(names)
-    if many <= MOST_IN_ONE and not alone:
-        return [Panel(y=y, series=[line(labels[name], curves[name], at, many) for at, name in enumerate(names)])]
-    return [Panel(title=labels[name], y=y, series=[line(labels[name], curves[name], 0, many)]) for name in names]
+    many = len(names) * len(runs)
+    if not others and many <= MOST_IN_ONE:
+        return [Panel(series=[line(labels[name], curves[name], at, many) for at, name in enumerate(names)])]
+    panels = []
+    for name in names:
+        beside = [(title, found[name], at) for at, (title, found) in enumerate(others, 1) if name in found]
+        series = [line(runs[0][0] if others else labels[name], curves[name], 0, many)]
+        series += [line(title, curve, at, many) for title, curve, at in beside]
+        panels.append(Panel(title=labels[name], series=series))
+    return panels
 
 
 def over_steps(run: Run) -> dict[str, Any]:

@@ -79,8 +79,9 @@ def heldout_chart(runs: Sequence[Recorded]) -> Chart | None:
     told += f", least on {middle(_set_of(worst), 28)} ({ends[worst]:+.3f})" if ends[worst] > ends[best] else ""
     whole = {key: curves[key] for key in AGGREGATES if key in curves}
     panels = [Panel(title="all sets", series=[line(k, c, at, 8, "line") for at, (k, c) in enumerate(whole.items())])]
-    named = {_set_of(key): curves[key] for key in sets}
-    return Chart(headline=told, y=_unit(run), panels=[*(panels if whole else []), *lines(named, "")], **over_steps(run))
+    metrics = [(each.title, each.run.metrics()) for each in runs]
+    named = [(title, {_set_of(key): found[key] for key in sets if key in found}) for title, found in metrics]
+    return Chart(headline=told, y=_unit(run), panels=[*(panels if whole else []), *lines(named)], **over_steps(run))
 
 
 def _set_of(key: str) -> str:
@@ -98,7 +99,11 @@ def domain_loss_chart(runs: Sequence[Recorded]) -> Chart | None:
     best, worst = min(change, key=lambda name: change[name]), max(change, key=lambda name: change[name])
     told = f"In training the loss of {middle(best, 28)} changed by {change[best]:+.3f}"
     told += f", of {middle(worst, 28)} by {change[worst]:+.3f}" if worst != best else ""
-    return Chart(headline=told, y=_unit(run), panels=lines(curves, ""), **over_steps(run))
+    beside = [
+        (each.title, {name: curve for name in curves if (curve := each.run.logged(f"dataflex/loss/{name}"))})
+        for each in runs
+    ]
+    return Chart(headline=told, y=_unit(run), panels=lines(beside), **over_steps(run))
 
 
 def most_served(run: Run, most: int) -> list[tuple[str, float]]:
@@ -274,7 +279,7 @@ def epochs_chart(runs: Sequence[Recorded]) -> Chart | None:
     level = ("cap", float(cap)) if isinstance(cap, int | float) and not isinstance(cap, bool) else None
     at = int(total[-1].argmax())
     told = f"{middle(labels_of(groups)[at], 28)} was served most often: {total[-1, at]:.2f} times over"
-    return Chart(headline=told, y="epochs", panels=lines(curves, ""), level=level, **over_steps(run))
+    return Chart(headline=told, y="epochs", panels=lines([("", curves)]), level=level, **over_steps(run))
 
 
 def composition_chart(runs: Sequence[Recorded]) -> Chart | None:
