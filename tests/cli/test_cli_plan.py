@@ -97,6 +97,7 @@ Configuration
     plugins: []
     leakage: warn
     resume_plan: strict
+    on_change: strict
     checkpoint_hash: size
     seed: null
     save_on_term: true

@@ -40,6 +40,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "signals.in_run_rank": {"dynamic": {**RANDOM, "signals": {"in_run_rank": 4}}},
     "signals.store_gb": {"dynamic": {**RANDOM, "signals": {"store_gb": 1.0}}},
     "leakage": {"dynamic": {**RANDOM, "leakage": "drop"}},
+    "on_change": {"dynamic": {**RANDOM, "on_change": "extend", "resume_plan": "ignore"}},
 }
 NOTED: dict[str, dict[str, Any]] = {
     "interval_steps": {"dynamic": {**WEIGHTER, "interval_steps": 5}},

@@ -26,6 +26,10 @@ CASES = {
     "column": {"dataset": "alpha", "dynamic": {"weighter": {"name": "column"}}},
     "lossweight": {"dynamic": {"weighter": {"name": "loss", "warmup_steps": 1, "r": 0.5}}},
 }
+EXTENDED = {
+    "dataset": "beta,alpha",
+    "dynamic": {"on_change": "extend", "mixer": {"name": "static", "proportions": [0.5, 0.5]}},
+}
 MAX_STEPS = 8
 
 
@@ -66,6 +70,10 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     )
     configs.append(folder / "two-resumed.json")
     configs[-1].write_text(json.dumps(mapping))
+    at_three = str(single["mixture"].folder / "checkpoint-3")
+    changed = {**settings("mixture", 2), **EXTENDED, "resume_from_checkpoint": at_three}
+    configs.append(folder / "two-extended.json")
+    configs[-1].write_text(json.dumps(runner.mapping("two-extended", **changed)))
     rarely = {**settings("lossweight", 2), "logging_steps": 4}
     for name, given in {
         "two-rarely": {},
@@ -76,6 +84,9 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     two_ranks(configs)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
+    at_three = str(folder / "two-mixture" / "checkpoint-3")
+    changed = {**settings("mixture", 1), **EXTENDED, "resume_from_checkpoint": at_three}
+    single["extended"] = runner("one-extended", **changed)
     double = {path.stem: Outcome(folder / path.stem) for path in map(Path, configs)}
     return single, double
 
@@ -117,6 +128,16 @@ def test_one_rank_checkpoint_goes_on_with_two(results, case):
     single, double = results
     np.testing.assert_allclose(double[f"moved-{case}"].series(), single[case].series(), rtol=1e-5)
     assert rows_of(double[f"moved-{case}"]) == rows_of(single[case])
+
+
+def test_a_changed_pool_goes_on_over_other_ranks(results):
+    """A data set leaves and the others change places: from one rank to two, and from two to one."""
+    single, double = results
+    one, two = single["extended"], double["two-extended"]
+    assert rows_of(two) == rows_of(one)
+    np.testing.assert_allclose(two.series(), one.series(), rtol=1e-5)
+    np.testing.assert_allclose(one.series()[:3], single["mixture"].series()[:3], rtol=1e-5)
+    assert one.series()[3:] != pytest.approx(single["mixture"].series()[3:], rel=1e-3)
 
 
 def test_two_ranks_resume_exactly(results):

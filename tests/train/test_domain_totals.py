@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dataflex.plan.domains import Domains
+from dataflex.plan.live import Served
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Interval
 from dataflex.train.controller import DomainTotals
@@ -25,7 +26,7 @@ def plans():
 @pytest.mark.parametrize("looks", [(), (2,), (1, 1, 2, 4, 7), (3, 8)])
 def test_counts_do_not_depend_on_when_they_are_looked_at(looks):
     domains = Domains.from_sizes(["a", "b"], [6, 4], np.arange(10) + 1)
-    counts = DomainTotals(domains)
+    counts = DomainTotals(domains, Served(domains))
     for plan in plans():
         interval = plan.interval
         for step in (
@@ -33,7 +34,7 @@ def test_counts_do_not_depend_on_when_they_are_looked_at(looks):
             interval.stop_step,
         ):
             counts.count(plan, step)
-            again = DomainTotals(domains)
+            again = DomainTotals(domains, Served(domains))
             again.load_state_dict(counts.state_dict())
             counts = again
     rows = np.concatenate([plan.rows for plan in plans()])

@@ -1,8 +1,8 @@
 """Keys whose value a resumed run may find changed: whether a change is refused, reported, or has no consequence.
 
 A checkpoint's plan names rows by number and its methods' states belong to what decided them, so most keys must stay as
-they were. The fields of the schema define this for our keys, ``_LLAMAFACTORY`` for the others. The identity in a
-checkpoint (``train.checkpoint``) is made of both.
+they were unless ``on_change: extend`` is set. The fields of the schema define this for our keys, ``_LLAMAFACTORY`` for
+the others. The identity in a checkpoint (``train.checkpoint``) is made of both.
 """
 
 from __future__ import annotations
@@ -54,6 +54,14 @@ ON_RESUME: dict[str, Change] = {
     **{key: Change(kind=kind) for kind, keys in _LLAMAFACTORY.items() for key in keys.split()},
 }
 """Keys as they are written in a configuration; those without a dot are LLaMA-Factory's."""
+
+FIXED = ("stage", "dynamic.freeze_gate")
+"""Keys that must stay as they were under ``on_change: extend`` too."""
+TOKENIZES = (
+    "template cutoff_len packing neat_packing train_on_prompt mask_history ignore_pad_token_for_loss default_system "
+    "enable_thinking tool_format"
+).split()
+"""Keys that make other tokens or labels of the same data."""
 
 _TRUTH = ("disable_shuffling", "dataloader_drop_last")
 

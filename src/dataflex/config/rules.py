@@ -82,6 +82,8 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
         yield "dynamic.at_cap: has no effect without a mixer and max_epochs; add what is missing, or remove the key"
     if "signals.store_gb" in given and dynamic.signals.store is None:
         yield "dynamic.signals.store_gb: has no effect without a store; add 'store', or remove the key"
+    if dynamic.on_change == "extend" and dynamic.resume_plan == "ignore":
+        yield "dynamic.on_change: has no effect with 'resume_plan: ignore', which forgets what was served; remove one"
     if "leakage" in given and not dynamic.targets:
         yield f"dynamic.leakage: '{dynamic.leakage}' has no effect without targets; remove the key"
 

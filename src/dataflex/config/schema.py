@@ -195,6 +195,11 @@ class DynamicConfig:
     resume_plan: Literal["strict", "ignore"] = param(
         "strict", "whether a resumed run must find the data of the saved plan", resume="free"
     )
+    on_change: Literal["strict", "extend"] = param(
+        "strict",
+        "whether a resumed run may find other rows, methods and batch sizes, and goes on with them",
+        resume="free",
+    )
     checkpoint_hash: Literal["size", "full"] = param(
         "size", "how files of a checkpoint above 1 GiB are compared before it is loaded; smaller by hash", resume="free"
     )

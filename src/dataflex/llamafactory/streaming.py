@@ -98,6 +98,7 @@ class ServedRows:
             counted.column(name).to_numpy().astype(np.int64) for name in ("length", "supervised", "digest")
         )
         self._fingerprint = blake2b(digests.tobytes(), lengths.tobytes(), size=8).hex()
+        self._digests = digests
         if pack is not None:
             self.raw_rows = np.zeros(0, dtype=np.int64)
             packs = list(_packed(lengths, pack, group))
@@ -173,6 +174,22 @@ class ServedRows:
         """Return lengths, supervised tokens and the fingerprint, as ``measure`` does for tokenized rows."""
         return Measures(lengths=self._lengths, supervised=self._supervised, fingerprint=self._fingerprint)
 
+    def row_keys(self) -> NDArray[np.uint64]:
+        """Return a hash of the tokens and labels of each row, of a block that of its documents and its place [N]."""
+        if self._packs is not None:
+            packs = np.split(self._digests[self._packs], self._ends[1:-1]) if len(self) else []
+            return np.frombuffer(b"".join(blake2b(pack.tobytes(), size=8) for pack in packs), dtype="<u8")
+        if self._block is None:
+            return self._digests[self.raw_rows].astype(np.uint64)
+        stops = np.searchsorted(self._ends, self._starts + self._block, side="left") + 1
+        firsts = np.searchsorted(self._ends, self._starts, side="right")
+        begins = np.where(firsts > 0, self._ends[firsts - 1], 0)
+        found = [
+            blake2b(self._digests[first:stop].tobytes(), (start - begin).tobytes(), size=8)
+            for first, stop, start, begin in zip(firsts, stops, self._starts, begins, strict=True)
+        ]
+        return np.frombuffer(b"".join(found), dtype="<u8")
+
 
 def _packed(lengths: NDArray[np.int64], size: int, group: int) -> Iterator[NDArray[np.int64]]:
     """Yield the raw rows of each pack, ascending, of rows of these lengths [N]; a length below 0 is of no row."""
@@ -207,6 +224,10 @@ class JoinedRows(ServedRows):
             for place, row in zip(places, served, strict=True):
                 found[place] = row
         return found
+
+    def row_keys(self) -> NDArray[np.uint64]:
+        """Return the hashes of the rows of all data sets [N]."""
+        return np.concatenate([part.row_keys() for part in self._parts])
 
     def measures(self) -> Measures:
         """Return lengths, supervised tokens and the fingerprint of the whole."""

@@ -229,12 +229,30 @@ class MixtureSampler:
         self.stopped_by: tuple[str, ...] = ()
         self._forgotten = 0  # number of earlier segments
         self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
+        self._begun: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None  # epochs [K] and rows served [N]
         self._streams: list[ShuffledEpochs | OrderedEpochs] = [
             ShuffledEpochs(domains.rows(k), name, self.seed, shuffle=shuffle)
             if orderer is None
             else OrderedEpochs(domains.rows(k), name, self.seed, orderer)
             for k, name in enumerate(self.names)
         ]
+        self._domain_of = domains.domain_of
+
+    def go_on(self, epochs: NDArray[np.int64], served: NDArray[np.bool_], before: State | None) -> None:
+        """Begin inside epochs in progress [K] of which rows were served [N], after the stream of another pool."""
+        self._begin(epochs, served)
+        self.drawn = epochs * self.sizes + np.bincount(self._domain_of[served], minlength=len(self.names))
+        if before is not None:  # no segment's order is used again
+            self._forgotten = int(before["forgotten"]) + len(before["segments"]["start"])
+
+    def _begin(self, epochs: NDArray[np.int64], served: NDArray[np.bool_]) -> None:
+        self._begun = epochs, served
+        rows = np.flatnonzero(served)
+        labels = self._domain_of[rows]
+        ends = np.cumsum(np.bincount(labels, minlength=len(self.names)))[:-1]
+        parts = np.split(rows[np.argsort(labels, kind="stable")], ends)
+        for stream, epoch, part in zip(self._streams, epochs.tolist(), parts, strict=True):
+            stream.begin(epoch, part)
 
     @property
     def _ordered(self) -> list[tuple[OrderedEpochs, int]]:
@@ -401,6 +419,7 @@ class MixtureSampler:
             "drawn": self.drawn,
             "residual": self._residual,
             "order": {str(k): stream.state_dict(drawn) for k, (stream, drawn) in enumerate(self._ordered)},
+            "begun": None if self._begun is None else {"epochs": self._begun[0], "rows": np.packbits(self._begun[1])},
             "segments": {
                 "start": [segment.start for segment in log],
                 "proportions": np.array([segment.proportions for segment in log]).reshape(-1, len(self.names)),
@@ -431,5 +450,8 @@ class MixtureSampler:
         ]
         self.position, self._forgotten = int(state["position"]), int(state["forgotten"])
         self.drawn, self._residual = state["drawn"], state["residual"]
+        if begun := state.get("begun"):
+            served = np.unpackbits(begun["rows"], count=len(self._domain_of)).astype(np.bool_)
+            self._begin(np.asarray(begun["epochs"]), served)
         for k, (stream, _) in enumerate(self._ordered):
             stream.load_state_dict(state["order"][str(k)])

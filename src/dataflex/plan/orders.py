@@ -102,6 +102,13 @@ class OrderedEpochs:
             epoch = _Epoch(number=epoch.number, start=epoch.start, size=epoch.size, first=at, order=left[places])
         self._epochs = [epoch]
 
+    def begin(self, number: int, served: Rows) -> None:
+        """Make an epoch in progress of which these rows were served before; a paced one begins afresh."""
+        if not self._orderer.paced:
+            left, start = np.setdiff1d(self._rows, served), number * self._length
+            size, first = len(self._rows), start + len(self._rows) - len(left)
+            self._keys, self._epochs = None, [_Epoch(number=number, start=start, size=size, first=first, order=left)]
+
     def take(self, first: int, count: int) -> NDArray[np.integer]:
         """Return rows number ``first`` to ``first + count - 1`` of the stream [count], from the last decision on."""
         parts = [self._rows[:0]]

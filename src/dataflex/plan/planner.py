@@ -5,6 +5,7 @@ Pure functions of (pool, interval, seed). Every row in file order gives the stoc
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from dataflex.plan.orders import OrderedEpochs
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.schedule import Interval
 from dataflex.rng import permutations, stream
+from dataflex.state import State
 
 
 @lru_cache(maxsize=1)
@@ -51,6 +53,43 @@ def epoch_stream(
         rows[place : place + stop - start] = ids
         step = stop_step
     return rows
+
+
+class ResumedEpochs:
+    """Whole epochs over a pool that was changed after ``step`` optimizer steps.
+
+    Rows that were not served in the epoch in progress come first, then whole epochs follow; ``served`` are the rows [N]
+    that were, and ``epochs`` those of all rows. Steps are as long as those of ``epoch_stream``.
+    """
+
+    def __init__(
+        self, served: NDArray[np.bool_], step: int, shape: BatchShape, epochs: ShuffledEpochs | OrderedEpochs
+    ) -> None:
+        self._served, self._step, self._shape, self._epochs = served, step, shape, epochs
+        epochs.begin(0, np.flatnonzero(served))
+        self._first = int(served.sum()) - self._rows_before(step)
+
+    def _rows_before(self, step: int) -> int:
+        """Return the rows of all steps before ``step`` under this shape."""
+        num, shape = len(self._served), self._shape
+        epoch, within = divmod(step, shape.steps_per_epoch(num))
+        return epoch * shape.rows_per_epoch(num) + min(within * shape.global_batch, shape.rows_per_epoch(num))
+
+    def at(self, step: int) -> int:
+        """Return the number in the stream of the first row of ``step``."""
+        return self._first + self._rows_before(step)
+
+    def stream(self, interval: Interval) -> Rows:
+        """Return an interval of the stream, int64 [interval.steps * global_batch]."""
+        rows = np.arange(len(self._served), dtype=np.int64)
+        rows = epoch_stream(rows, interval, replace(self._shape, shuffle=False), 0)  # shows where a step is short
+        places = np.flatnonzero(rows >= 0)
+        rows[places] = self._epochs.take(self.at(interval.start_step), len(places))
+        return rows
+
+    def state_dict(self) -> State:
+        """Return the change."""
+        return {"served": np.packbits(self._served), "step": self._step}
 
 
 def epoch_fill(
@@ -142,6 +181,11 @@ class ShuffledEpochs:
         self._name = f"domain:{name}"
         self._epoch = -1
         self._order: NDArray[np.integer] = self._rows[:0]
+        self._begun: tuple[int, Rows] | None = None
+
+    def begin(self, epoch: int, served: Rows) -> None:
+        """Make an epoch in progress of which these rows were served before: they are its first ones."""
+        self._begun, self._epoch = (epoch, served), -1
 
     def take(self, first: int, count: int) -> NDArray[np.integer]:
         """Return rows number ``first`` to ``first + count - 1`` of the stream [count]; do not write to them."""
@@ -159,6 +203,14 @@ class ShuffledEpochs:
 
     def _shuffled(self, first: int, num: int) -> NDArray[np.integer]:
         """Return epochs ``first`` to ``first + num - 1``, one after another."""
+        epochs = self._permuted(first, num)
+        if self._begun is not None and first <= self._begun[0] < first + num:
+            epoch = epochs.reshape(num, -1)[self._begun[0] - first]
+            served = np.isin(epoch, self._begun[1])
+            epoch[:] = np.concatenate([epoch[served], epoch[~served]])
+        return epochs
+
+    def _permuted(self, first: int, num: int) -> NDArray[np.integer]:
         if not self._shuffle:
             return np.tile(self._rows, num)
         if self._rows.size < _SMALL:

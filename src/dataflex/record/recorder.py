@@ -286,9 +286,9 @@ class RunRecorder:
         self._write("checkpointed", step, {"path": str(path), "seconds": seconds})
         self.refresh()
 
-    def resumed(self, step: int, checkpoint: Path | str) -> None:
-        """Record that the run is resumed from a checkpoint after ``step`` steps."""
-        self._write("resumed", step, {"checkpoint": str(checkpoint)})
+    def resumed(self, step: int, checkpoint: Path | str, **changed: Any) -> None:
+        """Record that the run is resumed from a checkpoint after ``step`` steps, and what ``changed`` on purpose."""
+        self._write("resumed", step, {"checkpoint": str(checkpoint), **changed})
 
     def finished(self, step: int, metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> None:
         """Record the end of training: closing metrics, and seconds by phase over all processes of a resumed run."""

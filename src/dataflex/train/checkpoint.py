@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex.checkpoints import FOLDER
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import key_of, shown
-from dataflex.config.resuming import ON_RESUME, settings_of
+from dataflex.config.resuming import FIXED, ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
+from dataflex.plan.domains import Domains
 from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.printable import redacted
 from dataflex.registry import KINDS
-from dataflex.state import load_state, refusals, save_state
+from dataflex.state import load_state, refusals, replacing, save_state
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
 
 _RUN = "run.json"
+_ROWS = "rows.npz"
 _FORMAT = 1
 
 
@@ -51,6 +56,15 @@ class Identity:
             "settings": settings_of(config, LlamaFactoryArgs.read(lf)),
         }
         self._pure, self._flat = config.requires.pure_micro_batches, config.flat
+
+    def changed(self, saved: dict[str, Any]) -> dict[str, str]:
+        """Return a line for each key whose value differs from that of a saved identity."""
+        before = _compared(saved)
+        return {
+            key: f"{self._named(key)} changed ({_said(before[key])} -> {_said(now)})"
+            for key, now in _compared(self.described).items()
+            if before[key] != now
+        }
 
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
@@ -152,8 +166,51 @@ def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(changes) or "same numbers of rows, other content or another tokenizer"
 
 
-def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dict[str, Any], step: int) -> None:
-    """Write ``checkpoint/dataflex`` (rank 0 only); it counts once the checkpoint is sealed."""
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What ``save`` wrote into a checkpoint, and what is another thing now."""
+
+    folder: Path  # of a checkpoint
+    described: dict[str, Any]  # identity of the run
+    plan: DataPlan | None  # the plan in progress, if one was made
+    state: dict[str, Any]
+    changes: list[str]  # what changed on purpose; the state is to be carried over where there is any
+
+    def rows(self) -> tuple[Domains, NDArray[np.uint64]]:
+        """Return domains and keys of the rows."""
+        try:
+            with np.load(self.folder / _ROWS, allow_pickle=False) as arrays:
+                return Domains(names=tuple(self.described["space"]["domains"]), domain_of=arrays["domain_of"]), arrays[
+                    "keys"
+                ]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                f"resume: {self.folder / _ROWS} cannot be read ({error}), so that 'dynamic.on_change: extend' cannot "
+                "know the rows again; checkpoints of earlier versions have none. Restore what changed, or decide "
+                "afresh with 'dynamic.resume_plan: ignore'."
+            ) from error
+
+
+def write_rows(folder: Path, space: RowSpace) -> Path:
+    """Write what rows are known by, for all checkpoints of this process, and return the file."""
+    domain_of = space.domains.domain_of.astype(np.min_scalar_type(len(space.domains.names)))
+    with replacing(folder / _ROWS) as file:
+        np.savez(file, keys=space.keys, domain_of=domain_of)
+    return folder / _ROWS
+
+
+def save(
+    checkpoint: Path,
+    identity: Identity,
+    plan: DataPlan | None,
+    state: dict[str, Any],
+    step: int,
+    rows: Path | None = None,
+) -> None:
+    """Write ``checkpoint/dataflex`` (rank 0 only); it counts once the checkpoint is sealed.
+
+    ``rows`` is what ``write_rows`` wrote, of which the checkpoint has a link, or a copy where there are none.
+    """
     folder = checkpoint / FOLDER
     meta = {"format": _FORMAT, "step": step, **identity.described}
     with refusals(folder):
@@ -162,10 +219,15 @@ def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dic
         save_state(folder, "methods", state)
         if plan is not None:
             np.savez(folder / "plan.npz", **plan.to_arrays())  # type: ignore[arg-type]
+        if rows is not None:
+            try:
+                os.link(rows, folder / _ROWS)
+            except OSError:
+                shutil.copyfile(rows, folder / _ROWS)
 
 
-def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[str, Any]]:
-    """Return the plan in progress, if one was made, and the states that ``save`` wrote into a whole checkpoint.
+def load(checkpoint: Path, identity: Identity, *, extend: bool = False) -> Found:
+    """Return what ``save`` wrote into a whole checkpoint; with ``extend`` also that of another pool or other settings.
 
     Raises:
         CheckpointError: No DataFlex state, a broken file, or another run's state.
@@ -180,15 +242,18 @@ def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[st
     if meta.get("format") != _FORMAT:
         raise CheckpointError(f"resume: {folder} has format {meta.get('format')!r}; this version reads {_FORMAT}")
     problems, told = identity.differences(meta)
-    if problems:
+    refused = [line for key, line in identity.changed(meta).items() if key in FIXED] if extend else problems
+    if refused:
+        way = "" if extend else ", go on with the changes by 'dynamic.on_change: extend'"
         raise CheckpointError(
-            "".join(f"resume: {problem}\n" for problem in problems)
-            + "The saved plan and states would mean something else. Restore what changed, or decide afresh from here "
-            "on with 'dynamic.resume_plan: ignore'."
+            "".join(f"resume: {problem}\n" for problem in refused)
+            + f"The saved plan and states would mean something else. Restore what changed{way}, or decide afresh from "
+            "here on with 'dynamic.resume_plan: ignore'."
         )
     for line in told:
         logger.info("resume: %s", line)
-    return _plan(folder), load_state(folder, "methods")
+    state = load_state(folder, "methods")
+    return Found(folder=folder, described=meta, plan=_plan(folder), state=state, changes=problems)
 
 
 def step_of(checkpoint: Path) -> int:

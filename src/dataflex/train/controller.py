@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +22,11 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError
 from dataflex.method import Context, Mixer, Orderer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.domains import Domains
+from dataflex.plan.live import Served, by_name, whole
 from dataflex.plan.mixture import MixtureSampler
 from dataflex.plan.orders import Keys, OrderedEpochs, arranged
 from dataflex.plan.plan import BatchShape, DataPlan
-from dataflex.plan.planner import ShuffledEpochs, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.planner import ResumedEpochs, ShuffledEpochs, epoch_fill, epoch_stream, spread, warmup_rows
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain, per_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
 from dataflex.plan.validate import check_mix, check_selection, check_sort_keys, check_state, quota_rows
@@ -131,12 +132,22 @@ class Repeats:
         """Take back what ``state_dict`` gave."""
         self._times, self._told = np.array(state["times"]), bool(state["told"])
 
+    def take_over(self, state: State, dropped: Rows, found: NDArray[np.int64]) -> None:
+        """Take the counts of another pool without rows that were not served after all.
+
+        ``found`` is the row there of each row of this pool [N], -1 for new ones.
+        """
+        times = np.array(state["times"])
+        np.subtract.at(times, dropped, 1)
+        self._times = np.where(found >= 0, times[found], 0).astype(np.uint16)
+        self._told = bool(state["told"])
+
 
 class DomainTotals:
-    """Rows and tokens [K] that were trained on, by domain, up to a step."""
+    """Rows and tokens [K] that were trained on, by domain, up to a step; each is told to ``served`` too."""
 
-    def __init__(self, domains: Domains) -> None:
-        self._domains = domains
+    def __init__(self, domains: Domains, served: Served) -> None:
+        self._domains, self._served = domains, served
         self.rows: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
         self.tokens: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
         self._step = 0
@@ -149,6 +160,7 @@ class DomainTotals:
         rows = rows[rows >= 0]
         assert self._domains.lengths is not None
         weights, labels = self._domains.lengths[rows], self._domains.domain_of[rows]
+        self._served.count(rows)
         self.rows = self.rows + self._domains.counts(rows)
         self.tokens = self.tokens + np.bincount(labels, weights=weights, minlength=len(self.rows)).astype(np.int64)
         self._step = max(self._step, step)
@@ -185,7 +197,9 @@ class Controller:
     def __post_init__(self) -> None:
         config, domains, batch = self.config, self.space.domains, self.shape.global_batch
         usable = self.space.supervised > 0
-        self.totals = DomainTotals(domains)
+        self.served = Served(domains if self.mixer is not None else whole(self.space.num_rows))
+        self.totals = DomainTotals(domains, self.served)
+        self.resumed_epochs: ResumedEpochs | None = None  # whole epochs over a pool that was changed
         self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
         # Rows served since the selector's interval began: another method decided since then, or a longer run took it
         # up where a shorter one had cut it.
@@ -317,9 +331,9 @@ class Controller:
         running number, so that streams, files and lines of the record are those of one decision.
         """
         whole = self.schedule.interval(step)
-        if self.plan is None or step == self.schedule.of("selector").interval(step).start_step:
+        if step == self.schedule.of("selector").interval(step).start_step:
             self._earlier, self._carried = self._earlier[:0], np.zeros_like(self._carried)
-        elif self.selects_subset:
+        elif self.plan is not None and self.selects_subset:
             self._earlier = np.concatenate([self._earlier, self.plan.rows])
         index = max(whole.index, self.decided) if self.plan is None else self.plan.interval.index + 1
         return replace(whole, index=index, start_step=step)
@@ -557,12 +571,16 @@ class Controller:
         assert self._ordered is not None
         batch, num, step, ordered = self.shape.global_batch, self.space.num_rows, interval.start_step, self._ordered
         at, count = step * batch, interval.steps * batch
-        if not self.orderer.paced:
+        if self.resumed_epochs is not None:
+            at = self.resumed_epochs.at(step)
+        elif not self.orderer.paced:
             epoch, within = divmod(step, self.shape.steps_per_epoch(num))
             at = epoch * self.shape.rows_per_epoch(num) + within * batch
         keys, reason = self._sort_keys(interval, lambda count: ordered.wanted(at, count))
         ordered.decide(at, keys, lambda number: number // batch, self.schedule.total_steps)
-        if self.orderer.paced:
+        if self.resumed_epochs is not None:
+            rows = self.resumed_epochs.stream(interval)
+        elif self.orderer.paced:
             rows = ordered.take(at, count).astype(np.int64)
         else:
             rows = epoch_stream(self.space.all_rows(), interval, self.shape, self.seed, ordered)
@@ -637,6 +655,8 @@ class Controller:
         if self._ordered is not None:
             rows, order = self._ordered_pool(interval)
             return rows, None, order
+        if self.resumed_epochs is not None:
+            return self.resumed_epochs.stream(interval), None, "every row, epoch by epoch"
         rows = epoch_stream(self.space.all_rows(), interval, self.shape, self.seed)
         return rows, None, "every row, epoch by epoch"
 
@@ -747,6 +767,7 @@ class Controller:
             **{key: part.state_dict() for key, part in self._parts().items()},
             "ends_at": self.ends_at,
             "limits": self.sampler.limits if self.sampler else None,
+            "resumed_epochs": None if self.resumed_epochs is None else self.resumed_epochs.state_dict(),
             "unplanned": None if self._unplanned is None else np.packbits(self._unplanned),
             "earlier": self._earlier,
             "orderer": check_state(self.orderer) if self.orderer else {},
@@ -766,6 +787,7 @@ class Controller:
             "sampler": self.sampler,
             "signals": self.signals,
             "repeats": self.repeats,
+            "served": self.served,
             "totals": self.totals,
             "in_run": self.in_run,
             "ledger": self.ledger,
@@ -781,6 +803,9 @@ class Controller:
         self._selected, self._standing = {**state["selected"]}, state["standing"]
         if "rows" in self._selected and self.orderer is not None:
             self._ordered = self._selected_epochs()
+        if epochs := state["resumed_epochs"]:
+            served = np.unpackbits(epochs["served"], count=self.space.num_rows).astype(np.bool_)
+            self._resume_epochs(served, int(epochs["step"]))
         if self._ordered is not None:
             self._ordered.load_state_dict(state["ordered"])
         # The end of the data follows from the caps: with other caps the next decision finds it again.
@@ -791,3 +816,62 @@ class Controller:
         self._kept, self._nominal, self._carried = state["kept"], state["nominal"], state["carried"]
         if self._unplanned is not None:
             self._unplanned = np.unpackbits(state["unplanned"], count=self.space.num_rows).astype(np.bool_)
+
+    def _resume_epochs(self, served: NDArray[np.bool_], step: int) -> None:
+        """Go on with whole epochs over a pool that was changed after ``step`` steps, given the rows served [N]."""
+        rows, name = self.space.all_rows(), f"all rows from step {step}"
+        if self.orderer is None:
+            epochs: ShuffledEpochs | OrderedEpochs = ShuffledEpochs(rows, name, self.seed, shuffle=self.shape.shuffle)
+        else:
+            epochs = self._ordered = OrderedEpochs(rows, name, self.seed, self.orderer)
+        self.resumed_epochs = ResumedEpochs(served, step, self.shape, epochs)
+
+    def take_over(
+        self,
+        state: State,
+        plan: DataPlan | None,
+        step: int,
+        *,
+        before: Sequence[str],
+        served: Served,
+        found: NDArray[np.int64],
+        kept: Collection[str],
+    ) -> None:
+        """Go on after ``step`` optimizer steps of a run over another pool, or with other settings.
+
+        What is left of the plan in progress is decided anew.
+
+        Args:
+            state: What ``state_dict`` gave there.
+            plan: The plan in progress there.
+            step: Optimizer steps done.
+            before: Names of the domains there.
+            served: Which rows of this pool were served.
+            found: Row there of each row of this pool [N], -1 for new ones.
+            kept: Which of selector, mixer and parts keep their states.
+        """
+        methods = {"selector": self.selector, "mixer": self.mixer, "orderer": self.orderer}
+        for key, part in {**methods, **self._parts()}.items():
+            if key in kept and part is not None:
+                part.load_state_dict(state[key])
+        names = self.space.domains.names
+        self.served, totals = served, state["totals"]
+        self.totals = DomainTotals(self.space.domains, served)
+        counts = {key: by_name(before, totals[key], names) for key in ("rows", "tokens")}
+        self.totals.load_state_dict({**counts, "step": step})
+        if self.sampler is not None:
+            self.sampler.go_on(served.epochs, served.marks, state.get("sampler"))
+        elif not self.selects_subset and (self.orderer is None or not self.orderer.paced):
+            self._resume_epochs(served.marks, step)
+        earlier, dropped = state["earlier"], np.empty(0, dtype=np.int64)
+        if plan is not None:
+            self.decided = plan.interval.index + 1
+            done, dropped = np.split(plan.rows, [(step - plan.interval.start_step) * plan.global_batch])
+            earlier = np.concatenate([earlier, done])
+        places = np.full(max(found.max(initial=0), earlier.max(initial=0)) + 2, -1, dtype=np.int64)
+        places[found] = self.space.all_rows()
+        self._earlier = places[earlier][(earlier >= 0) & (places[earlier] >= 0)]
+        if self._unplanned is not None:
+            self._unplanned = ~served.marks
+        if self.repeats is not None and "repeats" in state:
+            self.repeats.take_over(state["repeats"], dropped[dropped >= 0], found)

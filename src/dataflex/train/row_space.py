@@ -10,10 +10,12 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
@@ -39,6 +41,10 @@ class Measures:
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
     fingerprint: str
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
@@ -69,7 +75,7 @@ def measure(dataset: Any) -> Measures:
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
         for name in columns:
             column = table.column(name)
-            if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+            if not _is_list(column.type):
                 digest.update(np.asarray(column.to_pylist(), dtype=np.int64).tobytes())
                 continue
             offsets, values = _flat(column)
@@ -213,6 +219,11 @@ class RowSpace:
         assert lengths is not None
         return lengths
 
+    @cached_property
+    def keys(self) -> NDArray[np.uint64]:
+        """What rows are known by in a pool that changed [N], see ``row_keys``."""
+        return row_keys(self.dataset)
+
     def all_rows(self) -> Rows:
         """Every row id, ascending."""
         return np.arange(self.num_rows, dtype=np.int64)
@@ -243,6 +254,29 @@ def _keys(offsets: NDArray[np.int64], tokens: NDArray[Any]) -> NDArray[np.uint64
 
 def _content(offsets: NDArray[np.int64], tokens: NDArray[Any], row: int) -> bytes:
     return np.ascontiguousarray(tokens[offsets[row] : offsets[row + 1]], dtype=np.int64).tobytes()
+
+
+def row_keys(dataset: Any) -> NDArray[np.uint64]:
+    """Return a hash of each row's tokens and labels, of both answers of a preference [N]."""
+    if hasattr(dataset, "row_keys"):
+        found: NDArray[np.uint64] = dataset.row_keys()
+        return found
+    columns = [name for name in _HASHED if name in dataset.column_names]
+    keys = [np.zeros(0, dtype=np.uint64)]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
+        states = [xxhash.xxh3_64() for _ in range(table.num_rows)]
+        for name in columns:
+            column = table.column(name)
+            if _is_list(column.type):
+                offsets, values = _flat(column)
+            else:
+                offsets, values = np.arange(table.num_rows + 1), np.asarray(column.to_pylist(), dtype=np.int64)
+            content = memoryview(np.asarray(values, dtype=np.int64).tobytes())
+            for state, first, last in zip(states, (8 * offsets[:-1]).tolist(), (8 * offsets[1:]).tolist(), strict=True):
+                state.update(f"{name} {last - first} ".encode())
+                state.update(content[first:last])
+        keys.append(np.array([state.intdigest() for state in states], dtype=np.uint64))
+    return np.concatenate(keys)
 
 
 def row_fingerprints(dataset: Any) -> NDArray[np.uint64]:

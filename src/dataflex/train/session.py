@@ -40,6 +40,7 @@ from dataflex.signals.store import ArrayStore
 from dataflex.train import checkpoint as saved
 from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import Controller
+from dataflex.train.extending import extend
 from dataflex.train.feedback import SAMPLES, describe_rows
 from dataflex.train.loader import PlanFeed
 from dataflex.train.loss import Reweighter, counted_tokens
@@ -152,6 +153,9 @@ class Session:
         self._hidden: list[torch.Tensor] = []
         self._run = ""
         self._unsealed: tuple[Path, float] | None = None
+        self._extended: dict[str, Any] = {}  # what changed on purpose at the resume
+        self._moved: tuple[str, Rows] | None = None  # the pool before, and the row there of each row
+        self._rows: Path | None = None  # file of what rows are known by, for checkpoints
 
     @classmethod
     def open(
@@ -272,23 +276,31 @@ class Session:
         if folder is not None and self.config.resume_plan == "ignore":
             self.controller.decided = saved.decisions(folder)
         elif folder is not None:
-            self._load(folder)
+            self._load(folder, step)
         self._open_record(folder, step)
         self.clock.switch("train")
         return step
 
-    def _load(self, folder: Path) -> None:
-        self.controller.plan, state = saved.load(folder, self._identity)
-        self.controller.load_state_dict(state["controller"])
+    def _load(self, folder: Path, step: int) -> None:
+        found = saved.load(folder, self._identity, extend=self.config.on_change == "extend")
+        state, kept = found.state, {"weighter", "rows", "sums"}
+        if found.changes:
+            kept, rows, row_of = extend(self.controller, found, self._identity, step)
+            self._extended = {"changes": found.changes, "rows": rows}
+            if "rows" not in kept:
+                self._moved = found.described["space"]["fingerprint"], row_of
+        else:
+            self.controller.plan = found.plan
+            self.controller.load_state_dict(state["controller"])
         loss = self._loss
-        if loss.weighter is not None:
+        if loss.weighter is not None and "weighter" in kept:
             loss.weighter.load_state_dict(state["weighter"])
-            if loss.row_weights is not None:
+            if loss.row_weights is not None and "rows" in kept:
                 loss.row_weights.load_state_dict(state["row_weights"])
-        if loss.reference is not None:
+        if loss.reference is not None and "rows" in kept:
             loss.reference.load_state_dict(state["reference"])
         self.clock.before = {key: float(value) for key, value in state["seconds"].items()}
-        self.since_log = state["since_log"]
+        self.since_log = state["since_log"] if "sums" in kept else {**state["since_log"], "reweighter": {}}
 
     def _open_record(self, resumed: Path | None, step: int) -> None:
         """Open the record under the run's id, which is that of the checkpoint or new, and equal on all ranks."""
@@ -318,8 +330,8 @@ class Session:
             run=self._run,
         )
         if resumed is not None:
-            self.recorder.resumed(step=step, checkpoint=str(resumed))
-        self.recorder.rows_known(controller.space)
+            self.recorder.resumed(step=step, checkpoint=str(resumed), **self._extended)
+        self.recorder.rows_known(controller.space, self._moved)
 
     # -- during training ------------------------------------------------------------------------
 
@@ -451,6 +463,8 @@ class Session:
             listener.gather()
         if loss.row_weights is not None:
             loss.row_weights.gather()
+        if self.controller.plan is not None:
+            self.controller.totals.count(self.controller.plan, step)
         summed = {**(since_log or {}), "reweighter": loss.since_log() if self.weighs else {}}
         if self._writes:
             state = {
@@ -461,7 +475,9 @@ class Session:
                 "seconds": self.clock.totals(),
                 "since_log": summed,
             }
-            saved.save(folder, self._identity, self.controller.plan, state, step)
+            if self._rows is None:
+                self._rows = saved.write_rows(self.loop.output_dir / checkpoints.FOLDER, self.setup.rows)
+            saved.save(folder, self._identity, self.controller.plan, state, step, self._rows)
             self._write_outcome()
             self._write_weights(step)
             self._write_ledger(step, rows=True)
