@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -533,6 +534,89 @@ def test_a_filter_alone_is_drawn_from_and_a_draw_takes_the_interval(lego: Callab
 def test_a_pipeline_that_cannot_be_followed_is_told(lego: Callable[..., Split], name: str, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         lego(name)
+    assert told in "\n".join(caught.value.problems)
+
+
+REORDERS = """
+reorders:
+  plain:
+    params: {kind: static, pattern: sorting, apply_at: raw, polarity: higher_earlier, window_size: 8, seed: 4,
+      score_source: precomputed, score_params: {score_field: quality}}
+  segment:
+    params: {kind: static, pattern: segment, pattern_params: {x_pct: 20, y_pct: 5, front_is_high: true}}
+  flat: {params: {kind: static, pattern: saw}}
+  stair: {params: {kind: static, pattern: stair, folding_ratio: 0.2}}
+  shuffle: {params: {kind: static, pattern: shuffle, score_params: {score_field: quality}}}
+  by_model:
+    params: {kind: dynamic, pattern: folding, polarity: higher_later, pattern_params: {layers: 3}, reorder_every: 2,
+      score_source: model_loss, score_params: {batch_size: 8, max_samples: 100}, consume_once: true}
+  again: {params: {kind: dynamic, pattern: saw, score_source: cached_selection, score_params: {cache_path: x.json}}}
+  file: {params: {kind: static, score_params: {score_path: x.npy}}}
+  twice: {params: {kind: dynamic, consume_once: false}}
+  wrong: {params: {kind: static, pattern: sortin}}
+  odd: {params: {kind: static, polarty: higher_later}}
+"""
+
+
+@pytest.fixture
+def reordered(flat: Config, project: Path) -> Callable[..., Split]:
+    (project / "orders.yaml").write_text(REORDERS, encoding="utf-8")
+    rows = [{"instruction": "a", "input": "", "output": "b", "quality": 1.0, "score": 2.0} for _ in range(150)]
+    (project / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def read(name: str) -> Split:
+        keys = {"train_type": "dynamic_reorder", "component_name": name, "components_cfg_file": "orders.yaml"}
+        steps = {"warmup_step": 3, "update_step": 4, "update_times": 6, "num_train_epochs": 1.0}
+        return resolve(flat(**keys, **steps, dataset="a"), project)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "params"),
+    [
+        ("plain", "sorting", {"by": ("column", "quality"), "descending": True, "jitter": 8}),
+        ("segment", "segment", {"front_percent": 20.0, "back_percent": 5.0, "front": "high", "back": "high"}),
+        ("flat", "sorting", {"by": ("column", "score"), "descending": False}),
+        ("stair", "stair", {"sections": 2, "layers": 2, "ratio": 0.2}),
+        ("shuffle", "shuffle", {}),
+    ],
+)
+def test_an_order_that_is_known_beforehand_begins_at_once(
+    reordered: Callable[..., Split], name: str, ours: str, params: dict[str, Any]
+) -> None:
+    parts = reordered(name)
+    dynamic = dynamic_of(parts)
+    assert dynamic.orderer is not None
+    assert dynamic.orderer.name == ours
+    assert (dynamic.warmup_steps, dynamic.interval_steps, dynamic.cycle_steps) == (0, None, None)
+    assert parts.lf.max_steps == 27
+    for key, value in params.items():
+        found = getattr(dynamic.orderer.params, key)
+        assert ((found.name, found.params.column) if key == "by" else found) == value
+
+
+def test_an_order_by_the_model_begins_after_the_warm_up(reordered: Callable[..., Split]) -> None:
+    dynamic = dynamic_of(reordered("by_model"))
+    assert dynamic.orderer is not None
+    assert (dynamic.orderer.name, dynamic.orderer.params.layers) == ("folding", 3)  # type: ignore[attr-defined]
+    assert dynamic.orderer.params.by.name == "loss"  # type: ignore[attr-defined]
+    assert (dynamic.warmup_steps, dynamic.interval_steps) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("again", "scores of another run are not read; let the selector decide in this run"),
+        ("file", "score_params.score_path: is not read; write its numbers into the rows as a column"),
+        ("twice", "consume_once: false is not offered"),
+        ("wrong", "pattern: 'sortin' is not a choice; did you mean 'sorting'?"),
+        ("odd", "polarty: unknown parameter; did you mean 'polarity'?"),
+    ],
+)
+def test_an_order_that_cannot_be_followed_is_told(reordered: Callable[..., Split], name: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        reordered(name)
     assert told in "\n".join(caught.value.problems)
 
 

@@ -44,7 +44,7 @@ def tables() -> dict[str, Any]:
 class ComponentReader:
     """Reads the component of a run and notes parameters that are dropped or differ in meaning."""
 
-    kind: str  # "selector", "mixer" or "weighter"; "pipeline" for ``entry`` alone
+    kind: str  # "selector", "mixer" or "weighter"; "pipeline" or "reorder" for ``entry`` alone
     file: str  # as written; looked up from the working directory, then from base_dir
     base_dir: Path  # folder of the configuration file
     problems: list[str]
@@ -72,7 +72,8 @@ class ComponentReader:
             self.problems.append(f"component_name: missing; name a {kind} of the components file")
             return None
         try:
-            section = self._content().get(f"{kind}s") or {}
+            content = self._content()
+            section = content.get(f"{kind}s") or content.get(f"{kind}ers") or {}  # reorders were reorderers
         except ConfigError as error:
             self.problems += [f"components_cfg_file: {problem}" for problem in error.problems]
             return None

@@ -14,7 +14,7 @@ from typing import Any
 from dataflex.config.build import target_list
 from dataflex.config.components import ComponentReader
 from dataflex.config.mappings import collect, shown
-from dataflex.config.pipelines import pipeline
+from dataflex.config.pipelines import orderer, pipeline
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
@@ -22,7 +22,7 @@ from dataflex.registry import find
 
 _DEFAULT_EPOCHS = 3.0  # of the Hugging Face Trainer
 _KIND_OF = {"dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_weight": "weighter"}
-_TRAIN_TYPES = ("static", *_KIND_OF, "dynamic_lego")
+_TRAIN_TYPES = ("static", *_KIND_OF, "dynamic_reorder", "dynamic_lego")
 
 
 def translate(
@@ -71,7 +71,7 @@ class _Translation:
     def result(self) -> DynamicConfig:
         keys = self.keys
         ways = {"dynamic_select": self._select, "dynamic_mix": self._mix, "dynamic_weight": self._weigh}
-        ways["dynamic_lego"] = self._pipeline
+        ways |= {"dynamic_lego": self._pipeline, "dynamic_reorder": self._reorder}
         given = ways[keys.train_type]()
         if keys.freeze_gate and keys.train_type != "dynamic_mix":
             self.notes.append(f"freeze_gate: no effect with train_type {keys.train_type}")
@@ -227,7 +227,7 @@ class _Translation:
         initial = self.keys.init_mixture_proportions
         reader = self._reader("pipeline", targets)
         found = pipeline(reader, self.keys.component_name, given["interval_steps"])
-        decide = [found[kind] for kind in ("selector", "mixer") if kind in found and found[kind].decides]
+        decide = [found[kind] for kind in ("selector", "mixer", "orderer") if kind in found and found[kind].decides]
         if all(method.every is not None for method in decide):
             given["interval_steps"] = None
         if "mixer" not in found or found["mixer"].warmup_steps == 0:
@@ -235,6 +235,19 @@ class _Translation:
         own = all(method.warmup_steps is not None for method in decide) and "weighter" not in found
         warmup = {"warmup_steps": 0} if own else {}
         return {**given, **warmup, **found, "cycle_steps": None, "initial_proportions": initial, "seed": reader.seed}
+
+    def _reorder(self) -> dict[str, Any]:
+        """Serve the whole pool in order: ranked beforehand, from the first step on; by the model, after the warm-up."""
+        given, keys = self._selecting_steps(), self.keys
+        reader = self._reader("reorder", ())
+        method, every = orderer(reader, keys.component_name)
+        if given["cycle_steps"] is not None and given["cycle_steps"] != given["total_steps"]:
+            self.notes.append("steps: rows are served epoch by epoch, however many stages the run has")
+        given |= {"cycle_steps": None, "seed": reader.seed}
+        if not every:
+            self.notes.append("warmup_step, update_step: no effect where the order is known beforehand, as there")
+            return {**given, "warmup_steps": 0, "interval_steps": None, "orderer": method}
+        return {**given, "interval_steps": given["interval_steps"] * every, "orderer": method}
 
     def _weigh(self) -> dict[str, Any]:
         """Use the plain loss for ``warmup_step`` steps, then weights."""
