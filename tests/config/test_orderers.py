@@ -203,6 +203,28 @@ def test_scores_of_other_data_are_refused(config: Config, project: Path) -> None
     assert found == ["dynamic.orderer: scores in scores.parquet: no row has a finite number in column 'loss'"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dynamic": {"average_weights": {"last_steps": 1}}}, "last_steps: must be at least 2, found 1"),
+        ({"dynamic": {"average_weights": {}}}, "dynamic.average_weights.last_steps: missing"),
+        (
+            {"dynamic": {"average_weights": {"last_steps": 5, "every": 5}}},
+            "dynamic.average_weights.every: only the last",
+        ),
+        ({"max_steps": 20}, "dynamic.average_weights.last_steps: the run has 20 steps, fewer than the 30 asked for"),
+        ({"fsdp": "full_shard"}, "dynamic.average_weights: needs whole parameters, and fsdp partitions them"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "DeepSpeed ZeRO-3 partitions them"),
+        ({"stage": "rm"}, "dynamic.average_weights: a reward model's head is saved apart"),
+    ],
+)
+def test_weights_that_cannot_be_averaged(changes: Any, told: str, config: Config, project: Path) -> None:
+    block = {"average_weights": {"last_steps": 30, "every": 5}}
+    assert problems(config(dynamic=block), project) == []  # without any method
+    found = problems(config(**{"dynamic": block, **changes}), project)
+    assert any(told in line for line in found), found
+
+
 def test_plan_says_the_order_and_its_cost(config: Config, project: Path) -> None:
     def lines(**dynamic: Any) -> str:
         (project / "c.json").write_text(json.dumps(config(max_steps=60, dynamic=dynamic)))

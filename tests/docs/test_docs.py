@@ -14,7 +14,7 @@ import yaml
 from dataflex.config.build import parse_dynamic
 from dataflex.config.check import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
 from dataflex.config.mappings import describe, field_hints, plain, shown
-from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, LedgerConfig, SignalsConfig
+from dataflex.config.schema import FLAT_KEYS, AverageConfig, DynamicConfig, FlatKeys, LedgerConfig, SignalsConfig
 from dataflex.config.split import split
 from dataflex.contract import class_problems
 from dataflex.method import SIGNALS, BatchView, Context, Params, Requires, Signals
@@ -65,7 +65,7 @@ def test_every_yaml_block_is_valid(page, mapping):
     """Strictly, as a configuration that lies in examples/ would be."""
     if "dynamic" in mapping:
         dynamic = parse_dynamic(mapping["dynamic"], EXAMPLES)
-        assert dynamic.methods or dynamic.ledger
+        assert dynamic.methods or dynamic.ledger or dynamic.average_weights
     else:
         assert set(mapping) & set(FLAT_KEYS), f"{page}: neither a dynamic block nor flat keys"
         assert split(mapping, EXAMPLES).dynamic is not None
@@ -85,7 +85,12 @@ def default(field):
 
 @pytest.mark.parametrize(
     ("cls", "heading"),
-    [(DynamicConfig, "## The dynamic block"), (SignalsConfig, "### Signals"), (LedgerConfig, "### The ledger")],
+    [
+        (DynamicConfig, "## The dynamic block"),
+        (SignalsConfig, "### Signals"),
+        (LedgerConfig, "### The ledger"),
+        (AverageConfig, "### An average of the weights"),
+    ],
 )
 def test_every_key_of_the_dynamic_block_is_described_as_it_is(cls, heading):
     table = {row[0].strip("`"): row for row in rows_of("docs/configuration.md", heading)}

@@ -17,6 +17,7 @@ from dataflex.config.needs import without_targets
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import (
     FLAT_KEYS,
+    AverageConfig,
     Cadence,
     DynamicConfig,
     LedgerConfig,
@@ -289,6 +290,7 @@ def _paths(block: Mapping[str, Any], ours: bool) -> Iterator[str]:
     yield from (f"dynamic.{key}" for key in block_keys())
     yield from (f"dynamic.signals.{field.name}" for field in fields(SignalsConfig))
     yield from (f"dynamic.ledger.{field.name}" for field in fields(LedgerConfig))
+    yield from (f"dynamic.average_weights.{field.name}" for field in fields(AverageConfig))
     for kind in KINDS:
         given = _spelt_out(kind, block.get(kind), "", [])
         name = given.get("name") if isinstance(given, Mapping) else None

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
-from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig
+from dataflex.config.schema import AverageConfig, DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.errors import DataError, did_you_mean
 from dataflex.method import IN_RUN, Method, Requires, RunFacts, Selector, Weighter
 
@@ -86,6 +86,8 @@ def unmet(
         yield from _budget(dynamic, run)
     if dynamic.ledger is not None:
         yield from _ledger(dynamic, dynamic.ledger, run)
+    if dynamic.average_weights is not None and run is not None:
+        yield from _average(dynamic.average_weights, run)
     if run is None:
         yield from _one_reference(dynamic)
     else:
@@ -190,6 +192,17 @@ def _budget(dynamic: DynamicConfig, run: RunFacts | None) -> Iterator[str]:
         yield f"{key}: screening makes a pass over the pool that no budget pays for; remove screen_fraction"
     if run is not None and run.stage is not None and run.stage not in _CAUSAL:
         yield f"{key}: rows are scored in the steps of stages pt and sft, not of {run.stage}; remove it"
+
+
+def _average(options: AverageConfig, run: RunFacts) -> Iterator[str]:
+    """Yield why the weights of the last steps cannot be averaged."""
+    key, total = "dynamic.average_weights", run.total_steps
+    if run.partitioned:
+        yield f"{key}: needs whole parameters, and {run.partitioned} partitions them; use plain data parallelism"
+    if run.stage == "rm":
+        yield f"{key}: a reward model's head is saved apart, by LLaMA-Factory and from the model as it is; remove it"
+    if total is not None and options.last_steps > total:
+        yield f"{key}.last_steps: the run has {total:,} steps, fewer than the {options.last_steps:,} asked for"
 
 
 def _ledger(dynamic: DynamicConfig, ledger: LedgerConfig, run: RunFacts | None) -> Iterator[str]:

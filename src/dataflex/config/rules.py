@@ -28,7 +28,8 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         unread: Those keys; no rule complains that they are missing.
     """
     methods_unread = any(kind in unread for kind in KINDS)
-    if not dynamic.methods and not methods_unread and dynamic.ledger is None and "ledger" not in unread:
+    beside = any(getattr(dynamic, key) is not None or key in unread for key in ("ledger", "average_weights"))
+    if not dynamic.methods and not methods_unread and not beside:
         kinds = "selector, mixer, orderer or weighter"
         yield f"dynamic: names no method ({kinds}) and no ledger; name one, or remove the block"
         return

@@ -130,6 +130,18 @@ class LedgerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """Over which steps the model's weights are averaged."""
+
+    last_steps: int = param(help="last optimizer steps of the run over which weights are averaged", minimum=2)
+    every: int = param(1, "optimizer steps between two that are averaged, counted back from the last", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.every >= self.last_steps:
+            raise ValueError("every: only the last step would be averaged; it must be below last_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DynamicConfig:
     """The ``dynamic`` block, or the flat keys of existing DataFlex in its terms."""
 
@@ -187,6 +199,9 @@ class DynamicConfig:
         False, "whether held-out rows are evaluated domain by domain, and over all of them", resume="free"
     )
     ledger: LedgerConfig | None = param(None, "account of what each domain and row did to the losses of targets")
+    average_weights: AverageConfig | None = param(
+        None, "average of the weights over the last steps, saved and evaluated too", resume="the average begins anew"
+    )
     signals: SignalsConfig = param(SignalsConfig(), "how the model is asked about rows")
     plugins: tuple[str, ...] = param((), "Python files that define methods", resume="free")
     leakage: Literal["warn", "error", "drop"] = param(

@@ -23,6 +23,7 @@ from dataflex.errors import ComponentError
 from dataflex.llamafactory.evaluation import EvaluationMixin
 from dataflex.llamafactory.loading import replaced
 from dataflex.llamafactory.loop import EpochShell, StopOnTerm, loop_of
+from dataflex.train.average import WeightAverage
 from dataflex.train.loader import ROWS
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Session, Setup
@@ -43,6 +44,7 @@ class TrainerMixin(EvaluationMixin):
         self._dataflex_resumed: tuple[Path, int] | None = None  # checkpoint and step
         self._dataflex_saved_at: int | None = None
         self._dataflex_sealed_later = False  # while callbacks may still change a checkpoint's files
+        self._dataflex_average: WeightAverage | None = None  # once the training is over
         self._dataflex_stop: StopOnTerm | None = None
         if self.dataflex_setup.config.save_on_term:
             self._dataflex_stop = StopOnTerm(self.args.device)
@@ -97,7 +99,10 @@ class TrainerMixin(EvaluationMixin):
         stop, step = self._dataflex_stop, self.state.global_step
         if stop is None or not stop.settle():
             self.dataflex.settle(step)
-            return super()._finalize_training(*args, **kwargs)
+            found = super()._finalize_training(*args, **kwargs)
+            average = self.dataflex.average
+            self._dataflex_average = average if average is not None and average.count else None
+            return found
         if self._dataflex_saved_at != step:
             with replaced((self, "_dataflex_sealed_later", True)):
                 self._save_checkpoint(self.model_wrapped, None)
@@ -164,6 +169,16 @@ class TrainerMixin(EvaluationMixin):
         elif "train_runtime" in logs and began:
             session.finish(step, logs)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """Evaluate the model, and once it is trained the average of its last weights as well (``eval_averaged_``)."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        if self._dataflex_average is None or metric_key_prefix != "eval":
+            return metrics
+        with self._dataflex_average.in_place():
+            return {**metrics, **super().evaluate(eval_dataset, ignore_keys, "eval_averaged", **kwargs)}
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model; after training, SIGTERM takes effect when that is done."""
         clock = self.dataflex_setup.clock
@@ -176,6 +191,9 @@ class TrainerMixin(EvaluationMixin):
             if self.args.should_save:  # no trainer state of an earlier save stays beside new weights
                 checkpoints.unmark(Path(folder))
             super().save_model(output_dir, _internal_call)
+            if self._dataflex_average is not None:
+                with self._dataflex_average.in_place():
+                    super().save_model(str(Path(folder) / "averaged"), True)
         if wish.asked:
             raise Terminated(f"ended by SIGTERM; {folder} holds the trained model")
 
@@ -192,6 +210,7 @@ class TrainerMixin(EvaluationMixin):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as stock; a checkpoint counts once the callbacks have seen it."""
+        self.dataflex.updated(self.state.global_step)
         with replaced((self, "_dataflex_sealed_later", True)):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         self._dataflex_seal()

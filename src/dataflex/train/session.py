@@ -38,6 +38,7 @@ from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.train import checkpoint as saved
+from dataflex.train.average import WeightAverage
 from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import Controller
 from dataflex.train.extending import extend
@@ -241,6 +242,9 @@ class Session:
         if (in_run := self.controller.in_run) is not None:
             self._loss.watch = in_run.watch
         self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
+        self.average: WeightAverage | None = None
+        if config.average_weights is not None:
+            self.average = WeightAverage(loop.model, config.average_weights, loop.total_steps)
         self.feed = PlanFeed(
             _dataset(setup, loop),
             loop.collate,
@@ -300,6 +304,8 @@ class Session:
         if loss.reference is not None and "rows" in kept:
             loss.reference.load_state_dict(state["reference"])
         self.clock.before = {key: float(value) for key, value in state["seconds"].items()}
+        if self.average is not None:
+            self.average.load_state_dict(state.get("average", {}))
         self.since_log = state["since_log"] if "sums" in kept else {**state["since_log"], "reweighter": {}}
 
     def _open_record(self, resumed: Path | None, step: int) -> None:
@@ -421,6 +427,11 @@ class Session:
             proportions = self.controller.proportions_at(self._step.index)
             self._loss.end_step(proportions, float(self.loop.learning_rate()))
 
+    def updated(self, step: int) -> None:
+        """Tell that the optimizer has made its ``step``-th update, for an average of the weights."""
+        if self.average is not None:
+            self.average.take(step)
+
     def scalars(self, step: int) -> dict[str, float]:
         """Return numbers for the log after ``step`` optimizer steps (collective under a weighter)."""
         found = {**self.controller.scalars(step), **(self._loss.scalars() if self.weighs else {})}
@@ -474,6 +485,7 @@ class Session:
                 "reference": loss.reference.state_dict() if loss.reference is not None else {},
                 "seconds": self.clock.totals(),
                 "since_log": summed,
+                "average": self.average.state_dict() if self.average is not None else {},
             }
             if self._rows is None:
                 self._rows = saved.write_rows(self.loop.output_dir / checkpoints.FOLDER, self.setup.rows)
