@@ -47,6 +47,14 @@ _MIXERS: tuple[Any, ...] = (
     "odm",
     "random",
 )
+_ORDERERS: tuple[Any, ...] = (
+    {"name": "sorting", "by": "length"},
+    {"name": "saw", "by": "loss", "descending": True},
+    {"name": "segment", "by": "selector", "jitter": 3},
+    {"name": "zigzag", "by": {"name": "column", "column": "sample_weight"}},
+    {"name": "pacing", "by": "random"},
+    "shuffle",
+)
 _WEIGHTERS: tuple[Any, ...] = (
     None,
     None,
@@ -105,7 +113,7 @@ def configurations(seed: int, count: int, model: Path, data: Path) -> Iterator[d
     """Yield configurations of the tiny model; every second one has one to three mutations."""
     for number in range(count):
         rng = random.Random(f"{seed}.{number}")
-        mapping = _sound(rng, model, data)
+        mapping = copy.deepcopy(_sound(rng, model, data))  # what is mutated is nobody else's
         for _ in range(rng.randint(1, 3) if number % 2 else 0):
             _mutate(rng, mapping)
         yield mapping
@@ -127,6 +135,8 @@ def _sound(rng: random.Random, model: Path, data: Path) -> dict[str, Any]:
         **some(0.2, exclude_seen=True),
         **some(0.2, signals=rng.choice([{"pool_fraction": 0.5}, {"max_age_steps": 2}])),
         **some(0.1, seed=3),
+        **some(0.3, orderer=rng.choice(_ORDERERS)),
+        **some(0.1, average_weights={"last_steps": rng.choice([2, 3])}),
     }
     return {
         "model_name_or_path": str(model),

@@ -57,6 +57,7 @@ def test_what_can_be_ordered(block: Any, config: Config, project: Path) -> None:
     ("block", "told"),
     [
         ({"orderer": "sorting"}, "dynamic.orderer.by: missing"),
+        ({"orderer": {"by": "length"}}, "dynamic.orderer.name: missing; name an orderer (known: sorting, "),
         ({"orderer": {"name": "saw", "by": "loss"}}, "dynamic.interval_steps: missing; the saw orderer decides"),
         ({"orderer": {"name": "saw", "by": "selector"}}, "dynamic.orderer: saw goes by a selector's scores, and no"),
         (

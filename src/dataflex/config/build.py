@@ -101,8 +101,8 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     """Return the method that a block such as ``{name: loss, focus: high}`` describes, or None after noting why not."""
     before = len(problems)
     block = _spelt_out(kind, block, path, problems)
-    expected = f"the name of a {kind} or a mapping with 'name'"
-    name = name_in(block, path, problems, expected, f"a {kind}", names(kind))
+    one = f"an {kind}" if kind == "orderer" else f"a {kind}"
+    name = name_in(block, path, problems, f"the name of {one} or a mapping with 'name'", one, names(kind))
     cls = None if name is None else method_class(kind, name, path, problems)
     if name is None or cls is None:
         return None
