@@ -101,7 +101,7 @@ class TrainerMixin(EvaluationMixin):
             self.dataflex.settle(step)
             found = super()._finalize_training(*args, **kwargs)
             average = self.dataflex.average
-            self._dataflex_average = average if average is not None and average.count else None
+            self._dataflex_average = None if average is None else average.found()
             return found
         if self._dataflex_saved_at != step:
             with replaced((self, "_dataflex_sealed_later", True)):

@@ -47,6 +47,12 @@ class WeightAverage:
             else:
                 self._mean[name] = value.clone()
 
+    def found(self) -> WeightAverage | None:
+        """Return this, or None with a warning where the run ended before the steps that are averaged."""
+        if not self.count:
+            logger.warning("average_weights: the run ended before its last %d steps", self._options.last_steps)
+        return self if self.count else None
+
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:

@@ -143,6 +143,8 @@ class Session:
         """Whether the training loss must come from ``loss``: it is weighed, or its rows or domains are observed."""
         self.recorder: RunRecorder = NullRecorder()
         self.total_steps = 0
+        self.average: WeightAverage | None = None
+        """Average of the last weights, where the block asks for one."""
         self.since_log: dict[str, Any] | None = None
         """Sums since the last log, from the checkpoint that the run resumed."""
         self.loop: Loop
@@ -242,7 +244,6 @@ class Session:
         if (in_run := self.controller.in_run) is not None:
             self._loss.watch = in_run.watch
         self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
-        self.average: WeightAverage | None = None
         if config.average_weights is not None:
             self.average = WeightAverage(loop.model, config.average_weights, loop.total_steps)
         self.feed = PlanFeed(
