@@ -32,6 +32,7 @@ CASES = {
             "repeat": True,
             "selector": {"name": "loss", "focus": "medium", "every": 5},
             "mixer": {"name": "random", "every": 2},
+            "orderer": {"name": "folding", "by": "loss", "layers": 2, "every": 3},
             "weighter": {"name": "column"},
         },
     },
