@@ -350,10 +350,6 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stage": "pt", "dynamic": {"selector": "random", "domain_column": "source"}},
         ["packing: rows hold several samples (pre-training packs unless told otherwise), so the column 'source'"],
     ),
-    "tokenized mixture": (
-        {"tokenized_path": "cache", "dynamic": {"mixer": "uniform"}},
-        ["tokenized_path: a tokenized copy does not say which data set a row is from"],
-    ),
     "nothing trained": (
         {"do_train": False},
         ["do_train: is not on, so nothing is trained and 'dynamic' has no effect"],

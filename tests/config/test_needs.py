@@ -63,17 +63,19 @@ def test_one_domain_is_refused(kind: str, name: str, config: Config, project: Pa
     assert any(f"dynamic.{kind}: {name} needs at least two domains, found 1" in line for line in found), found
 
 
-@pytest.mark.parametrize("copy", ["new", "there"])
 @pytest.mark.parametrize(
     "block", [{"weighter": "group"}, {"selector": "random_balanced"}, {"weighter": ["focal", "group"]}]
 )
-def test_a_copy_of_several_sets_is_one_domain(block: Any, copy: str, config: Config, project: Path) -> None:
+def test_a_bare_copy_of_several_sets_is_one_domain(block: Any, config: Config, project: Path) -> None:
+    """One that LLaMA-Factory made alone; where there is none yet, the run makes one that tells."""
     (project / "there").mkdir()
     (project / "there/dataset_dict.json").write_text("{}")
-    found = problems(config(tokenized_path=copy, dynamic=block), project)
-    assert any(line.startswith("tokenized_path: a tokenized copy does not say which data set") for line in found), found
-    noted = resolve(config(tokenized_path=copy, dynamic={"selector": "all"}), project).notes
-    assert noted == ("tokenized_path: a copy does not say which of a, b a row is from: all are one domain, 'all'",)
+    found = problems(config(tokenized_path="there", dynamic=block), project)
+    told = "tokenized_path: a copy made by LLaMA-Factory alone does not say which"
+    assert any(line.startswith(told) for line in found), found
+    (note,) = resolve(config(tokenized_path="there", dynamic={"selector": "all"}), project).notes
+    assert note.startswith(f"{told} of a, b a row is from: all are one domain, 'all'")
+    assert resolve(config(tokenized_path="new", dynamic={"selector": "all"}), project).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,12 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
     "targets": [("weighter", True, None, "none needs a target")],
     "domains": [
         ("selector", 3, RunFacts(num_domains=2), "needs at least 3 domains, found 2"),
-        ("weighter", 2, RunFacts(num_domains=1, copied=True), "tokenized_path: a tokenized copy does not say"),
+        (
+            "weighter",
+            2,
+            RunFacts(num_domains=1, copied=True),
+            "tokenized_path: a copy made by LLaMA-Factory alone does not say",
+        ),
     ],
     "stages": [("mixer", ("pt",), RunFacts(stage="sft"), "uniform does not work under stage sft (works under: pt)")],
     "whole_parameters": [("selector", True, RunFacts(partitioned="fsdp"), "with partitioned parameters (fsdp)")],
@@ -147,7 +154,7 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
     "columns": [
         ("selector", ("w",), RunFacts(columns={"a": {"v"}}), "the data set 'a' has no column 'w' (columns found: v)"),
         ("weighter", ("w",), RunFacts(packed=True), "packing: rows hold several samples"),
-        ("mixer", ("w",), RunFacts(copied=True), "tokenized_path: a tokenized copy does not keep the column 'w'"),
+        ("mixer", ("w",), RunFacts(copied=True), "LLaMA-Factory alone does not keep the column 'w'"),
     ],
     "reference": [
         ("mixer", Reference("nowhere"), RunFacts(), "dynamic.mixer.reference: no such folder: nowhere"),

@@ -74,6 +74,10 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     changed = {**settings("mixture", 2), **EXTENDED, "resume_from_checkpoint": at_three}
     configs.append(folder / "two-extended.json")
     configs[-1].write_text(json.dumps(runner.mapping("two-extended", **changed)))
+    copied = {**settings("mixture", 2), "tokenized_path": str(folder / "copy")}
+    for name in ("two-copying", "two-copied"):
+        configs.append(folder / f"{name}.json")
+        configs[-1].write_text(json.dumps(runner.mapping(name, **copied)))
     rarely = {**settings("lossweight", 2), "logging_steps": 4}
     for name, given in {
         "two-rarely": {},
@@ -128,6 +132,13 @@ def test_one_rank_checkpoint_goes_on_with_two(results, case):
     single, double = results
     np.testing.assert_allclose(double[f"moved-{case}"].series(), single[case].series(), rtol=1e-5)
     assert rows_of(double[f"moved-{case}"]) == rows_of(single[case])
+
+
+def test_two_ranks_make_and_read_a_tokenized_copy(results):
+    single, double = results
+    for name in ("two-copying", "two-copied"):
+        assert rows_of(double[name]) == rows_of(single["mixture"])
+        assert double[name].series() == double["two-mixture"].series()
 
 
 def test_a_changed_pool_goes_on_over_other_ranks(results):

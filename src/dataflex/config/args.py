@@ -181,6 +181,11 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         return isinstance(path, str) and os.path.isdir(path) and bool(os.listdir(path))
 
     @property
+    def bare_copy(self) -> bool:
+        """Whether that copy was made by LLaMA-Factory alone: nothing tells where its rows are from."""
+        return self.tokenized and not os.path.isfile(os.path.join(self.tokenized_path, "dataflex", "copy.json"))
+
+    @property
     def evaluates(self) -> bool:
         """Whether held-out rows are evaluated during training."""
         return self.eval_strategy != "no" or self.do_eval or self.eval_on_start

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
+from dataflex.config.copies import described, stale
 from dataflex.config.data import (
     Source,
     column_values,
@@ -246,7 +247,7 @@ def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[
     problems += _held_out_problems(lf, base_dir)
     names = lf.train_sets
     if lf.tokenized:
-        return [Source(name=name) for name in names], problems
+        return [Source(name=name) for name in names], [*problems, *stale(lf, base_dir)]
     if not names:
         told = "dataset: missing; name one or more data sets of dataset_info.json, with commas between them"
         return [], [*problems, told]
@@ -288,7 +289,7 @@ def _held_out_problems(lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
         yield "val_size: cannot be given together with eval_dataset; remove one of the two"
     if share < 0 or (share >= 1 and share != int(share)):
         yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf.val_size)}"
-    sources, problems = find_sources(named, lf, "eval_dataset", base_dir)
+    sources, problems = find_sources(named, lf, "eval_dataset", base_dir) if named else ([], [])
     yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or lf.tokenized)
     yield from _without_rows(sources, lf, "eval_dataset")
     if lf.eval_dataset or share > _NOT_HELD_OUT or lf.tokenized:
@@ -357,8 +358,10 @@ def _targets_in_training(
 
 def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> RunFacts:
     """Return what is known about the rows of a run before they are loaded."""
-    copied = bool(lf.tokenized_path)
+    copied, copy = lf.bare_copy, described(lf)
     columns = {source.name: columns_of(source.path) for source in sources if source.path is not None}
+    if copy is not None:
+        columns = {f"tokenized copy {lf.tokenized_path}": frozenset(copy["columns"])}
     return RunFacts(
         packed=lf.packed,
         copied=copied,
@@ -598,8 +601,11 @@ def _notes_on_data(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path)
     for name in lf.eval_sets:
         if name in names:
             yield f"eval_dataset: {name!r} is also trained on; its loss is not one of held-out rows"
-    if lf.tokenized_path and len(names) > 1 and dynamic.domains_are_sources:
+    if lf.bare_copy and len(names) > 1 and dynamic.domains_are_sources:
         listed = ", ".join(names)
-        yield f"tokenized_path: a copy does not say which of {listed} a row is from: all are one domain, 'all'"
+        yield (
+            f"tokenized_path: a copy made by LLaMA-Factory alone does not say which of {listed} a row is from: all are "
+            "one domain, 'all'; name a folder that is not there yet to make one that does"
+        )
     if lf.max_samples is not None and dynamic.targets:
         yield f"max_samples: cuts training and evaluation sets; targets ({', '.join(dynamic.targets)}) are taken whole"

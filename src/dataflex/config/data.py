@@ -15,8 +15,8 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def contents_of(path: Path) -> dict[Path, Contents]:
     """
     found: dict[Path, Contents] = {}
     try:
-        states = {file: file.stat() for file in _files(path)}
+        states = {file: file.stat() for file in files_of(path)}
         through = sum(state.st_size for state in states.values()) <= _MOST_READ_BYTES
         for file, state in states.items():
             found[file] = _contents(file, state.st_size, state.st_mtime_ns, through)
@@ -54,7 +54,8 @@ def contents_of(path: Path) -> dict[Path, Contents]:
     return found
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """Return the files of a data set: itself, or those of a folder by name."""
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
@@ -168,7 +169,7 @@ def column_values(path: Path, name: str) -> list[tuple[str, Any]] | None:
 
     None where the files are not of moderate size, or of a form that is not read here.
     """
-    files, found = _files(path), []
+    files, found = files_of(path), []
     if sum(file.stat().st_size for file in files) > _MOST_READ_BYTES:
         return None
     for file in files:
@@ -211,7 +212,7 @@ _LENIENT = ("system", "tools")
 
 def _file_problem(path: Path) -> str:
     """Return the first reason why the file or the folder of a data set cannot be read, as a predicate."""
-    files = _files(path)
+    files = files_of(path)
     if path.is_dir() and any((path / mark).is_file() for mark in _MARKS_OF_SAVED):
         return (
             f"lies in {path}, which 'save_to_disk' wrote and LLaMA-Factory does not read as a data set; write its rows "
@@ -303,6 +304,7 @@ class Source:
     path: Path | None = None  # its local file or folder; None for one from a hub, a script or the cloud
     num_samples: int | None = None  # rows that dataset_info.json asks to be drawn from it
     split: str = "train"  # part of it that dataset_info.json names, such as "train[:10%]"
+    entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what dataset_info.json says
 
 
 def target_data_sets(target: str) -> tuple[str, ...]:
@@ -365,19 +367,20 @@ def _source(name: str, entry: Any, file: Path, stage: str | None) -> Source | li
     if not isinstance(entry, Mapping):
         return [f"{name!r} in {file} must be a mapping with 'file_name' or a hub's address"]
     asked = entry.get("num_samples")
+    made = partial(Source, name=name, entry=entry)
     samples = asked if isinstance(asked, int) and not isinstance(asked, bool) else None
     if any(entry.get(remote) for remote in REMOTE_KEYS):
-        found, problems = Source(name=name, num_samples=samples), [*_entry_problems(entry, None, stage)]
+        found, problems = made(num_samples=samples), [*_entry_problems(entry, None, stage)]
     elif not isinstance(entry.get("file_name"), str):
         return [f"{name!r} in {file} has neither 'file_name' nor a hub's address"]
     else:
         path = file.parent / entry["file_name"]
         if not path.exists():
             return [f"the file of {name!r} is missing: {path}"]
-        if not _files(path):
+        if not files_of(path):
             return [f"the folder of {name!r} is empty: {path}"]
         split, unreadable = str(entry.get("split") or "train"), _file_problem(path)
-        found = Source(name=name, path=path, num_samples=samples, split=split)
+        found = made(path=path, num_samples=samples, split=split)
         problems = [unreadable] if unreadable else [*_entry_problems(entry, path, stage)]
     return [f"{name!r} {problem}" for problem in problems] or found
 
@@ -403,7 +406,7 @@ def count_bytes(source: Source, lf: LlamaFactoryArgs) -> int | None:
     """
     if source.path is None:
         return None
-    files = _files(source.path)
+    files = files_of(source.path)
     total = sum(file.stat().st_size for file in files)
     if source.split == "train" and source.num_samples is None and lf.max_samples is None:
         return total

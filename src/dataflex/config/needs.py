@@ -268,8 +268,8 @@ def _domains(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, run:
         way = f"every row has the same one by {next(key for key in keys if getattr(dynamic, key) is not None)}"
     elif run.copied:
         yield (
-            "tokenized_path: a tokenized copy does not say which data set a row is from, so that all rows are one "
-            f"domain, and {lacks}; remove it"
+            "tokenized_path: a copy made by LLaMA-Factory alone does not say which data set a row is from, so that all "
+            f"rows are one domain, and {lacks}; name a folder that is not there yet to make one that does"
         )
         return
     yield f"{lacks}, found {run.num_domains}; {way}"
@@ -288,7 +288,10 @@ def _columns(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
             "set 'packing: false', or do without the column"
         )
     if run.copied:
-        yield f"tokenized_path: a tokenized copy does not keep the column {asked}; remove it"
+        yield (
+            f"tokenized_path: a copy made by LLaMA-Factory alone does not keep the column {asked}; name a folder that "
+            "is not there yet to make one that does"
+        )
     if run.packed or run.copied or run.columns is None:
         return
     for key, name in dynamic.columns_by_key:

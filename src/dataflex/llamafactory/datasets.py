@@ -12,18 +12,21 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError
+from dataflex.llamafactory.copies import Copied, Part, TokenizedCopy, joined_columns, scalar_columns
 from dataflex.llamafactory.evaluation import HeldOut
-from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, split_rows
+from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, changed_args, split_rows
 from dataflex.llamafactory.origins import origins_of
 from dataflex.llamafactory.streaming import JoinedRows
 from dataflex.method import RunFacts
@@ -60,6 +63,7 @@ class DataLoading:
         self._source_of = np.zeros(0, dtype=np.int32)  # source of each training row [N]
         self._held_sources: list[str] | None = None  # source of each row that 'val_size' holds out of several sets
         self._documents_per_row: NDArray[np.float64] | None = None  # by source [K]; None where every row is one
+        self._copied: Copied | None = None  # a tokenized copy that tells where its rows are from
 
     def load(self) -> tuple[dict[str, Any], RowSpace]:
         """Return LLaMA-Factory's data set module and the row space."""
@@ -85,7 +89,11 @@ class DataLoading:
         for name, count in sources.items():
             if count == 0:
                 raise DataError(f"domain {name!r} has no rows: nothing can be drawn from it")
-        measures = train.measures() if served else measure(train)
+        copied = self._copied
+        if copied is not None and kept is None:
+            measures = copied.measures
+        else:
+            measures = train.measures() if served else measure(train)
         space = RowSpace(
             dataset=train,
             sources=sources,
@@ -104,8 +112,10 @@ class DataLoading:
         """Load training and evaluation rows."""
         loader = self._loader
         args, names = loader.data_args, self._names
+        if args.tokenized_path is not None and not loader.written.bare_copy:
+            return self._module_of_copy(Path(args.tokenized_path))
         if args.tokenized_path is None and len(names) > 1:
-            return self._load_each()
+            return self._load_each([loader.training(name) for name in names])
         module = loader.stock()
         if args.tokenized_path is not None:
             if args.eval_dataset is not None:
@@ -117,13 +127,108 @@ class DataLoading:
         self._source_of = np.zeros(len(module["train_dataset"]), dtype=np.int32)
         return module
 
-    def _load_each(self) -> dict[str, Any]:
-        """Load several training sets one by one and concatenate them."""
+    def _module_of_copy(self, path: Path) -> dict[str, Any]:
+        """Load a tokenized copy, made first where it is not there; named evaluation rows are loaded beside it."""
+        loader = replace(self._loader, data_args=changed_args(self._loader.data_args, tokenized_path=None))
+        self._loader = loader
+        copy = TokenizedCopy(path, loader.written, loader.tokenizer_module["tokenizer"])
+        if not copy.is_there:
+            self._make_copy(copy)
+            loader.origins.clear()
+            loader.files.clear()
+        found = self._copied = copy.read()
+        self._copy_path = path
+        self._names, self._source_of = found.names, found.source_of
+        if loader.data_args.packing or loader.data_args.neat_packing:
+            self._documents_per_row = found.documents_per_row
+        module = {"train_dataset": found.train}
+        if found.held is not None:
+            module["eval_dataset"] = found.held
+            self._held_sources = [found.names[k] for k in found.held_source_of] or None
+        elif loader.data_args.eval_dataset is not None:
+            module["eval_dataset"] = loader.evaluation()
+        return module
+
+    def _make_copy(self, copy: TokenizedCopy) -> None:
+        """Tokenize the data sets one by one, keep each that is finished, and write the copy."""
+        loader, names, asked = self._loader, self._names, [*self._config.columns, FILE_COLUMN]
+        copy.begin()
+
+        def columns_of(raw: RawRows, num_rows: int) -> pa.Table | None:
+            """Return raw columns in the order of the rows, where each raw row became one."""
+            if len(raw.rows) != num_rows or loader.data_args.packing:
+                return None
+            table = scalar_columns(concatenate_datasets(list(raw.parts)), asked).take(raw.rows)
+            if FILE_COLUMN in table.column_names:  # numbers mean nothing in another process
+                files = pa.array(loader.files).take(table.column(FILE_COLUMN).combine_chunks())
+                table = table.set_column(table.column_names.index(FILE_COLUMN), FILE_COLUMN, files)
+            return table
+
+        def part(name: str) -> Part:
+            rows, origin = loader.training(name), loader.origins[-1]
+            raw = RawRows(names=[name], parts=[origin.raw], rows=np.arange(len(origin.raw)), written=loader.written)
+            return Part(rows=rows, columns=columns_of(raw, len(rows)), documents=len(origin.kept))
+
+        held_columns = documents = None
+        if len(names) > 1:
+            parts = [copy.part(number, partial(part, name)) for number, name in enumerate(names)]
+            module = self._load_each([each.rows for each in parts])
+            documents = np.array([each.documents / max(len(each.rows), 1) for each in parts])
+            columns = joined_columns([each.columns for each in parts])
+            if self._held_sources is not None and columns is not None:
+                rows = split_rows(len(columns), loader.test_size, loader.training_args.seed)
+                columns, held_columns = columns.take(rows["train"]), columns.take(rows["test"])
+        else:
+            module = loader.stock()
+            columns = columns_of(loader.raw_rows(), len(module["train_dataset"]))
+            if loader.test_size:
+                held_columns = columns_of(loader.raw_rows(held_out=True), len(module["eval_dataset"]))
+            self._source_of = np.zeros(len(module["train_dataset"]), dtype=np.int32)
+        train, named = module["train_dataset"], module.get("eval_dataset")
+        held = named if loader.test_size else None
+        evaluation = named if isinstance(named, dict) else {} if named is None or held is not None else {"": named}
+        copy.write(
+            Copied(
+                names=names,
+                train=train,
+                source_of=self._source_of,
+                measures=measure(train),
+                documents_per_row=documents,
+                columns=None if columns is None else Dataset(columns),
+                held=held,
+                held_source_of=np.array([names.index(name) for name in self._held_sources or ()], dtype=np.int32),
+                held_columns=None if held_columns is None else Dataset(held_columns),
+            ),
+            {f"validation_{name}".rstrip("_"): rows for name, rows in evaluation.items()},
+        )
+
+    def _raw_rows(self, *, held_out: bool = False) -> RawRows:
+        """Return the raw rows of the training rows, or of those held out; of a copy those columns that it keeps."""
+        copied, loader = self._copied, self._loader
+        if copied is None or (held_out and copied.held is None):
+            return loader.raw_rows(held_out=held_out)
+        columns = copied.held_columns if held_out else copied.columns
+        rows = np.arange(0 if columns is None else len(columns), dtype=np.int64)
+        name = f"tokenized copy {self._copy_path}"
+        if columns is None:
+            raise ConfigError(
+                f"tokenized_path: the {name} keeps no columns: rows are packed, or some were dropped as invalid"
+            )
+        if loader.by_file and not held_out:
+            if FILE_COLUMN not in columns.column_names:
+                raise ConfigError(f"dynamic.domain_path: the {name} does not keep the paths of files; remove it")
+            files = columns.data.column(FILE_COLUMN).combine_chunks().dictionary_encode()
+            loader.files[:] = files.dictionary.to_pylist()
+            columns = columns.remove_columns(FILE_COLUMN).add_column(FILE_COLUMN, files.indices.to_numpy())
+        return RawRows(names=[name], parts=[columns], rows=rows, written=loader.written)
+
+    def _load_each(self, parts: list[Any]) -> dict[str, Any]:
+        """Concatenate the rows of several training sets, and load evaluation rows or split them off."""
         loader, names = self._loader, self._names
         args, size, seed = loader.data_args, loader.test_size, loader.training_args.seed
-        parts = [loader.training(name) for name in names]
         counts = np.array([len(part) for part in parts])
-        if self._config.unit == "documents" and (args.packing or args.neat_packing):
+        packs = (args.packing or args.neat_packing) and len(loader.origins) == len(names)
+        if self._config.unit == "documents" and packs:
             documents = [float(len(origin.kept)) for origin in loader.origins]
             self._documents_per_row = np.array(documents) / np.maximum(counts, 1)
         whole: Any = JoinedRows(parts) if args.streaming else concatenate_datasets(parts)
@@ -151,7 +256,7 @@ class DataLoading:
             return HeldOut(held, whole)
         labels: Any = self._held_sources
         if by is not None:
-            raw = self._loader.raw_rows(held_out=True)
+            raw = self._raw_rows(held_out=True)
             labels = raw.column(by, len(whole))
             _check_labels(raw, by, labels)
         elif held is None or labels is None:
@@ -170,7 +275,7 @@ class DataLoading:
         names = [*config.columns, *([FILE_COLUMN] if loader.by_file else [])]
         if not names:
             return {}
-        raw = loader.raw_rows()
+        raw = self._raw_rows()
         if loader.data_args.streaming:
             raw = replace(raw, rows=raw.rows[train.raw_rows])
         found = {name: raw.column(name, len(train)) for name in names}

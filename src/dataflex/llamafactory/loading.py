@@ -105,10 +105,11 @@ def of_another_set(data_args: Any, names: Sequence[str], *, cutoff_shortened: bo
     ``cutoff_shortened``: whether LLaMA-Factory took one token from ``cutoff_len`` for packing.
     """
     cutoff = data_args.cutoff_len + cutoff_shortened
-    return _changed(data_args, **_OF_TRAINING, dataset=list(names), eval_dataset=None, cutoff_len=cutoff)
+    return changed_args(data_args, **_OF_TRAINING, dataset=list(names), eval_dataset=None, cutoff_len=cutoff)
 
 
-def _changed(data_args: Any, **changes: Any) -> Any:
+def changed_args(data_args: Any, **changes: Any) -> Any:
+    """Return a copy of the data arguments with changes, without streaming unless they say so."""
     args = copy.copy(data_args)
     for key, value in {"streaming": False, **changes}.items():
         setattr(args, key, value)
@@ -140,17 +141,17 @@ class Loader:
         """Return what the workflow asked for."""
         args = self.data_args
         if self.written.tokenized:
-            return self._load_training(_changed(args), tokenized_path=[args.tokenized_path])
-        return self._load_training(_changed(args), dataset=args.dataset, eval_dataset=args.eval_dataset)
+            return self._load_training(changed_args(args), tokenized_path=[args.tokenized_path])
+        return self._load_training(changed_args(args), dataset=args.dataset, eval_dataset=args.eval_dataset)
 
     def training(self, name: str) -> Any:
         """Return the rows of one of several training sets."""
-        args = _changed(self.data_args, dataset=[name], eval_dataset=None, val_size=0.0)
+        args = changed_args(self.data_args, dataset=[name], eval_dataset=None, val_size=0.0)
         return self._load_training(args, dataset=[name])["train_dataset"]
 
     def evaluation(self) -> Any:
         """Return what ``eval_dataset`` names, as it is named there, also beside a tokenized copy of training data."""
-        args = _changed(self.data_args, dataset=None, val_size=0.0, tokenized_path=None)
+        args = changed_args(self.data_args, dataset=None, val_size=0.0, tokenized_path=None)
         return self._load(args, eval_dataset=self.data_args.eval_dataset)["eval_dataset"]
 
     def target(self, name: str) -> Any:
@@ -204,7 +205,8 @@ class Loader:
         """Return the raw rows that are trained on, or those that are held out, in the order of the tokenized rows."""
         names, first, size = self.data_args.dataset, 0, self.test_size
         if held_out and not size:
-            names, first = self.data_args.eval_dataset, len(names)
+            names = self.data_args.eval_dataset
+            first = len(self.origins) - len(names)  # the last ones that were read so far
         parts = [origin.raw for origin in self.origins[first : first + len(names)]]
         rows = np.arange(sum(map(len, parts)), dtype=np.int64)
         if size:
