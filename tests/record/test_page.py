@@ -298,6 +298,16 @@ def test_plans_that_are_not_rows_of_the_pool_are_left_out_and_named(tmp_path):
         assert f"plan-0000{number}" in missing or f"no plan of interval {number}" in missing
 
 
+@pytest.mark.parametrize(
+    "dynamic", ["text", {"signals": "text", "selector": {"name": "loss", "band": []}}, {"selector": 3}]
+)
+def test_a_configuration_that_is_none_is_shown_as_it_stands(tmp_path, dynamic):
+    start = line("run_started", config={"dynamic": dynamic}, row_space={"domains": {"a": 9}})
+    _, told = page_of(lines_of(tmp_path, start, plan(0, {"a": 9}, scores={"scored": 9}, spent={"train": 1.0})))
+    assert "dynamic" in told["sections"][7]["texts"][0]["text"]
+    assert told["sections"][5]["tables"][1]["rows"][0][:2] == ["training", 1]
+
+
 @pytest.mark.slow
 def test_five_thousand_intervals_take_seconds_and_fit(tmp_path):
     names = [f"common/prefix/domain-{at}" for at in range(40)]

@@ -275,7 +275,7 @@ def epochs_chart(runs: Sequence[Recorded]) -> Chart | None:
     curves = {
         name: [(starts[0], 0.0), *zip(stops, total[:, at].tolist(), strict=True)] for at, (name, _) in enumerate(groups)
     }
-    cap = (run.config.get("dynamic") or {}).get("max_epochs") if isinstance(run.config.get("dynamic"), dict) else None
+    cap = run.dynamic.get("max_epochs")
     level = ("cap", float(cap)) if isinstance(cap, int | float) and not isinstance(cap, bool) else None
     at = int(total[-1].argmax())
     told = f"{middle(labels_of(groups)[at], 28)} was served most often: {total[-1, at]:.2f} times over"

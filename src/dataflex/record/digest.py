@@ -51,11 +51,16 @@ class Run:
         """The resolved configuration."""
         return self.started.get("config") or {}
 
+    @property
+    def dynamic(self) -> Mapping[str, Any]:
+        """The ``dynamic`` block of the configuration."""
+        block = self.config.get("dynamic")
+        return block if isinstance(block, Mapping) else {}
+
     @cached_property
     def methods(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Name of each method by its kind, and its settings that are not null."""
-        block = self.config.get("dynamic")
-        block = block if isinstance(block, Mapping) else {}
+        block = self.dynamic
         entries = {kind: block[kind] for kind in KINDS if isinstance(block.get(kind), Mapping)}
         return {
             kind: (str(entry["name"]), {key: each for key, each in entry.items() if key != "name" and each is not None})

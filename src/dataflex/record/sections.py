@@ -338,9 +338,8 @@ def _passes(run: Run) -> list[list[Any]]:
         return []
     rows: list[list[Any]] = [["training", served, served, served, "each sequence served"]]
     scored = sum(round((event.get("scores") or {}).get("scored") or 0) for event in run.planned)
-    block = run.config.get("dynamic")
-    selector = block.get("selector") if isinstance(block, Mapping) else None
-    budget = (block.get("signals") or {}).get("budget") if isinstance(block, Mapping) else None
+    selector, signals = run.dynamic.get("selector"), run.dynamic.get("signals")
+    budget = signals.get("budget") if isinstance(signals, Mapping) else None
     if not scored or not isinstance(selector, Mapping):
         return rows
     if budget is not None:

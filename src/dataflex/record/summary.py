@@ -61,8 +61,7 @@ def _head(run: Run, title: str) -> list[str]:
     lines = [headline, "=" * width(headline)]
     for kind, (name, told) in run.methods.items():
         lines += labelled(kind, [name, *(f"{key} {short(value)}" for key, value in told.items())])
-    block = run.config.get("dynamic")
-    ledger = block.get("ledger") if isinstance(block, Mapping) else None
+    ledger = run.dynamic.get("ledger")
     if isinstance(ledger, Mapping):
         lines += labelled("ledger", [f"{key} {short(value)}" for key, value in ledger.items() if value is not None])
     settings = {key: run.config.get(key) for key in _SETTINGS}

@@ -99,8 +99,7 @@ def _caps(view: Recorded) -> Iterator[str]:
     if stopped:
         told = str(stopped[-1]["reason"]).partition("at its cap: ")[2][:200]
         yield f"Training ended at step {stopped[-1]['stop_step']}, at a cap: {told}."
-    block = run.config.get("dynamic")
-    cap = block.get("max_epochs") if isinstance(block, Mapping) else None
+    cap = run.dynamic.get("max_epochs")
     epochs = {name: rows / run.pool[name] for name, rows in run.served.items() if run.pool.get(name)}
     if isinstance(cap, int | float) and not isinstance(cap, bool):
         full = [name for name, times in epochs.items() if times >= cap - 0.01]
