@@ -90,6 +90,7 @@ Configuration
       screen_by: embeddings
       budget: null
       explore: 0.2
+      explore_by: uniform
       in_run_rank: 8
       max_age_steps: 0
       store: null

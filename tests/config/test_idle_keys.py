@@ -37,6 +37,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "signals.screen_by": {"dynamic": {**RANDOM, "signals": {"screen_by": "pilot"}}},
     "signals.budget": {"dynamic": {**RANDOM, "signals": {"budget": 0.5}}},
     "signals.explore": {"dynamic": {**RANDOM, "signals": {"explore": 0.5}}},
+    "signals.explore_by": {"dynamic": {**RANDOM, "signals": {"explore_by": "thompson"}}},
     "signals.in_run_rank": {"dynamic": {**RANDOM, "signals": {"in_run_rank": 4}}},
     "signals.store_gb": {"dynamic": {**RANDOM, "signals": {"store_gb": 1.0}}},
     "leakage": {"dynamic": {**RANDOM, "leakage": "drop"}},

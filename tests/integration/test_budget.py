@@ -40,7 +40,7 @@ def test_scores_come_from_the_steps(run, monkeypatch, selector, tuning):
 
     seen = []
     scores = InRun._scores
-    monkeypatch.setattr(InRun, "_scores", lambda self, known, rows: seen.append(known) or scores(self, known, rows))
+    monkeypatch.setattr(InRun, "_scores", lambda self, known, *rest: seen.append(known) or scores(self, known, *rest))
     outcome = run("budgeted", **SETTINGS, finetuning_type=tuning, dynamic=block(selector))
     told = decisions(outcome)
     assert len(told) == 4
@@ -155,3 +155,26 @@ def test_predictions_wait_until_they_are_better_than_chance(run, monkeypatch):
     told = decisions(run("budgeted", **SETTINGS, dynamic=block()))
     assert all("32 rows drawn uniformly" in event["reason"] for event in told), told
     assert all("trust 0," in event["reason"] or "trust 0" in event["reason"] for event in told)
+
+
+def test_thompson_sampling_draws_the_predictions_that_choose(run, monkeypatch):
+    from dataflex.record.read import load_plan
+    from dataflex.train import in_run
+
+    monkeypatch.setattr(in_run, "rank_correlation", lambda a, b: (0.5, 1.0))
+    drawn = []
+    fitted = in_run.fitted
+    monkeypatch.setattr(
+        in_run,
+        "fitted",
+        lambda *args, perturbed: drawn.append(perturbed is not None) or fitted(*args, perturbed=perturbed),
+    )
+    plans = {}
+    for name, how in (("mean", "uniform"), ("drawn", "thompson"), ("again", "thompson")):
+        drawn.clear()
+        outcome = run(name, **SETTINGS, dynamic=block(signals={"explore_by": how}))
+        plans[name] = [load_plan(outcome.folder, event["interval"]).rows for event in decisions(outcome)]
+        assert sum(drawn) == (3 if how == "thompson" else 0), "once in every decision that another follows"
+        assert not drawn[-1]
+    assert not np.array_equal(plans["mean"][0], plans["drawn"][0])
+    assert all(np.array_equal(*pair) for pair in zip(plans["drawn"], plans["again"], strict=True))

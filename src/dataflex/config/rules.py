@@ -106,8 +106,9 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
     screened = "signals.screen_fraction" in given
     if "signals.screen_by" in given and not screened:
         yield "dynamic.signals.screen_by: has no effect without screen_fraction below 1; add one, or remove the key"
-    if "signals.explore" in given and dynamic.signals.budget is None:
-        yield "dynamic.signals.explore: has no effect without budget; add one, or remove the key"
+    for key in ("signals.explore", "signals.explore_by"):
+        if key in given and dynamic.signals.budget is None:
+            yield f"dynamic.{key}: has no effect without budget; add one, or remove the key"
     if "signals.in_run_rank" in given and "in_run_scores" not in dynamic.requires.signals:
         yield "dynamic.signals.in_run_rank: no method asks for scores of training steps; remove the key"
     if selector is None:

@@ -95,6 +95,11 @@ class SignalsConfig:
     explore: float = param(
         0.2, "share of a plan that is drawn uniformly under a budget", minimum=0.0, maximum=1.0, resume=_NEXT
     )
+    explore_by: Literal["uniform", "thompson"] = param(
+        "uniform",
+        "how a plan explores under a budget: by that share alone, or also by predictions drawn from their posterior",
+        resume=_NEXT,
+    )
     in_run_rank: int = param(
         8,
         "rank of the directions that rows are compared with in their training steps, for methods that ask for such "

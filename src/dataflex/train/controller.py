@@ -254,6 +254,7 @@ class Controller:
                 ),
                 total_steps=self.schedule.total_steps,
                 explore=options.explore,
+                thompson=options.explore_by == "thompson",
                 rank=options.in_run_rank,
                 weighs_documents=self.weighs_documents,
             )

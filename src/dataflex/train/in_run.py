@@ -28,7 +28,7 @@ from dataflex.config.schema import DynamicConfig
 from dataflex.errors import UnsupportedError
 from dataflex.method import Rows
 from dataflex.plan.schedule import Interval
-from dataflex.rng import uniforms
+from dataflex.rng import stream, uniforms
 from dataflex.select.predict import TokenFeatures, fitted, rank_correlation, row_effects
 from dataflex.sequences import Sequences
 from dataflex.signals import kinds
@@ -186,6 +186,7 @@ class InRun:
     spec: GradientSpec  # which gradients; whether Adam's moments scale the targets', and whether cosines are compared
     total_steps: int  # of the run
     explore: float = 0.2  # share of a plan that is drawn uniformly
+    thompson: bool = False  # predictions that choose are drawn from their posterior, but for the last interval
     forgetting: float = 0.7  # weight of an observation from one interval to the next
     smoothing: float = 0.7  # what earlier target rows count in a direction, where not all were looked at again
     rank: int = 8  # of the directions of ``scores`` where more than adapters is trained
@@ -393,7 +394,9 @@ class InRun:
             if self.capture is not None and self.budget is not None:
                 self._spent += self._pilots(interval, left, both)
             if self.budget is not None and self.seen is not None and len(self.seen.rows) >= _LEAST_ROWS:
-                self._predicted = self._scores(self.seen, self.space.all_rows())
+                explores = self.thompson and interval.stop_step < self.total_steps
+                draw = (stream(self.seed, "in_run thompson", interval.index),) if explores else ()
+                self._predicted = self._scores(self.seen, self.space.all_rows(), *draw)
                 self._predicted[self.space.supervised == 0] = np.nan
         self._interval = interval.index
         self.told |= {"trust": self.trust, "spent": self._spent / (tokens / interval.steps * self.total_steps * both)}
@@ -629,8 +632,8 @@ class InRun:
             scores /= np.maximum(np.sqrt(squares), 1e-30)[:, None]
         return np.concatenate([scores, seen.values], axis=1)
 
-    def _scores(self, seen: Observations, rows: Rows) -> Floats:
-        """Return predictions of rows [n, K + Q] from observations, the same on every rank."""
+    def _scores(self, seen: Observations, rows: Rows, draw: np.random.Generator | None = None) -> Floats:
+        """Return predictions of rows [n, K + Q] from observations, the same on every rank; with ``draw`` as drawn."""
 
         def compute() -> Floats:
             weights = self.forgetting ** (seen.intervals.max() - seen.intervals).astype(np.float64)
@@ -651,7 +654,14 @@ class InRun:
                 if not values[:, columns].shape[1]:
                     continue
                 ids, weight = known.rows[those], used[those]
-                fit = fitted(self.features.matrix(ids), groups[those], values[those, columns], weight)
+                features, wanted = self.features.matrix(ids), values[those, columns]
+                noise = None
+                if draw is not None:
+                    noise = (
+                        draw.standard_normal(wanted.shape),
+                        draw.standard_normal((features.shape[1], wanted.shape[1])),
+                    )
+                fit = fitted(features, groups[those], wanted, weight, perturbed=noise)
                 effects = row_effects(ids, fit.residuals, weight, int(self._firsts[-1]))
                 out[:, columns] = self.features.times(rows, fit.weights) + fit.offset + effects[rows]
             return out * scale
