@@ -613,9 +613,8 @@ class InRun:
             self._features = TokenFeatures.of(len(domains), tokens, domains, len(self.space.domains.names))
         return self._features
 
-    def _of(self, seen: Observations, normalize: bool | None = None) -> Floats:
+    def _of(self, seen: Observations) -> Floats:
         """Return what is to be predicted of rows that were looked at [n, K + Q]."""
-        normalize = self.spec.normalize if normalize is None else normalize
         if self.aims is None:
             return seen.values
         sketches = seen.sketches.astype(np.float64)
@@ -628,7 +627,7 @@ class InRun:
         lengths[goals, of] = np.sqrt(np.maximum(1 - 2 * share * both + share**2 * squares[goals], 1e-30))
         scores[goals, of] -= share * squares[goals]
         scores /= lengths
-        if normalize:
+        if self.spec.normalize:
             scores /= np.maximum(np.sqrt(squares), 1e-30)[:, None]
         return np.concatenate([scores, seen.values], axis=1)
 

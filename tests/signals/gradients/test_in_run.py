@@ -130,7 +130,7 @@ def test_a_module_that_is_called_twice_counts_twice_and_the_training_gradient_is
     capture.end()
     with_hooks = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    capture._dots = torch.zeros(4, 9, 2)  # begin() without hooks
+    capture._dots = torch.zeros(4, 2)  # begin() without hooks
     capture.begin = lambda *_: None
     step(model, capture, batch)
     assert all(torch.equal(one, parameter.grad) for one, parameter in zip(with_hooks, model.parameters(), strict=True))
@@ -234,8 +234,7 @@ def test_golden_linear_and_low_rank():
     capture.aim(Directions(parts={"w": V[None]}, lengths=torch.ones(1), coverage=torch.ones(1), captured=torch.ones(1)))
     capture.begin((2, 2), torch.device("cpu"))
     layer(a.requires_grad_()).backward(g)
-    found = capture._dots[..., 0]
-    torch.testing.assert_close(found, torch.tensor([[2.5, -2.5], [1.0, 1.125]]))
+    torch.testing.assert_close(capture.take(weights_B=torch.ones(2)).scores, torch.tensor([[0.0], [2.125]]))
     U, W, kept = factored(V, 1, draw=generator(0))
     assert kept == pytest.approx(0.8, abs=1e-6)
     low = torch.stack([sum((g[i, t] @ U) @ (W.T @ a[i, t]) for t in range(2)) for i in range(2)])

@@ -509,7 +509,7 @@ class StepCapture(StepHooks):
         """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T)."""
         self._forget()
         self._listen(shape)
-        self._dots = torch.zeros(*shape, self._num, dtype=torch.float32, device=device)
+        self._dots = torch.zeros(shape[0], self._num, dtype=torch.float32, device=device)
 
     def watch(self, loss_BT: torch.Tensor, mask_BT: torch.Tensor, documents_BT: torch.Tensor | None = None) -> None:
         """Read what each supervised token's loss counts in the scalar that is differentiated.
@@ -547,10 +547,10 @@ class StepCapture(StepHooks):
         counts = self._counts if self._counts is not None else self._dots.new_zeros(self._shape)
         if weights_B is not None:
             counts = weights_B.to(counts)[:, None]
-        total, weight = self._dots.sum(dim=1), counts.sum(dim=1)
+        weight = counts.sum(dim=1)
         known = weight != 0
         safe = torch.where(known, weight, torch.ones_like(weight))
-        scores = (total / safe[:, None]).masked_fill(~known[:, None], torch.nan)
+        scores = (self._dots / safe[:, None]).masked_fill(~known[:, None], torch.nan)
         norms = sketches = None
         if self.norms:
             sketches = self._sketches(len(safe), safe.device) / safe[:, None]
@@ -594,8 +594,13 @@ class StepCapture(StepHooks):
 
         sides = (left, right) if swapped else (right, left)
         if num:
-            product = by_target(inputs[0], bool(sides[0].direction)) * by_target(outputs[0], bool(sides[1].direction))
-            self._dots += product.sum(dim=-1, dtype=torch.float32)
+            ours, theirs = (
+                by_target(kept[0], bool(side.direction)) for kept, side in zip((inputs, outputs), sides, strict=True)
+            )
+            if num == 1 and ours.dtype == torch.float32:
+                self._dots += torch.bmm(ours.reshape(len(ours), 1, -1), theirs.reshape(len(ours), -1, 1))[:, 0]
+            else:
+                self._dots += (ours * theirs).sum(dim=(1, 3), dtype=torch.float32)
         if self.norms:
             self._add_part(name, torch.bmm(outputs[1].transpose(1, 2).to(inputs[1].dtype), inputs[1]).float())
 
@@ -611,11 +616,10 @@ class StepCapture(StepHooks):
         for local, name in own.items():
             found = by_token[local]
             assert not isinstance(found, Factors)
-            found = found.flatten(1)
-            vector = self._vectors[name].to(found)
-            self._dots += (found @ vector.T).view(*self._shape, -1)
+            part = found.view(*self._shape, -1).sum(dim=1)
+            self._dots += part.float() @ self._vectors[name].to(part.device).T
             if self.norms:
-                part, fold = found.view(*self._shape, -1).sum(dim=1), self._folds[name]
+                fold = self._folds[name]
                 self._add_part(name, part if fold is None else part @ fold.to(part))
 
     def _add_part(self, name: str, part: torch.Tensor) -> None:
