@@ -594,13 +594,8 @@ class StepCapture(StepHooks):
 
         sides = (left, right) if swapped else (right, left)
         if num:
-            ours, theirs = (
-                by_target(kept[0], bool(side.direction)) for kept, side in zip((inputs, outputs), sides, strict=True)
-            )
-            if num == 1 and ours.dtype == torch.float32:
-                self._dots += torch.bmm(ours.reshape(len(ours), 1, -1), theirs.reshape(len(ours), -1, 1))[:, 0]
-            else:
-                self._dots += (ours * theirs).sum(dim=(1, 3), dtype=torch.float32)
+            product = by_target(inputs[0], bool(sides[0].direction)) * by_target(outputs[0], bool(sides[1].direction))
+            self._dots += product.sum(dim=(1, 3), dtype=torch.float32)
         if self.norms:
             self._add_part(name, torch.bmm(outputs[1].transpose(1, 2).to(inputs[1].dtype), inputs[1]).float())
 
