@@ -84,6 +84,7 @@ Configuration
     domain_encoder: null
     eval_by_domain: false
     ledger: null
+    average_weights: null
     signals:
       pool_fraction: 1.0
       screen_fraction: 1.0
