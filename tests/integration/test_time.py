@@ -84,7 +84,7 @@ def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
     assert phases["checkpoint"] >= 2 * SLOW
     assert phases["evaluation"] >= 3 * SLOW  # twice on the way, once at the end
     assert phases["save"] > 0.0
-    text = report(run.folder / "timed")
+    text = report([run.folder / "timed"])
     assert "reference" in text
     assert "other" in text
     finished = [event for event in read_events(run.folder / "timed") if event["event"] == "finished"][-1]

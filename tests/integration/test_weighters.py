@@ -146,7 +146,7 @@ def test_the_record_holds_the_rows_that_weigh_most_and_least(run, blocks):
     assert weighed["most"][0]["weight"] > 1.0 > weighed["least"][0]["weight"]
     assert weighed["most"][0]["domain"] in {"alpha", "beta"}
     assert len(weighed["most"][0]["text"]) > 10
-    text = report(outcome.folder)
+    text = report([outcome.folder])
     assert "Rows that weighed most and least, of 40" in text
     assert "weights.png" in text
 
