@@ -162,9 +162,11 @@ def test_weights_and_credits_are_of_the_rows_that_have_them(tmp_path):
     folder = tmp_path / "dataflex"
     recorder = begun(folder)
     record(recorder)
-    pq.write_table(pa.table({"row": [2, 7], "weight": [0.5, 2.0], "times_weighed": [1, 3]}), folder / "weights.parquet")
+    mine = {"fingerprint": "f" * 16}
+    weights = pa.table({"row": [2, 7], "weight": [0.5, 2.0], "times_weighed": [1, 3]})
+    pq.write_table(weights.replace_schema_metadata(mine), folder / "weights.parquet")
     credits = pa.table({"row": [7], "credit_t": [-0.25]})
-    pq.write_table(credits.replace_schema_metadata({"fingerprint": "f" * 16}), folder / LEDGER)
+    pq.write_table(credits.replace_schema_metadata(mine), folder / LEDGER)
     table = chosen_table(folder)
     assert [k for k, weight in enumerate(column(table, "weight")) if weight is not None] == [2, 7]
     assert column(table, "times_weighed")[7] == 3

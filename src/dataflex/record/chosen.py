@@ -207,10 +207,11 @@ def chosen_table(run_dir: Path | str) -> pa.Table:
     columns |= {name: known.column(name) for name in _KNOWN}
     columns |= served.columns(known=not stock or not run.steps_done)
     columns |= decided.columns()
-    columns |= _of_rows(folder / ROW_WEIGHTS, size, {"weight": pa.float64(), "times_weighed": pa.int64()}, notes)
+    weights = {"weight": pa.float64(), "times_weighed": pa.int64()}
+    columns |= _of_rows(folder / ROW_WEIGHTS, told["fingerprint"], size, weights, notes)
     columns |= {name: known.column(name) for name in known.column_names if name not in _KNOWN}
     columns |= decided.columns_by_decision()
-    columns |= _of_rows(folder / LEDGER, size, None, notes, told["fingerprint"])
+    columns |= _of_rows(folder / LEDGER, told["fingerprint"], size, None, notes)
     about = {
         "format": _FORMAT,
         "fingerprint": told["fingerprint"],
@@ -526,7 +527,7 @@ def _cut(scores: NDArray[np.float32], kept: NDArray[np.bool_]) -> tuple[float | 
 
 
 def _of_rows(
-    path: Path, size: int, wanted: Mapping[str, pa.DataType] | None, notes: list[str], fingerprint: str | None = None
+    path: Path, fingerprint: str, size: int, wanted: Mapping[str, pa.DataType] | None, notes: list[str]
 ) -> dict[str, pa.Array]:
     """Return columns of a file that has a line for some of the rows; those not in it are null.
 
@@ -538,7 +539,7 @@ def _of_rows(
             table = pq.read_table(path)
             told = table.schema.metadata or {}
             rows = table.column("row").to_numpy()
-            if fingerprint is not None and told.get(b"fingerprint") != fingerprint.encode():
+            if told.get(b"fingerprint") != fingerprint.encode():
                 raise ValueError("it is of other rows")
             if len(rows) and not 0 <= rows.min() <= rows.max() < size:
                 raise ValueError(f"it names rows that are none of the {size:,}")

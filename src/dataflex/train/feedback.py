@@ -232,15 +232,19 @@ class RowWeights:
         self._sums = np.asarray(np.bincount(place, weights=sums[:stop], minlength=size), dtype=np.float64)
         self._counts = np.bincount(place, weights=counts[:stop], minlength=size).astype(np.int64)
 
-    def table(self) -> bytes:
-        """Return the rows that were weighed, as a Parquet file: row, weight (its mean) and times_weighed."""
+    def table(self, fingerprint: str) -> bytes:
+        """Return the rows that were weighed, as a Parquet file: row, weight (its mean) and times_weighed.
+
+        ``fingerprint`` of the row space goes into its metadata.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self._settle()
         means = self._sums / np.maximum(self._counts, 1)
         file = io.BytesIO()
-        pq.write_table(pa.table({"row": self._rows, "weight": means, "times_weighed": self._counts}), file)
+        columns = pa.table({"row": self._rows, "weight": means, "times_weighed": self._counts})
+        pq.write_table(columns.replace_schema_metadata({"fingerprint": fingerprint}), file)
         return file.getvalue()
 
     def extremes(self, most: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -571,7 +571,9 @@ class Session:
             return
         dataset, domains = _dataset(self.setup, self.loop), self.setup.rows.domains
         most, least = (describe_rows(rows, dataset, self.loop.tokenizer, domains) for rows in weighed.extremes(SAMPLES))
-        self.recorder.weighed(step, most=most, least=least, rows=len(weighed), table=weighed.table())
+        self.recorder.weighed(
+            step, most=most, least=least, rows=len(weighed), table=weighed.table(self.setup.rows.fingerprint)
+        )
 
 
 def _dataset(setup: Setup, loop: Loop) -> Any:
