@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +20,11 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.offline.files import MOST_READ_BYTES, FileRecord, row_lines
-from dataflex.plan.domains import Rows
+from dataflex.plan.domains import Domains, Rows
 from dataflex.printable import on_one_line, plain
 from dataflex.record.digest import digest
 from dataflex.record.read import LEDGER, ROW_WEIGHTS, THINNED, StoredPlan, load_plan, read_record, record_dir
 from dataflex.state import blake2b, replacing
-
-if TYPE_CHECKING:
-    from dataflex.train.row_space import RowSpace
 
 ROWS = "rows.parquet"
 """Where the rows come from and what is known of them before training, beside the events."""
@@ -84,7 +81,39 @@ class Source:
 # ---- what is known before training
 
 
-def write_rows(folder: Path, space: RowSpace) -> None:
+class Pool(Protocol):
+    """What is known of the training rows [N]; ``train.row_space.RowSpace``."""
+
+    @property
+    def origins(self) -> Origins | None:
+        """Where they come from; None where that is not known."""
+
+    @property
+    def domains(self) -> Domains:
+        """Their domains."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each."""
+
+    @property
+    def supervised(self) -> NDArray[np.int64]:
+        """Supervised tokens of each."""
+
+    @property
+    def columns(self) -> Mapping[str, NDArray[Any]]:
+        """Raw columns that were asked for."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all tokens and labels."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+
+
+def write_rows(folder: Path, space: Pool) -> None:
     """Write ``rows.parquet``; the files of the rows are read through once, for their lines and their identity."""
     origins, domains = space.origins, space.domains
     if origins is None:  # of a loop of one's own: its domains are its data sets

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
 from dataflex.printable import plain, redacted
-from dataflex.record.chosen import CHOSEN, ROWS, write_chosen, write_moved, write_rows
+from dataflex.record.chosen import CHOSEN, ROWS, Pool, write_chosen, write_moved, write_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import (
     ENDING,
@@ -39,7 +39,6 @@ from dataflex.state import clear_left, refusals, replacing
 
 if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan
-    from dataflex.train.row_space import RowSpace
 
 _QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
@@ -222,7 +221,7 @@ class RunRecorder:
         self._write("planned", interval.start_step, fields)
         self.refresh()
 
-    def rows_known(self, space: RowSpace, moved: tuple[str, Rows] | None = None) -> None:
+    def rows_known(self, space: Pool, moved: tuple[str, Rows] | None = None) -> None:
         """Store where each row comes from, and what is known of it before training.
 
         ``moved``: where a resumed run has another pool, the fingerprint of the one before, and the row there of each
