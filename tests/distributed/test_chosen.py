@@ -47,6 +47,7 @@ def test_two_ranks_tell_what_one_does(tmp_path, tiny_model, data_dir, two_ranks)
     runner("one", **RUN, per_device_train_batch_size=4)
     wanted = chosen_table(tmp_path / "one")
     assert found.drop_columns(["weight"]).equals(wanted.drop_columns(["weight"]))
+    assert found.column("line").to_pylist() == [*range(1, 41), *range(1, 22)]
     weights = [table.column("weight").to_numpy() for table in (found, wanted)]
     np.testing.assert_allclose(*weights, rtol=1e-4)
     served = found.column("times_served").to_numpy()

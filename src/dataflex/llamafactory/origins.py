@@ -57,7 +57,9 @@ def origins_of(loader: Loader, names: Sequence[str], source_of: NDArray[np.int32
         place = np.arange(len(part.raw), dtype=np.int64) if drawn is None else _numbers(drawn.column(0))
         places.append(place if files else np.full(len(part.raw), -1, dtype=np.int64))
     rows = None if loader.written.packed else _raw_rows(loader, parts, train)
-    if rows is None or len(rows) != size:
+    ends = np.cumsum([len(part.raw) for part in parts])
+    # Rows that were merged in another order than is thought here are of other data sets than they seem.
+    if rows is None or len(rows) != size or (np.searchsorted(ends, rows, side="right") != source_of).any():
         return Origins(sources=sources, source_of=source_of, position=unknown)
     ids = _ids([part.raw for part in parts])
     return Origins(
