@@ -31,7 +31,10 @@ def make_data(folder: Path, rows: int) -> None:
         with (folder / f"{name}.jsonl").open("w") as file:
             for _ in range(rows):
                 asked, said = (" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) for _ in range(2))
-                file.write(json.dumps({"instruction": asked, "output": said, "weight": rng.random()}) + "\n")
+                file.write(
+                    json.dumps({"instruction": asked, "input": "", "output": said, "sample_weight": rng.random()})
+                    + "\n"
+                )
         info[name] = {"file_name": f"{name}.jsonl"}
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
@@ -53,13 +56,15 @@ def start(folder: Path, name: str, model: Path, **more: object) -> tuple[float, 
         **{"dataset_dir": str(folder), "dataset": ",".join(SETS), "template": "default", "cutoff_len": 256},
         **{"per_device_train_batch_size": 2, "max_steps": 1, "save_strategy": "no", "report_to": "none"},
         **{"overwrite_cache": True, "output_dir": str(folder / name), "use_cpu": True},
-        "dynamic": {"mixer": "uniform", "weighter": {"name": "column", "column": "weight"}},
+        "dynamic": {"mixer": "uniform", "weighter": "column"},
         **more,
     }
     config = folder / f"{name}.json"
     config.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "dataflex.cli", "train", str(config)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    command = [sys.executable, "-m", "dataflex", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.stderr)
     events = [json.loads(line) for line in (folder / name / "dataflex" / "events.jsonl").read_text().splitlines()]
     return events[-1]["spent"]["data"], events[0]["row_space"]
 
