@@ -141,11 +141,14 @@ def _decided(view: Recorded) -> str:
     return told + "."
 
 
+_ASIDE = ("ledger", "reference")  # phases that are neither training nor a decision
+
+
 def steps_bought(run: Run) -> float | None:
-    """Return the training steps that the seconds of deciding would have bought; None where that is not known."""
+    """Return the training steps that the seconds beside training would have bought; None where that is not known."""
     spent = run.phase_seconds()
-    training, deciding = spent.get("training", 0.0), sum(spent.get(phase, 0.0) for phase in DECIDING)
-    return deciding * run.steps_done / training if training and run.steps_done else None
+    training, beside = spent.get("training", 0.0), sum(spent.get(phase, 0.0) for phase in (*DECIDING, *_ASIDE))
+    return beside * run.steps_done / training if training and run.steps_done else None
 
 
 def _costs(run: Run) -> str:
@@ -155,6 +158,7 @@ def _costs(run: Run) -> str:
     deciding, bought = sum(spent.get(phase, 0.0) for phase in DECIDING), steps_bought(run)
     told = f"What it cost: deciding took {duration(deciding)}, {percent(deciding / run.wall_seconds)} of the run's "
     told += duration(run.wall_seconds)
+    told += "".join(f", the {phase} {duration(spent[phase])}" for phase in _ASIDE if phase in spent)
     if bought is not None:
         told += f"; that would have bought {bought:.0f} more training steps beside the {run.steps_done} done"
     return told + "."
