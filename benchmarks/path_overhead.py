@@ -1,10 +1,11 @@
 """What the dynamic path costs per optimizer step over stock LLaMA-Factory, as a ratio within one run.
 
 Stock and dynamic runs alternate on the small model, the same rows in the same order; step times are
-process CPU seconds between optimizer steps, medians over all steps. Cases: every row in file order
-(``all``), a static mixture, unit weights from a column, and a loss-based weighter.
+process CPU seconds between optimizer steps, logs every tenth step included, medians over all steps. Cases: the stock
+run recorded with its losses by domain (``record``; aim: at most 1.01), every row in file order (``all``), a static
+mixture, unit weights from a column, and a loss-based weighter.
 
-Usage: python benchmarks/path_overhead.py [--quick] [--steps N] [--rounds N]
+Usage: python benchmarks/path_overhead.py [--quick] [--steps N] [--rounds N] [--cases NAME ...]
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {
+    "record": {"record": True, "domain_column": "source"},
     "all": {"selector": "all"},
     "mixture": {"domain_column": "source", "mixer": "size"},
     "column": {"weighter": "column"},
@@ -102,6 +104,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer steps and one round")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     options = parser.parse_args()
     if options.quick:
         options.steps, options.rounds = 12, 1
@@ -116,9 +119,15 @@ def main() -> int:
         info = {"pool": {"file_name": "pool.jsonl", "columns": columns}}
         (folder / "dataset_info.json").write_text(json.dumps(info))
         settings = run_settings(
-            folder, options.steps, dataset="pool", packing=False, per_device_train_batch_size=4, disable_shuffling=True
+            folder,
+            options.steps,
+            dataset="pool",
+            packing=False,
+            per_device_train_batch_size=4,
+            disable_shuffling=True,
+            logging_steps=10,
         )
-        times: dict[str, list[float]] = {"stock": [], **{case: [] for case in CASES}}
+        times: dict[str, list[float]] = {"stock": [], **{case: [] for case in options.cases}}
         for _ in range(options.rounds):
             for case in times:
                 times[case] += step_seconds(settings, CASES.get(case), folder)

@@ -68,7 +68,7 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
     show_log()
     for note in parts.notes:
         logger.info("%s", note)
-    if config is not None:
+    if config is not None and not config.stock:
         resume(lf)
     from dataflex.llamafactory.launch import ray_workers
     from dataflex.llamafactory.swap import run

@@ -83,6 +83,7 @@ Configuration
     domain_clusters: null
     domain_encoder: null
     eval_by_domain: false
+    record: false
     ledger: null
     average_weights: null
     signals:

@@ -42,6 +42,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "signals.store_gb": {"dynamic": {**RANDOM, "signals": {"store_gb": 1.0}}},
     "leakage": {"dynamic": {**RANDOM, "leakage": "drop"}},
     "on_change": {"dynamic": {**RANDOM, "on_change": "extend", "resume_plan": "ignore"}},
+    "record": {"dynamic": {**RANDOM, "record": True}},
 }
 NOTED: dict[str, dict[str, Any]] = {
     "interval_steps": {"dynamic": {**WEIGHTER, "interval_steps": 5}},
@@ -99,6 +100,19 @@ def test_a_key_without_effect_is_refused(key: str, config: Config, project: Path
     with pytest.raises(ConfigError) as caught:
         resolve(config(**REFUSED[key]), project)
     assert any(problem.startswith(f"dynamic.{key}: ") for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("interval_steps", 3), ("seed", 1), ("freeze_gate", True), ("resume_plan", "ignore"), ("warmup_steps", 2),
+     ("signals.store", "kept"), ("signals.max_age_steps", 2), ("keep_ratio", 0.5), ("unit", "tokens")],
+)  # fmt: skip
+def test_a_recorded_stock_run_decides_nothing(key: str, value: Any, config: Config, project: Path) -> None:
+    block, _, name = key.rpartition(".")
+    given = {name: value} if not block else {block: {name: value}}
+    with pytest.raises(ConfigError) as caught:
+        resolve(config(dynamic={"record": True, **given}), project)
+    assert [problem for problem in caught.value.problems if problem.startswith(f"dynamic.{key}: ")]
 
 
 @pytest.mark.parametrize("key", NOTED)

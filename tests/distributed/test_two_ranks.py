@@ -35,6 +35,8 @@ CASES = {
             "weighter": {"name": "focal", "warmup_steps": 2},
         },
     },
+    "static": {"dataset": "alpha,beta", "disable_shuffling": False},
+    "recorded": {"dataset": "alpha,beta", "disable_shuffling": False, "dynamic": {"record": True}},
     "lossweight": {"dynamic": {"weighter": {"name": "loss", "warmup_steps": 1, "r": 0.5}}},
 }
 EXTENDED = {
@@ -89,13 +91,12 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     for name in ("two-copying", "two-copied"):
         configs.append(folder / f"{name}.json")
         configs[-1].write_text(json.dumps(runner.mapping(name, **copied)))
-    rarely = {**settings("lossweight", 2), "logging_steps": 4}
-    for name, given in {
-        "two-rarely": {},
-        "two-rarely-resumed": {"resume_from_checkpoint": str(folder / "two-rarely" / "checkpoint-6")},
-    }.items():
-        configs.append(folder / f"{name}.json")
-        configs[-1].write_text(json.dumps(runner.mapping(name, **rarely, **given)))
+    for name, case in {"two-rarely": "lossweight", "two-recorded-rarely": "recorded"}.items():
+        rarely = {**settings(case, 2), "logging_steps": 4}
+        again = {"resume_from_checkpoint": str(folder / name / "checkpoint-6")}
+        for path, given in {name: {}, f"{name}-resumed": again}.items():
+            configs.append(folder / f"{path}.json")
+            configs[-1].write_text(json.dumps(runner.mapping(path, **rarely, **given)))
     two_ranks(configs)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
@@ -112,7 +113,7 @@ def rows_of(outcome):
     return [load_plan(outcome.folder, e["interval"]).rows.tolist() for e in outcome.events if e["event"] == "planned"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "lossweight"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lossweight", "static", "recorded")])
 def test_two_ranks_equal_one(results, case):
     single, double = results
     one, two = single[case], double[f"two-{case}"]
@@ -121,6 +122,7 @@ def test_two_ranks_equal_one(results, case):
     np.testing.assert_allclose(two.series()[:steps], one.series()[:steps], rtol=1e-5)
     np.testing.assert_allclose(two.series("grad_norm")[:steps], one.series("grad_norm")[:steps], rtol=1e-4)
     if case != "stock":
+        np.testing.assert_allclose(*(loss_by_domain(of)[:steps] for of in (two, one)), rtol=1e-5)
         assert rows_of(two) == rows_of(one)
 
 
@@ -128,6 +130,23 @@ def test_file_order_on_two_ranks_is_stock_bit_for_bit(results):
     _, double = results
     assert double["two-all"].series() == double["two-stock"].series()
     assert double["two-all"].series("grad_norm") == double["two-stock"].series("grad_norm")
+
+
+def loss_by_domain(outcome, of="loss"):
+    names = sorted({key for entry in outcome.log for key in entry if key.startswith(f"dataflex/{of}/")})
+    return np.array([[entry.get(name, -1.0) for name in names] for entry in outcome.log])
+
+
+def test_a_recorded_stock_run_of_two_ranks_is_stock_bit_for_bit(results):
+    _, double = results
+    stock, recorded = double["two-static"], double["two-recorded"]
+    assert recorded.series() == stock.series()
+    ours, theirs = recorded.weights(), stock.weights()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert loss_by_domain(recorded, "sequences").sum(axis=1).tolist() == [8.0 * step for step in range(1, 9)]
+    resumed, straight = double["two-recorded-rarely-resumed"], double["two-recorded-rarely"]
+    for what in ("loss", "tokens", "sequences"):
+        assert loss_by_domain(resumed, what).tolist() == loss_by_domain(straight, what).tolist()
 
 
 def test_loss_weights_look_at_the_global_micro_batch(results):
@@ -172,9 +191,11 @@ def test_two_ranks_log_after_a_resume_as_if_never_stopped(results):
     straight, resumed = double["two-rarely"], double["two-rarely-resumed"]
     assert resumed.series() == straight.series()
     for ours, theirs in zip(resumed.log, straight.log, strict=True):
-        told = [key for key in theirs if key.startswith("dataflex/weight") or key == "dataflex/plain_loss"]
+        told = [key for key in theirs if key.startswith("dataflex/weight")]
         assert [ours[key] for key in told] == pytest.approx([theirs[key] for key in told], rel=1e-12)
-        assert len(told) == 6
+        assert len(told) == 5
+        assert ours["dataflex/plain_loss"] == theirs["dataflex/plain_loss"]
+        assert ours["dataflex/loss/ones"] == theirs["dataflex/loss/ones"]
 
 
 def test_a_checkpoint_of_two_ranks_names_the_files_of_both_and_one_run(results, tmp_path):

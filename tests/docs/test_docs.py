@@ -65,7 +65,7 @@ def test_every_yaml_block_is_valid(page, mapping):
     """Strictly, as a configuration that lies in examples/ would be."""
     if "dynamic" in mapping:
         dynamic = parse_dynamic(mapping["dynamic"], EXAMPLES)
-        assert dynamic.methods or dynamic.ledger or dynamic.average_weights
+        assert dynamic.methods or dynamic.ledger or dynamic.average_weights or dynamic.stock
     else:
         assert set(mapping) & set(FLAT_KEYS), f"{page}: neither a dynamic block nor flat keys"
         assert split(mapping, EXAMPLES).dynamic is not None

@@ -250,3 +250,25 @@ def test_what_helped_is_a_table(tmp_path):
     assert "ledger      targets [goal]" in text
     RunRecorder(tmp_path)
     assert not (tmp_path / "ledger.parquet").exists()
+
+
+def test_losses_by_domain_are_a_table_and_a_stock_run_has_a_composition(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    recorder.run_started(
+        config={"dynamic": {"record": True}}, schedule={}, row_space={"domains": {"a": 6, "b": 2}}, versions={},
+        world=1, global_batch=4, run="r",
+    )  # fmt: skip
+    for step, losses in ((1, {"a": 3.0}), (2, {"a": 2.0, "b": 4.0}), (3, {"a": 2.5})):
+        of = {f"dataflex/loss/{name}": loss for name, loss in losses.items()}
+        recorder.stepped(step, {"loss": 1.0, **of, "dataflex/sequences/a": 3.0 * step, "dataflex/sequences/b": 1.0})
+    told = summary(digest(read_events(tmp_path)), "x")
+    assert "Intervals" not in told
+    table = told.partition("Training loss by domain, before any weights\n")[2].splitlines()
+    assert [line.split() for line in table[1:3]] == [
+        ["a", "3.0000", "1", "2.5000", "3", "2.0000", "2"],
+        ["b", "4.0000", "2", "4.0000", "2", "4.0000", "2"],
+    ]
+    composition = told.partition("Composition of the served rows\n")[2].splitlines()
+    assert [line.split()[:2] for line in composition[1:3]] == [["a", "9"], ["b", "1"]]
+    recorder.stepped(4, {"loss": 1.0, "no_loss_by_domain": "a fused kernel"})
+    assert "not known: a fused kernel" in summary(digest(read_events(tmp_path)), "x")

@@ -47,8 +47,9 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
     lines = [f"note: {note}" for note in parts.notes]
     lines += ["", "Configuration"] if lines else ["Configuration"]
     lines += [f"  {line}" for line in _configuration(parts).splitlines()]
-    if parts.dynamic is None:
-        lines += ["", "No method is named, so this is a stock LLaMA-Factory run."]
+    if parts.dynamic is None or parts.dynamic.stock:
+        recorded = " It is recorded." if parts.dynamic is not None else ""
+        lines += ["", f"No method is named, so this is a stock LLaMA-Factory run.{recorded}"]
         if not parts.lf.do_train:
             return "\n".join([*lines, "Nothing is trained (do_train is not on)."])
     sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)

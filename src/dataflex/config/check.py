@@ -47,6 +47,9 @@ _REFUSED: dict[str, str] = {
     "ignore_data_skip": "a resumed run continues the saved plan at its step, by itself; remove it",
 }
 
+_LOOPS = ("use_mca", "use_hyper_parallel")
+"""Those without LLaMA-Factory's trainer, in which nothing can be recorded either."""
+
 _LOSS_OF_ITS_OWN = "it computes a loss of its own, and so does the {method}; keep one of the two"
 _FUSED = "its fused loss gives no loss per token, which the {method} needs; remove it or the {kind}"
 
@@ -146,10 +149,14 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     if not lf.do_train:
         yield "do_train: is not on, so nothing is trained and 'dynamic' has no effect; set 'do_train: true'"
     for key, reason in _REFUSED.items():
-        if lf.on(key):
+        if lf.on(key) and (not dynamic.stock or key in _LOOPS):
             yield f"{key}: {reason}"
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
+    if dynamic.stock:
+        if lf.streaming:
+            yield "streaming: rows of a stream have no number to tell their domain by; remove it or 'record'"
+        return
     yield from _streaming_problems(dynamic, lf)
     yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
     if dynamic.ledger is not None and lf.deepspeed:
@@ -544,6 +551,9 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
     """Yield what ``plan``, and ``train`` at its start, report about a configuration without problems, one line each."""
     yield from _notes_on_data(dynamic, lf, base_dir)
     yield from _notes_on_the_block(dynamic, lf)
+    if dynamic.stock:
+        yield from _notes_on_a_record(dynamic, lf)
+        return
     beside = "no effect beside 'dynamic'"
     for key in ("data_seed", "dataloader_persistent_workers"):
         if lf.on(key):
@@ -586,6 +596,21 @@ def _notes_on_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
         yield "dynamic.early_stopping_min_delta: no effect without LLaMA-Factory's 'early_stopping_steps'"
     if dynamic.eval_by_domain and not lf.evaluates:
         yield "dynamic.eval_by_domain: no effect, since nothing is evaluated; set 'eval_strategy' or 'do_eval'"
+
+
+def _notes_on_a_record(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
+    """Yield what the record of a stock run will lack."""
+    lacks = "the record of this run has no losses by domain"
+    if lf.stage not in ("pt", "sft"):
+        yield f"stage: rows of stage {lf.stage} have no token losses, so {lacks}"
+    for key in ("enable_liger_kernel", "use_liger_kernel"):
+        if lf.on(key):
+            yield f"{key}: its fused loss keeps no token losses, so {lacks}"
+    if lf.packed and len(lf.train_sets) > 1 and not lf.tokenized and dynamic.domains_are_sources:
+        yield (
+            f"packing: a packed row may hold samples of several of {', '.join(lf.train_sets)}, so in the record they "
+            "are one domain, 'all'"
+        )
 
 
 def _notes_on_data(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:

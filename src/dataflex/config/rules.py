@@ -17,6 +17,8 @@ from dataflex.registry import KINDS
 
 _OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
 """Keys that have no effect without a selector that leaves rows out."""
+_OF_DECISIONS = ("interval_steps", "freeze_gate", "resume_plan", "on_change", "signals.max_age_steps", "signals.store")
+"""Keys that have no effect, or would change the training, where a stock run is recorded."""
 _OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 
 
@@ -29,11 +31,21 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
     """
     methods_unread = any(kind in unread for kind in KINDS)
     beside = any(getattr(dynamic, key) is not None or key in unread for key in ("ledger", "average_weights"))
-    if not dynamic.methods and not methods_unread and not beside:
-        kinds = "selector, mixer, orderer or weighter"
-        yield f"dynamic: names no method ({kinds}) and no ledger; name one, or remove the block"
-        return
     given = _given(dynamic)
+    if not dynamic.methods and not methods_unread and not beside:
+        if not dynamic.record and "record" not in unread:
+            yield (
+                "dynamic: names no method (selector, mixer, orderer or weighter) and no ledger; name one, write "
+                "'record: true' to record a stock run, or remove the block"
+            )
+            return
+        yield from _idle(given, _OF_DECISIONS, "in a run that is only recorded;")
+        if "seed" in given and dynamic.domain_clusters is None:
+            yield from _idle(given, ["seed"], "in a run that is only recorded, where nothing is drawn;")
+    else:
+        yield from _idle(
+            given, ["record"], "here: every run that something is decided or accounted for in is recorded;"
+        )
     yield from unmet(dynamic, unread=unread)
     yield from _domain_rules(dynamic)
     if "selector" not in unread:

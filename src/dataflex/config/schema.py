@@ -203,6 +203,11 @@ class DynamicConfig:
     eval_by_domain: bool = param(
         False, "whether held-out rows are evaluated domain by domain, and over all of them", resume="free"
     )
+    record: bool = param(
+        False,
+        "alone in the block: a run of LLaMA-Factory's own is recorded, which changes nothing of its training",
+        resume="free",
+    )
     ledger: LedgerConfig | None = param(None, "account of what each domain and row did to the losses of targets")
     average_weights: AverageConfig | None = param(
         None, "average of the weights over the last steps, saved and evaluated too", resume="the average begins anew"
@@ -244,6 +249,11 @@ class DynamicConfig:
     def methods(self) -> tuple[MethodConfig, ...]:
         """The methods asked for, in the order in which they decide."""
         return tuple(method for kind in KINDS if (method := getattr(self, kind)) is not None)
+
+    @property
+    def stock(self) -> bool:
+        """Whether LLaMA-Factory trains on its own rows, in its own order, and is only recorded."""
+        return self.record and not self.methods and self.ledger is None and self.average_weights is None
 
     @property
     def narrows(self) -> bool:

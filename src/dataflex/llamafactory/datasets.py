@@ -87,7 +87,7 @@ class DataLoading:
         counts = np.bincount(self._source_of, minlength=len(self._names)).tolist()
         sources: dict[str, int] = dict(zip(self._names, counts, strict=True))
         for name, count in sources.items():
-            if count == 0:
+            if count == 0 and not config.stock:
                 raise DataError(f"domain {name!r} has no rows: nothing can be drawn from it")
         copied = self._copied
         if copied is not None and kept is None:
@@ -105,18 +105,21 @@ class DataLoading:
             leaks=leaks,
             origins=origins,
         )
-        space.check_supervised()
+        if not config.stock:
+            space.check_supervised()
         return module, space
 
     def _module(self) -> dict[str, Any]:
         """Load training and evaluation rows."""
-        loader = self._loader
+        loader, stock = self._loader, self._config.stock
         args, names = loader.data_args, self._names
-        if args.tokenized_path is not None and not loader.written.bare_copy:
+        if args.tokenized_path is not None and not loader.written.bare_copy and not stock:
             return self._module_of_copy(Path(args.tokenized_path))
         if args.tokenized_path is None and len(names) > 1:
+            if stock:
+                return self._merged()
             return self._load_each([loader.training(name) for name in names])
-        module = loader.stock()
+        module = loader.numbered() if stock and not loader.written.tokenized else loader.stock()
         if args.tokenized_path is not None:
             if args.eval_dataset is not None:
                 module["eval_dataset"] = loader.evaluation()
@@ -125,6 +128,21 @@ class DataLoading:
             if len(names) > 1:
                 self._names = ["all"]
         self._source_of = np.zeros(len(module["train_dataset"]), dtype=np.int32)
+        return module
+
+    def _merged(self) -> dict[str, Any]:
+        """Load several training sets as LLaMA-Factory merges them, and find out the source of each row."""
+        loader = self._loader
+        module = loader.numbered()
+        if not loader.numbers:
+            self._names, self._source_of = ["all"], np.zeros(len(module["train_dataset"]), dtype=np.int32)
+            return module
+        ends = np.cumsum([len(origin.raw) for origin in loader.origins[: len(self._names)]])
+        names, numbers = np.array(self._names, dtype=object), loader.numbers
+        if "test" in numbers and loader.test_size:
+            self._held_sources = names[np.searchsorted(ends, numbers["test"], side="right")].tolist()
+        there, which = np.unique(np.searchsorted(ends, numbers["train"], side="right"), return_inverse=True)
+        self._names, self._source_of = names[there].tolist(), which.astype(np.int32)  # the others have no rows left
         return module
 
     def _module_of_copy(self, path: Path) -> dict[str, Any]:

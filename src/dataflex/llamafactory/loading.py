@@ -44,6 +44,8 @@ _OF_TRAINING: dict[str, Any] = {
 """Settings of the training data alone, with their values for another data set."""
 FILE_COLUMN = "dataflex_file"
 """Raw column that holds the number of the file of a row, where domains are named by paths."""
+_NUMBER = "dataflex_number"
+"""Column of aligned rows, dropped when they are tokenized: their positions in all rows that were read."""
 _CHUNK_ROWS = 20_000
 
 
@@ -70,18 +72,23 @@ class Origin:
 
     @cached_property
     def kept(self) -> NDArray[np.int64]:
-        """Positions of the rows that tokenizing keeps, ascending: those with an answer, for preferences with two."""
-        if self.stage == "pt":
-            return np.arange(len(self.aligned), dtype=np.int64)
-        kept = [np.zeros(0, dtype=np.bool_)]
-        messages = self.aligned.select_columns(["_prompt", "_response"]).with_format("arrow")
-        for table in messages.iter(batch_size=_CHUNK_ROWS):
-            turns, answers = (
-                pc.fill_null(pc.list_value_length(table.column(name)), 0).to_numpy().astype(np.int64)
-                for name in ("_prompt", "_response")
-            )
-            kept.append((turns % 2 == 1) & (answers == 1 if self.stage == "sft" else answers >= 2))
-        return np.flatnonzero(np.concatenate(kept)).astype(np.int64)
+        """Positions of the rows that tokenizing keeps, ascending."""
+        return kept_rows(self.aligned, self.stage)
+
+
+def kept_rows(aligned: Dataset, stage: str) -> NDArray[np.int64]:
+    """Return the positions of the rows that tokenizing keeps: those with an answer, for preferences with two."""
+    if stage == "pt":
+        return np.arange(len(aligned), dtype=np.int64)
+    kept = [np.zeros(0, dtype=np.bool_)]
+    messages = aligned.select_columns(["_prompt", "_response"]).with_format("arrow")
+    for table in messages.iter(batch_size=_CHUNK_ROWS):
+        turns, answers = (
+            pc.fill_null(pc.list_value_length(table.column(name)), 0).to_numpy().astype(np.int64)
+            for name in ("_prompt", "_response")
+        )
+        kept.append((turns % 2 == 1) & (answers == 1 if stage == "sft" else answers >= 2))
+    return np.flatnonzero(np.concatenate(kept)).astype(np.int64)
 
 
 @contextmanager
@@ -130,6 +137,8 @@ class Loader:
     by_file: bool = False  # whether training rows carry the number of their file, see ``files``
     origins: list[Origin] = field(default_factory=list)  # data sets read: to train on, to evaluate, targets
     files: list[str] = field(default_factory=list)  # paths of the files that were numbered
+    numbers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """For ``train`` and ``test``, the position of each tokenized row in the raw rows that ``numbered`` read."""
 
     @property
     def test_size(self) -> int | float:
@@ -143,6 +152,30 @@ class Loader:
         if self.written.tokenized:
             return self._load_training(changed_args(args), tokenized_path=[args.tokenized_path])
         return self._load_training(changed_args(args), dataset=args.dataset, eval_dataset=args.eval_dataset)
+
+    def numbered(self) -> dict[str, Any]:
+        """Return what the workflow asked for, as LLaMA-Factory merges, splits and orders it, and fill ``numbers``.
+
+        Packed rows and those of a tokenized copy have none.
+        """
+        align, preprocess, read = lf_loader.align_dataset, lf_loader._get_preprocessed_dataset, 0
+
+        def aligned(*args: Any, **kwargs: Any) -> Any:
+            nonlocal read
+            found = align(*args, **kwargs)
+            first, read = read, read + len(found)
+            return found.add_column(_NUMBER, np.arange(first, read, dtype=np.int64))
+
+        def preprocessed(dataset: Any, *args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
+            if dataset is not None:
+                if not self.written.packed:
+                    kept = kept_rows(dataset, self.stage)
+                    self.numbers["test" if is_eval else "train"] = _values(dataset, _NUMBER)[kept].astype(np.int64)
+                dataset = dataset.remove_columns(_NUMBER)
+            return preprocess(dataset, *args, is_eval=is_eval, **kwargs)
+
+        with replaced((lf_loader, "align_dataset", aligned), (lf_loader, "_get_preprocessed_dataset", preprocessed)):
+            return self.stock()
 
     def training(self, name: str) -> Any:
         """Return the rows of one of several training sets."""
@@ -209,7 +242,9 @@ class Loader:
             first = len(self.origins) - len(names)  # the last ones that were read so far
         parts = [origin.raw for origin in self.origins[first : first + len(names)]]
         rows = np.arange(sum(map(len, parts)), dtype=np.int64)
-        if size:
+        if not first and self.numbers:
+            rows = self.numbers["test" if held_out else "train"]
+        elif size:
             rows = split_rows(len(rows), size, self.training_args.seed)["test" if held_out else "train"]
         return RawRows(names=names, parts=parts, rows=rows, written=self.written)
 

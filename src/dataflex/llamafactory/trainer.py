@@ -24,7 +24,7 @@ from dataflex.llamafactory.evaluation import EvaluationMixin
 from dataflex.llamafactory.loading import replaced
 from dataflex.llamafactory.loop import EpochShell, StopOnTerm, loop_of
 from dataflex.train.average import WeightAverage
-from dataflex.train.loader import ROWS
+from dataflex.train.loader import ROWS, NumberedBatches, unchanged
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Session, Setup
 
@@ -52,9 +52,13 @@ class TrainerMixin(EvaluationMixin):
 
     # -- before training ------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> EpochShell:
-        """Return a loader that has the right lengths and no batches."""
+    def get_train_dataloader(self) -> Any:
+        """Return a loader that has the right lengths and no batches; for a stock run its own, with ids of rows."""
         setup = self.dataflex_setup
+        if setup.config.stock:
+            numbered = NumberedBatches(self.train_dataset, self.data_collator)
+            with replaced((self, "train_dataset", numbered), (self, "data_collator", unchanged)):
+                return super().get_train_dataloader()
         if setup.config.total_steps is not None:
             self.args.max_steps = setup.config.total_steps
         micro_batches = self.dataflex.micro_batches_per_epoch(loop_of(self, setup, 1).shape)
@@ -119,6 +123,11 @@ class TrainerMixin(EvaluationMixin):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Serve the micro-batches of the next optimizer step from the plan."""
         self._dataflex_restore_sums()
+        if self.dataflex_setup.config.stock:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self.dataflex.serve(self.state.global_step, batches)
+            self._dataflex_left = len(batches)
+            return batches, num_items
         step = self.dataflex.step(self.state.global_step)
         self.state.max_steps = min(self.state.max_steps, self.dataflex.total_steps)
         if step is None:  # resumed from the end of a finished run, or the data ran out
@@ -146,7 +155,10 @@ class TrainerMixin(EvaluationMixin):
         self._dataflex_batch = dict(inputs)
         del inputs[ROWS]
         with self.dataflex.forward():
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.dataflex.weighs:
+            self.dataflex.note(self._dataflex_batch, found[0] if isinstance(found, tuple) else found)
+        return found
 
     def _dataflex_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """Weigh one training micro-batch; the Trainer calls it as its ``compute_loss_func``."""
@@ -158,13 +170,12 @@ class TrainerMixin(EvaluationMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log our scalars beside the loss, and record both."""
-        session, step, began = self.dataflex, self.state.global_step, self.dataflex.feed is not None
+        session, step, began = self.dataflex, self.state.global_step, self.dataflex.began
         if "loss" in logs and began:
-            logs.update(session.scalars(step))
+            session.log(step, logs, lambda found: super(TrainerMixin, self).log(found, *args, **kwargs))
+            return
         super().log(logs, *args, **kwargs)
-        if "loss" in logs and began:
-            session.recorder.stepped(step, dict(logs))
-        elif any(key.startswith("eval_") for key in logs):
+        if any(key.startswith("eval_") for key in logs):
             session.recorder.evaluated(step, dict(logs))
         elif "train_runtime" in logs and began:
             session.finish(step, logs)

@@ -69,6 +69,12 @@ class Run:
         }
 
     @property
+    def stock(self) -> bool:
+        """Whether it is a run of LLaMA-Factory's own, which plans nothing."""
+        block = self.config.get("dynamic")
+        return isinstance(block, Mapping) and block.get("record") is True and not self.methods
+
+    @property
     def total_steps(self) -> int | None:
         """Optimizer steps that the schedule asks for, when it says so."""
         total = (self.started.get("schedule") or {}).get("total_steps")
@@ -84,9 +90,12 @@ class Run:
     def served(self) -> dict[str, float]:
         """Rows served by domain: of the row space in its order, then any others in plans.
 
-        The interval in progress counts by its share of steps done.
+        The interval in progress counts by its share of steps done. Of a stock run, which plans nothing, they are those
+        of the log.
         """
         total = dict.fromkeys(self.pool, 0.0)
+        if not self.planned:
+            total |= {name: curve[-1][1] for name, curve in self.by_domain("sequences").items()}
         for event in self.planned:
             steps = event["stop_step"] - event["start_step"]
             done = min(max(self.steps_done - event["start_step"], 0), steps)
@@ -108,6 +117,16 @@ class Run:
     def logged(self, key: str) -> Curve:
         """Curve of a number of the training log, at the Trainer's rhythm: "loss", "dataflex/plain_loss", ..."""
         return [(event["step"], event[key]) for event in self.stepped if _is_number(event.get(key))]
+
+    def by_domain(self, what: str) -> dict[str, Curve]:
+        """Curves of "loss", "tokens" or "sequences" of the training log by domain, of the row space in its order."""
+        curves: dict[str, Curve] = {name: [] for name in self.pool}
+        prefix = f"dataflex/{what}/"
+        for event in self.stepped:
+            for key, value in event.items():
+                if key.startswith(prefix) and _is_number(value):
+                    curves.setdefault(key.removeprefix(prefix), []).append((event["step"], value))
+        return {name: curve for name, curve in curves.items() if curve}
 
     def weight_curve(self, key: str) -> Curve:
         """Curve of "ess" (share of the sequences, 0 to 1), "p05", "p50", "p95" or "max"; empty for unit weights."""

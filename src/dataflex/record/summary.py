@@ -46,6 +46,7 @@ def summary(
         _time(run),
         _intervals(run),
         _composition(run),
+        _domain_losses(run),
         _ledger(run),
         _found(found),
         _weights(run),
@@ -123,7 +124,7 @@ def _time(run: Run) -> list[str]:
 def _intervals(run: Run) -> list[str]:
     planned = run.planned
     if not planned:
-        return ["Intervals", "  none decided yet"]
+        return [] if run.stock else ["Intervals", "  none decided yet"]
     shown = planned if len(planned) <= _FIRST + _LAST + 1 else [*planned[:_FIRST], *planned[-_LAST:]]
     scored = any(event.get("scores") for event in planned)
     rows = [["#", "kind", "steps", "rows", *(["score p50", "served p50"] if scored else [])]]
@@ -165,6 +166,20 @@ def _composition(run: Run) -> list[str]:
         epochs = f"{count / size:.2f}" if size else "-"
         rows.append([cut(name, 28), f"{round(count):,}", percent(share), f"{size:,}", percent(fair), times, epochs])
     return ["Composition of the served rows", *table(rows, "<>>>>>>")]
+
+
+def _domain_losses(run: Run) -> list[str]:
+    """Show the unweighted training loss of each domain, most served first."""
+    curves, served = run.by_domain("loss"), run.served
+    missing = next((event["no_loss_by_domain"] for event in reversed(run.stepped) if "no_loss_by_domain" in event), "")
+    told = [f"  not known: {cut(str(missing), WIDTH - 13)}"] if missing else []
+    if not curves:
+        return ["Training loss by domain", *told] if told else []
+    order = sorted(curves, key=lambda name: -served.get(name, 0.0))
+    rows = [["", "first", "at step", "last", "at step", "best", "at step"]]
+    rows += [_curve(name, curves[name], False) for name in order[:_DOMAINS]]
+    more = [f"  ... {len(order) - _DOMAINS} more"] if len(order) > _DOMAINS else []
+    return ["Training loss by domain, before any weights", *table(rows, "<>>>>>>"), *more, *told]
 
 
 def _found(found: ProportionsFile | None) -> list[str]:

@@ -88,6 +88,14 @@ class Identity:
             told += [f"{line}: the rows are the same" for line in lines["rows"] if not line.startswith("seed ")]
         return refused, told
 
+    def same_rows(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint holds our state, and that of the same rows."""
+        try:
+            meta = json.loads((checkpoint / FOLDER / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(meta.get("format") == _FORMAT and meta.get("space") == self.described["space"])
+
     def _named(self, key: str) -> str:
         """Return a key as it was written."""
         flat = ON_RESUME[key].flat if self._flat else None
@@ -226,8 +234,10 @@ def save(
                 shutil.copyfile(rows, folder / _ROWS)
 
 
-def load(checkpoint: Path, identity: Identity, *, extend: bool = False) -> Found:
+def load(checkpoint: Path, identity: Identity | None, *, extend: bool = False) -> Found:
     """Return what ``save`` wrote into a whole checkpoint; with ``extend`` also that of another pool or other settings.
+
+    The run must be that of ``identity``; None: any run.
 
     Raises:
         CheckpointError: No DataFlex state, a broken file, or another run's state.
@@ -241,8 +251,10 @@ def load(checkpoint: Path, identity: Identity, *, extend: bool = False) -> Found
     meta = json.loads((folder / _RUN).read_text(encoding="utf-8"))
     if meta.get("format") != _FORMAT:
         raise CheckpointError(f"resume: {folder} has format {meta.get('format')!r}; this version reads {_FORMAT}")
-    problems, told = identity.differences(meta)
-    refused = [line for key, line in identity.changed(meta).items() if key in FIXED] if extend else problems
+    problems, told = ([], []) if identity is None else identity.differences(meta)
+    refused = problems
+    if extend and identity is not None:
+        refused = [line for key, line in identity.changed(meta).items() if key in FIXED]
     if refused:
         way = "" if extend else ", go on with the changes by 'dynamic.on_change: extend'"
         raise CheckpointError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dataflex import comm
@@ -37,6 +38,7 @@ from dataflex.rng import stream, uniforms
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
+from dataflex.train.feedback import LOGGED_DOMAINS
 from dataflex.train.in_run import Asked, InRun
 from dataflex.train.ledger import Ledger
 from dataflex.train.row_space import RowSpace
@@ -45,7 +47,6 @@ from dataflex.train.screening import piloted, screened
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.1  # share of an interval's places from which on repeats are reported
-_LOGGED_DOMAINS = 32
 _LOGGED_INTERVALS = 64
 
 
@@ -151,19 +152,35 @@ class DomainTotals:
         self.rows: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
         self.tokens: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
         self._step = 0
+        self._noted: NDArray[np.int64] = np.zeros((2, len(domains.names)), dtype=np.int64)
 
     def count(self, plan: DataPlan, step: int) -> None:
         """Add the rows of ``plan`` before ``step`` that were not counted yet."""
         first = plan.interval.start_step
         start, stop = ((at - first) * plan.global_batch for at in (max(self._step, first), step))
         rows = plan.rows[start : max(stop, start)]
+        self._served.count(rows[rows >= 0])
+        self._add(self._sums(rows))
+        self._step = max(self._step, step)
+
+    def note(self, rows: Rows) -> None:
+        """Note rows that this rank trains on, which ``settle`` adds."""
+        self._noted = self._noted + self._sums(rows)
+
+    def settle(self, device: torch.device) -> None:
+        """Add what all ranks noted (collective)."""
+        self._add(comm.gather_sum(torch.from_numpy(self._noted).to(device)).cpu().numpy())
+        self._noted = np.zeros_like(self._noted)
+
+    def _sums(self, rows: Rows) -> NDArray[np.int64]:
         rows = rows[rows >= 0]
         assert self._domains.lengths is not None
         weights, labels = self._domains.lengths[rows], self._domains.domain_of[rows]
-        self._served.count(rows)
-        self.rows = self.rows + self._domains.counts(rows)
-        self.tokens = self.tokens + np.bincount(labels, weights=weights, minlength=len(self.rows)).astype(np.int64)
-        self._step = max(self._step, step)
+        tokens = np.bincount(labels, weights=weights, minlength=len(self.rows)).astype(np.int64)
+        return np.stack([self._domains.counts(rows), tokens])
+
+    def _add(self, sums: NDArray[np.int64]) -> None:
+        self.rows, self.tokens = self.rows + sums[0], self.tokens + sums[1]
 
     def state_dict(self) -> State:
         """Return the counts and the step up to which they go."""
@@ -731,33 +748,37 @@ class Controller:
                 f"; {reason}" if reason else "",
             )
 
-    def scalars(self, step: int) -> dict[str, float]:
+    def scalars(self, step: int, known: Collection[str] = ()) -> dict[str, float]:
         """Return numbers for the training log after ``step`` optimizer steps.
 
         They are the interval, the time of decisions, and for each domain its share of the plan, its nominal share, and
-        the tokens and epochs since the run began.
+        the tokens, sequences and epochs since the run began. Of very many domains only those ``known`` to have been
+        trained on since the last log are told.
         """
-        if self.plan is None:
-            return {}
-        spent = self.clock.totals()
-        deciding = spent.get("signals", 0.0) + spent.get("decide", 0.0)
-        told = {"interval": float(self.plan.interval.index), "decide_seconds": deciding}
-        names = self.space.domains.names
-        if len(names) > _LOGGED_DOMAINS:  # the record holds them all
-            return told
-        self.totals.count(self.plan, step)
-        if self._shares is None or self._shares[0] is not self.plan:
-            counts = self.space.domains.counts(self.plan.rows)
-            self._shares = self.plan, counts / max(counts.sum(), 1)
-        columns = {
-            "mix": self._shares[1],
+        names, told = self.space.domains.names, {}
+        columns: dict[str, NDArray[Any]] = {}
+        if self.plan is not None:
+            spent = self.clock.totals()
+            deciding = spent.get("signals", 0.0) + spent.get("decide", 0.0)
+            told = {"interval": float(self.plan.interval.index), "decide_seconds": deciding}
+            self.totals.count(self.plan, step)
+            if self._shares is None or self._shares[0] is not self.plan:
+                counts = self.space.domains.counts(self.plan.rows)
+                self._shares = self.plan, counts / max(counts.sum(), 1)
+            columns["mix"] = self._shares[1]
+        else:
+            self.totals.settle(self.signals.access.device)
+        columns |= {
             "tokens": self.totals.tokens,
+            "sequences": self.totals.rows,
             "epochs": self.totals.rows / self.space.domains.num_rows,
         }
         if self.mixer is not None:
             columns["nominal"] = self.proportions
+        few = len(names) <= LOGGED_DOMAINS
+        which = [k for k, name in enumerate(names) if few or name in known]
         for what, values in columns.items():
-            told |= {f"{what}/{name}": float(value) for name, value in zip(names, values, strict=True)}
+            told |= {f"{what}/{names[k]}": float(values[k]) for k in which}
         return told
 
     def state_dict(self) -> State:

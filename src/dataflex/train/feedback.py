@@ -19,16 +19,44 @@ from dataflex.signals.texts import row_texts
 
 logger = logging.getLogger(__name__)
 
+LOGGED_DOMAINS = 32
+"""Most domains whose numbers go into the log; the record has those of any number."""
 SAMPLES = 10  # rows of largest and of smallest weight in the record
 _CHARACTERS = 400
 _UPDATES = 5
 _DEVIATIONS = 3.0
 _QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 _PENDING = 64
+_GRAPH_NODES = 64  # the loss is a few operations behind what the loop is given
+
+
+def losses_in_graph(loss: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the token losses that a loss was made of, fp32 [R, T] without gradient, and which count, bool [R, T].
+
+    Nothing is computed anew: the node of ``nll_loss`` in the graph of ``loss`` keeps log-probabilities and targets for
+    the backward pass. None where there is none (a fused kernel, label smoothing, a compiled model), or where its
+    positions do not belong to ``num_rows`` rows of equal length.
+    """
+    pending, seen = [loss.grad_fn], 0
+    while pending and seen < _GRAPH_NODES:
+        node, seen = pending.pop(0), seen + 1
+        if node is None:
+            continue
+        if node.name() != "NllLossBackward0":
+            pending += [before for before, _ in node.next_functions]
+            continue
+        log_p_NV, targets_N = node._saved_self.detach(), node._saved_target
+        if log_p_NV.dim() != 2 or len(targets_N) % max(num_rows, 1):
+            return None
+        counts_N = targets_N.ne(node._saved_ignore_index)
+        loss_N = -log_p_NV.gather(1, torch.where(counts_N, targets_N, 0)[:, None]).squeeze(1).float()
+        loss_N = torch.where(counts_N, loss_N, 0.0)
+        return loss_N.view(num_rows, -1), counts_N.view(num_rows, -1)
+    return None
 
 
 class DomainSums:
-    """Sums over the micro-batches of one optimizer step for each of ``num_domains`` domains."""
+    """Sums over the micro-batches since the last ``take`` for each of ``num_domains`` domains."""
 
     def __init__(self, num_domains: int) -> None:
         self._num_domains = num_domains
@@ -63,6 +91,18 @@ class DomainSums:
         if sums is None:
             sums = torch.zeros(len(SUMS), self._num_domains, dtype=torch.float64, device=device)
         return comm.gather_sum(sums).cpu().numpy()
+
+    def of_ranks(self, device: torch.device) -> NDArray[np.float64]:
+        """Return the sums of each rank [ranks, len(SUMS), K] without starting again (collective)."""
+        sums = torch.zeros(len(SUMS), self._num_domains, dtype=torch.float64, device=device)
+        sums = sums if self._sums is None else self._sums
+        return comm.gather_rows(sums[None], equal=True)[0].cpu().numpy()
+
+    def restore(self, of_ranks: NDArray[np.float64], device: torch.device) -> None:
+        """Take back what ``of_ranks`` gave: each rank its own, rank 0 all where their number has changed."""
+        rank, same = comm.rank(), len(of_ranks) == comm.world()
+        mine = of_ranks[rank] if same else of_ranks.sum(axis=0) * float(rank == 0)
+        self._sums = torch.tensor(mine, dtype=torch.float64, device=device)
 
 
 def outlying(loss_K: Floats) -> NDArray[np.bool_]:

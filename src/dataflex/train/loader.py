@@ -34,11 +34,17 @@ class _Shards(Sampler[list[int]]):
             yield from (rows.tolist() for rows in self.plan.shard(step, self._shape))
 
 
-class _MicroBatches(Dataset[Any]):
-    """Collated micro-batches that hold the ids of their rows."""
+class NumberedBatches(Dataset[Any]):
+    """Collated micro-batches that hold the ids of their rows, for a loader whose own collation is ``unchanged``."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset, self._collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        return self._dataset[row]
 
     def __getitems__(self, rows: list[int]) -> Any:
         several = getattr(self._dataset, "__getitems__", None)
@@ -47,7 +53,8 @@ class _MicroBatches(Dataset[Any]):
         return batch
 
 
-def _unchanged(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
+    """Return what was collated already."""
     return batch
 
 
@@ -74,9 +81,9 @@ class PlanFeed:
             options["worker_init_fn"] = heed_parent_only
         # Its own generator: opening a DataLoader without one draws from the global random stream.
         self._loader: DataLoader[Any] = DataLoader(
-            _MicroBatches(dataset, collate),
+            NumberedBatches(dataset, collate),
             batch_sampler=self._shards,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             generator=torch.Generator().manual_seed(0),
             **options,
         )

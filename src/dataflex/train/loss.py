@@ -28,14 +28,13 @@ from dataflex.sequences import Sequences
 from dataflex.signals.embeddings import pool, pool_documents
 from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import document_ids, token_cross_entropy
-from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
+from dataflex.train.feedback import LOGGED_DOMAINS, DomainSums, NoiseWatch, RowWeights, WeightStats, losses_in_graph
 from dataflex.train.loader import ROWS
 
 if TYPE_CHECKING:
     from dataflex.train.reference import ReferenceLosses
 
 IGNORE_INDEX = -100
-_LOGGED_DOMAINS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +276,7 @@ class Reweighter:
     world: int
     packed: bool = False  # rows hold several documents, which are then the sequences
     reference: ReferenceLosses | None = None
+    device: torch.device | None = None  # of the losses, until a step says otherwise; None: the CPU
 
     def __post_init__(self) -> None:
         weighter, mixer, domains = self.weighter, self.mixer, self.domains
@@ -296,13 +296,12 @@ class Reweighter:
         # of the step begun
         self._index, self._total, self._num_micro = 0, 0, 0
         self._num_items: Any = None
-        self._device = torch.device("cpu")
+        self._device = self.device or torch.device("cpu")
         self._acts = False
         self._scale: torch.Tensor | None = None
         self._sums = DomainSums(len(domains.names))
-        # since the last log
-        self._plain: torch.Tensor | None = None
-        self._logged = np.zeros((len(SUMS), len(domains.names)))
+        self._logged = np.zeros((len(SUMS), len(domains.names)))  # taken from the sums since the last log
+        self.missing = ""  # why there are no losses by domain
         # Mixers without a reference may follow noise: with one, what cannot be learned has no excess loss.
         blind = self.observes and not self._mixer_compares and comm.rank() == 0
         self._noise = NoiseWatch(domains.names) if blind else None
@@ -398,12 +397,8 @@ class Reweighter:
             self.watch(losses)
         compares = self._index >= self._compares_from(self._total)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
-        if self.observes:
-            domains_R = self.domains.domain_of[rows].astype(np.int64)
-            self._sums.add(losses.loss_BT.detach(), losses.mask_BT, domains_R, reference)
-        if self.weighter is not None:
-            plain = torch.stack([losses.plain_sum.double(), losses.mask_BT.sum().double()])
-            self._plain = plain if self._plain is None else self._plain + plain
+        compared = reference if self.observes else None
+        self._sums.add(losses.loss_BT.detach(), losses.mask_BT, self._domains_of(rows), compared)
         weights, sequences, equal = self._weights(weighter, losses, batch, hidden, reference)
         if self._domain_weights is not None:
             weights = self._domain_weights.times(weights, sequences, self._normalizer)
@@ -422,6 +417,21 @@ class Reweighter:
             step_scale=scale,
             replicas=1 if self.over_ranks else self.world,
         )
+
+    def _domains_of(self, rows: Rows) -> NDArray[np.int64]:
+        return self.domains.domain_of[rows].astype(np.int64)
+
+    def note(self, batch: dict[str, Any], loss: torch.Tensor) -> None:
+        """Add the token losses of a micro-batch whose ``loss`` was made elsewhere to those of the domains.
+
+        Where they cannot be told from it, ``missing`` says so, once and for all.
+        """
+        found = losses_in_graph(loss, len(batch[ROWS]))
+        if found is None:
+            self.missing = "the training loss does not keep token losses (a fused kernel, or a loss of its own)"
+            return
+        with torch.no_grad():
+            self._sums.add(*found, self._domains_of(batch[ROWS]))
 
     def _weights(
         self,
@@ -446,7 +456,7 @@ class Reweighter:
         view = batch_view(
             losses,
             sequences,
-            domains_B=self.domains.domain_of[sequences.rows_B].astype(np.int64),
+            domains_B=self._domains_of(sequences.rows_B),
             step=self._index,
             total_steps=self._total,
             num_micro_batches=self._num_micro,
@@ -494,37 +504,33 @@ class Reweighter:
         """Return what was summed up since the last ``scalars``, over all ranks (collective)."""
         return {
             "weights": {} if self.stats is None else self.stats.since_read(),
-            "plain": [] if self._plain is None else comm.gather_sum(self._plain).tolist(),
-            "domains": self._logged,
+            "taken": self._logged,
+            "of_ranks": self._sums.of_ranks(self._device),
         }
 
     def restore_since_log(self, state: State, device: torch.device) -> None:
-        """Take back what ``since_log`` gave: rank 0 holds the sums of all."""
+        """Take back what ``since_log`` gave."""
+        self._device = device
         if self.stats is not None:
             self.stats.restore(state["weights"], device)
-        if state["plain"]:
-            plain = torch.tensor(state["plain"], dtype=torch.float64, device=device)
-            self._plain = plain if comm.rank() == 0 else torch.zeros_like(plain)
-        self._logged = np.asarray(state["domains"], dtype=np.float64)
+        self._logged = np.asarray(state["taken"], dtype=np.float64)
+        self._sums.restore(np.asarray(state["of_ranks"]), device)
 
     def scalars(self) -> dict[str, float]:
         """Return numbers for the training log since the last call: weights, and the plain loss of each domain.
 
-        Collective under a weighter.
+        Those of domains are collective, one reduction whatever the methods.
         """
         scalars = {} if self.stats is None else self.stats.read()
-        if self._plain is not None:
-            total, count = comm.gather_sum(self._plain).tolist()
-            scalars["plain_loss"] = total / max(count, 1.0)
-            self._plain = None
-        if self.observes:
-            tokens, losses = self._logged[SUMS.index("tokens")], self._logged[SUMS.index("loss_sum")]
-            for name, count, total in zip(self.domains.names, tokens, losses, strict=True):
-                if count > 0:
-                    scalars[f"loss/{name}"] = float(total / count)
-            self._logged = np.zeros_like(self._logged)
+        sums = self._logged if self.observes or self.missing else self._logged + self._sums.take(self._device)
+        self._logged = np.zeros_like(self._logged)
+        tokens_K, losses_K = sums[SUMS.index("tokens")], sums[SUMS.index("loss_sum")]
+        if self.weighter is not None and tokens_K.any():
+            scalars["plain_loss"] = float(losses_K.sum() / tokens_K.sum())
         names = self.domains.names
-        if self._domain_weights is not None and len(names) <= _LOGGED_DOMAINS:
+        for k in np.flatnonzero(tokens_K > 0).tolist():
+            scalars[f"loss/{names[k]}"] = float(losses_K[k] / tokens_K[k])
+        if self._domain_weights is not None and len(names) <= LOGGED_DOMAINS:
             weights = self._domain_weights.given().tolist()
             scalars.update({f"loss_weight/{name}": weight for name, weight in zip(names, weights, strict=True)})
         return scalars

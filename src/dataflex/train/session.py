@@ -42,8 +42,8 @@ from dataflex.train.average import WeightAverage
 from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import Controller
 from dataflex.train.extending import extend
-from dataflex.train.feedback import SAMPLES, describe_rows
-from dataflex.train.loader import PlanFeed
+from dataflex.train.feedback import LOGGED_DOMAINS, SAMPLES, describe_rows
+from dataflex.train.loader import ROWS, PlanFeed
 from dataflex.train.loss import Reweighter, counted_tokens
 from dataflex.train.row_space import RowSpace
 from dataflex.version import versions
@@ -141,12 +141,15 @@ class Session:
         self._told_mixer: Mixer | None = self.mixer if told else None
         self.weighs = self.weighter is not None or told or config.watches is not None
         """Whether the training loss must come from ``loss``: it is weighed, or its rows or domains are observed."""
+        self.tells_losses = setup.stage in ("pt", "sft")
+        """Whether training has token losses, which are logged by domain."""
         self.recorder: RunRecorder = NullRecorder()
         self.total_steps = 0
         self.average: WeightAverage | None = None
         """Average of the last weights, where the block asks for one."""
         self.since_log: dict[str, Any] | None = None
         """Sums since the last log, from the checkpoint that the run resumed."""
+        self.began = False  # once it is prepared
         self.loop: Loop
         self.controller: Controller
         self.feed: PlanFeed | None = None
@@ -211,7 +214,8 @@ class Session:
         setup.space = space = with_scores(setup.rows, config)
         columns = {"rows": {*space.columns, config.domain_column or ""}}
         facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps, columns=columns)
-        refuse_unsupported(loop, config, facts)
+        if not config.stock:
+            refuse_unsupported(loop, config, facts)
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
@@ -224,7 +228,10 @@ class Session:
             over_ranks=loop.counts_over_ranks,
             world=shape.world,
             packed=setup.packed,
+            device=loop.device,
         )
+        if not self.tells_losses:
+            self._loss.missing = f"rows of stage {setup.stage} have no token losses"
         if self.weighter is not None:
             self._loss.check_known(space.all_rows())
         seed = loop.seed if config.seed is None else config.seed
@@ -246,6 +253,9 @@ class Session:
         self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
         if config.average_weights is not None:
             self.average = WeightAverage(loop.model, config.average_weights, loop.total_steps)
+        self.began = True
+        if config.stock:
+            return
         self.feed = PlanFeed(
             _dataset(setup, loop),
             loop.collate,
@@ -287,7 +297,11 @@ class Session:
         return step
 
     def _load(self, folder: Path, step: int) -> None:
-        found = saved.load(folder, self._identity, extend=self.config.on_change == "extend")
+        if self.config.stock and not self._identity.same_rows(folder):
+            logger.warning("%s holds no record of these rows: what is counted by domain begins anew", folder)
+            return
+        identity = None if self.config.stock else self._identity
+        found = saved.load(folder, identity, extend=self.config.on_change == "extend")
         state, kept = found.state, {"weighter", "rows", "sums"}
         if found.changes:
             kept, rows, row_of = extend(self.controller, found, self._identity, step)
@@ -375,6 +389,12 @@ class Session:
         self._step, self._micro = Step(index=index, batches=batches, num_items=num_items), 0
         return self._step
 
+    def serve(self, index: int, batches: list[Any]) -> None:
+        """Note the micro-batches of optimizer step ``index``, which a stock run serves; they hold their rows' ids."""
+        for batch in batches:
+            self.controller.totals.note(batch[ROWS])
+        self._step, self._micro = Step(index=index, batches=batches, num_items=None), 0
+
     def rows(self, index: int) -> list[Rows] | None:
         """Return the row ids of this rank's micro-batches of a step, for loops that make batches by themselves."""
         plan = self._plan(index)
@@ -417,6 +437,11 @@ class Session:
         loss = self._loss.loss(batch, logits, hidden)
         return loss * self.loop.shape.world if self.loop.averages else loss
 
+    def note(self, batch: dict[str, Any], loss: torch.Tensor) -> None:
+        """Note the losses of the domains in a micro-batch whose ``loss`` the loop made itself, before ``backward``."""
+        if self.tells_losses:
+            self._loss.note(batch, loss)
+
     def end_step(self) -> None:
         """Give the mixer the losses of the domains in the step, before the learning rate changes (collective)."""
         if self._step is not None:
@@ -434,14 +459,26 @@ class Session:
             self.average.take(step)
 
     def scalars(self, step: int) -> dict[str, float]:
-        """Return numbers for the log after ``step`` optimizer steps (collective under a weighter)."""
-        found = {**self.controller.scalars(step), **(self._loss.scalars() if self.weighs else {})}
+        """Return our numbers after ``step`` optimizer steps and start their sums again (collective)."""
+        of_losses = self._loss.scalars()
+        known = {name.partition("/")[2] for name in of_losses if name.startswith("loss/")}
+        found = {**self.controller.scalars(step, known), **of_losses}
         return {f"dataflex/{name}": value for name, value in found.items()}
 
-    def log(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
-        """Record a loop's numbers after ``step`` optimizer steps together with ours, and return all (collective)."""
-        found = {**logs, **self.scalars(step)}
-        self.recorder.stepped(step, found)
+    def log(
+        self, step: int, logs: Mapping[str, float], show: Callable[[dict[str, float]], None] = lambda _: None
+    ) -> dict[str, float]:
+        """Record a loop's numbers after ``step`` optimizer steps together with ours (collective).
+
+        ``show`` is called with what belongs into the log, which is returned: without the numbers of single domains
+        where these are very many.
+        """
+        ours = self.scalars(step)
+        many = len(self.setup.rows.domains.names) > LOGGED_DOMAINS
+        found = {**logs, **{name: value for name, value in ours.items() if not many or name.count("/") == 1}}
+        show(found)
+        told = {"no_loss_by_domain": self._loss.missing} if self._loss.missing else {}
+        self.recorder.stepped(step, {**found, **ours, **told})
         return found
 
     # -- checkpoints -----------------------------------------------------------------------------
@@ -477,7 +514,9 @@ class Session:
             loss.row_weights.gather()
         if self.controller.plan is not None:
             self.controller.totals.count(self.controller.plan, step)
-        summed = {**(since_log or {}), "reweighter": loss.since_log() if self.weighs else {}}
+        if self.config.stock:
+            self.controller.totals.settle(self.loop.device)
+        summed = {**(since_log or {}), "reweighter": loss.since_log()}
         if self._writes:
             state = {
                 "controller": self.controller.state_dict(),
@@ -543,8 +582,9 @@ class Session:
         """End the processes that collate, and stop listening; nothing is served afterwards."""
         with suppress(DataError):  # what ended the run is told first
             self.recorder.refresh(now=True)
-        if self.feed is not None:
-            self.feed.close()
+        if self.began:
+            if self.feed is not None:
+                self.feed.close()
             for listener in self.controller.listeners:
                 listener.end_step()
             if self.controller.ledger is not None:

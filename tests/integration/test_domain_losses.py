@@ -1,0 +1,203 @@
+"""Losses, tokens and sequences by domain: of every run, right, resumed bit for bit, and harmless to a stock run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.integration.test_identity import same
+
+RECORD = {"record": True}
+THREE = {"dataset": "alpha,beta,gamma", "disable_shuffling": False, "num_train_epochs": 2.0}
+
+
+def of_domains(outcome, what="loss"):
+    prefix = f"dataflex/{what}/"
+    return [
+        {key.removeprefix(prefix): v for key, v in entry.items() if key.startswith(prefix)} for entry in outcome.log
+    ]
+
+
+def slow_losses(model_folder, features):
+    """Sum of token losses and tokens of each row, one row and one token at a time, in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder).double().eval()
+    found = []
+    for feature in features:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([feature["input_ids"]])).logits[0]
+        total, tokens = 0.0, 0
+        for place, label in enumerate(feature["labels"][1:]):
+            if label != -100:
+                total -= float(logits[place].log_softmax(-1)[label])
+                tokens += 1
+        found.append((total, tokens))
+    return found
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Rows of every micro-batch as the model was given them: features without padding, and their ids."""
+    from dataflex.train.session import Session
+
+    seen = []
+    note = Session.note
+
+    def watch(self, batch, loss):
+        rows = batch["dataflex_rows"].tolist()
+        for place, row in enumerate(rows):
+            real = batch["attention_mask"][place].bool()
+            seen.append((row, {key: batch[key][place][real].tolist() for key in ("input_ids", "labels")}))
+        note(self, batch, loss)
+
+    monkeypatch.setattr(Session, "note", watch)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "dynamic",
+    [RECORD, {"selector": "random", "interval_steps": 3}, {"mixer": "uniform"}],
+    ids=["stock", "random", "mix"],
+)
+def test_the_losses_are_those_of_the_rows_that_were_served(run, served, dynamic, tiny_model):
+    """No step changes the model, so that every log is a mean over the rows since the last one under that model."""
+    outcome = run("a", **THREE, dynamic=dynamic, learning_rate=0.0, max_steps=6, logging_steps=2,
+                  gradient_accumulation_steps=2)  # fmt: skip
+    names = np.repeat(["alpha", "beta", "gamma"], [40, 21, 3])
+    losses = slow_losses(tiny_model, [feature for _, feature in served])
+    counts = dict.fromkeys(names, 0)
+    for log in range(3):
+        sums = {}
+        for place in range(log * 8, log * 8 + 8):
+            name = names[served[place][0]]
+            counts[name] += 1
+            before = sums.get(name, (0.0, 0))
+            sums[name] = before[0] + losses[place][0], before[1] + losses[place][1]
+        assert of_domains(outcome)[log] == pytest.approx({n: s / t for n, (s, t) in sums.items()}, rel=1e-5)
+        assert of_domains(outcome, "sequences")[log] == counts
+    tokens = {n: sum(len(f["input_ids"]) for r, f in served if names[r] == n) for n in counts}
+    assert of_domains(outcome, "tokens")[-1] == tokens
+
+
+def test_weights_do_not_enter(run):
+    """A weighter sees the same rows under the same first model, whose losses by domain are the unweighted ones."""
+    settings = {"dataset": "alpha,beta", "max_steps": 4, "learning_rate": 0.0}
+    plain = run("plain", **settings, dynamic={"selector": "all"})
+    weighed = run("weighed", **settings, dynamic={"weighter": "column"})
+    for one, other in zip(of_domains(plain), of_domains(weighed), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    assert plain.series() != weighed.series()
+
+
+STOCK = {
+    "plain": {},
+    "shuffled": THREE,
+    "accumulated": {**THREE, "gradient_accumulation_steps": 3},
+    "lora with dropout": {**THREE, "finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2},
+    "split": {**THREE, "val_size": 0.2, "eval_strategy": "steps", "eval_steps": 5},
+    "packed": {**THREE, "packing": True},
+    "neatly packed": {**THREE, "neat_packing": True},
+    "interleaved": {**THREE, "mix_strategy": "interleave_under", "interleave_probs": "0.5,0.3,0.2"},
+    "grouped": {**THREE, "train_sampling_strategy": "group_by_length"},
+    "dft": {**THREE, "use_dft_loss": True},
+    "smoothed": {**THREE, "label_smoothing_factor": 0.1},
+    "pretraining": {"stage": "pt", "dataset": "text", "packing": True, "disable_shuffling": False},
+    "workers": {**THREE, "dataloader_num_workers": 1},
+    "preferences": {"stage": "dpo", "dataset": "pairs", "finetuning_type": "lora", "disable_shuffling": False},
+}
+
+
+@pytest.mark.parametrize("case", STOCK)
+def test_a_record_changes_nothing(run, case):
+    """Losses, gradients and parameters are those of the stock run to the bit, whatever it is."""
+    stock = run("stock", **STOCK[case])
+    recorded = run("recorded", **STOCK[case], dynamic=RECORD)
+    same(stock, recorded)
+    assert not (stock.folder / "dataflex").exists()
+    last = [event for event in recorded.events if event["event"] == "stepped"][-1]
+    told = {key.removeprefix("dataflex/loss/") for entry in of_domains(recorded) for key in entry}
+    if case in ("smoothed", "preferences"):
+        assert not told
+        assert "token losses" in last["no_loss_by_domain"]
+    else:
+        others = {"plain": {"ones"}, "pretraining": {"text"}, "packed": {"all"}, "neatly packed": {"all"}}
+        assert told == others.get(case, {"alpha", "beta", "gamma"})
+    assert sum(of_domains(recorded, "sequences")[-1].values()) > 0
+
+
+@pytest.mark.parametrize("dynamic", [{"domain_column": "source"}, {"domain_path": "*.jsonl"}], ids=["column", "path"])
+def test_domains_of_a_record_may_be_columns_or_paths(run, dynamic):
+    settings = {**THREE, "val_size": 0.2}
+    stock = run("stock", **settings)
+    recorded = run("recorded", **settings, dynamic={**RECORD, **dynamic})
+    same(stock, recorded)
+    names = {name for entry in of_domains(recorded) for name in entry}
+    assert names >= ({"alpha0", "alpha1", "beta0"} if "domain_column" in dynamic else {"alpha", "beta"})
+
+
+@pytest.mark.parametrize(
+    "dynamic",
+    [
+        RECORD,
+        {"selector": {"name": "loss"}, "interval_steps": 4},
+        {"mixer": "odm", "interval_steps": 2},
+        {"weighter": "column"},
+    ],
+    ids=["stock", "selector", "observing mixer", "weighter"],
+)
+@pytest.mark.parametrize("at", [3, 4])
+def test_the_log_of_a_resumed_run_is_the_same_to_the_bit(run, dynamic, at):
+    """Checkpoints lie between two logs and at one; what was summed up since the last log goes on."""
+    settings = {"dataset": "alpha,beta", "disable_shuffling": False, "max_steps": 8, "logging_steps": 4,
+                "gradient_accumulation_steps": 2, "dynamic": dynamic}  # fmt: skip
+    straight = run("straight", **settings)
+    run("cut", **settings, save_strategy="steps", save_steps=at)
+    resumed = run("cut", **settings, resume_from_checkpoint=str(run.folder / f"cut/checkpoint-{at}"))
+    keys = [key for key in straight.log[-1] if key.startswith("dataflex/") and not key.endswith("seconds")]
+    assert any(key.startswith("dataflex/loss/") for key in keys)
+    assert {key: resumed.log[-1][key] for key in keys} == {key: straight.log[-1][key] for key in keys}
+
+
+def test_a_record_may_begin_at_a_checkpoint_of_a_run_without(run, caplog):
+    settings = {**THREE, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    stock = run("stock", **settings)
+    before = str(run.folder / "stock/checkpoint-3")
+    resumed = run("recorded", **settings, dynamic=RECORD, resume_from_checkpoint=before)
+    assert [entry["loss"] for entry in resumed.log] == [entry["loss"] for entry in stock.log]
+    assert "begins anew" in caplog.text
+    assert sum(of_domains(resumed, "sequences")[-1].values()) == 6
+
+
+def test_one_reduction_of_losses_in_each_log(run, monkeypatch):
+    """The stock run's second one is of rows and tokens; nothing is reduced in a step."""
+    from dataflex import comm
+
+    calls = []
+    whole = comm.gather_sum
+    monkeypatch.setattr(comm, "gather_sum", lambda values: calls.append(values.shape) or whole(values))
+    settings = {"dataset": "alpha,beta", "max_steps": 6, "logging_steps": 3}
+    run("chosen", **settings, dynamic={"selector": "random", "interval_steps": 6})
+    assert len(calls) == 2
+    calls.clear()
+    run("recorded", **settings, dynamic=RECORD)
+    assert len(calls) == 4
+
+
+def test_very_many_domains_are_in_the_record_and_not_in_the_log(run, tmp_path, data_dir):
+    rows = [json.loads(line) for line in (data_dir / "alpha.jsonl").read_text().splitlines()]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "many.jsonl").write_text("".join(json.dumps({**r, "source": f"s{i}"}) + "\n" for i, r in enumerate(rows)))
+    (folder / "dataset_info.json").write_text(json.dumps({"many": {"file_name": "many.jsonl"}}))
+    settings = {"dataset": "many", "dataset_dir": str(folder), "max_steps": 3}
+    outcome = run("many", **settings, dynamic={"selector": "all", "domain_column": "source"})
+    assert not any(name.startswith("dataflex/") and name.count("/") > 1 for entry in outcome.log for name in entry)
+    events = [event for event in outcome.events if event["event"] == "stepped"]
+    for place, event in enumerate(events[:3]):
+        for what in ("loss", "tokens", "sequences"):
+            told = {key for key in event if key.startswith(f"dataflex/{what}/")}
+            assert told == {f"dataflex/{what}/s{2 * place + k}" for k in range(2)}
