@@ -124,6 +124,7 @@ class Requires:
     pure_micro_batches: bool = False  # mixers: every micro-batch must hold one domain only
     embedding: Embedding | None = None  # how in_run_embeddings are made, or a weighter's BatchView.embeddings_BH
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
+    token_weights: tuple[Literal["turn", "token"], str] | None = None  # weighters: whose weights, and their name
     ledger: bool = False  # mixers: Context.benefit is needed, which takes a ledger of its targets
     selector_scores: bool = False  # orderers: Context.scores is needed, which takes a selector that gives scores
     score_files: tuple[ScoreFile, ...] = ()  # orderers: files of scores that are read into Context.columns
@@ -162,6 +163,7 @@ class Requires:
             reference=Reference(references[0].folder, all(one.cached for one in references)) if references else None,
             score_files=tuple(dict.fromkeys(file for one in each for file in one.score_files)),
             embedding=next((one.embedding for one in each if one.embedding is not None), None),
+            token_weights=next((one.token_weights for one in each if one.token_weights is not None), None),
             passes=sum((one.passes for one in each), Passes()),
         )
 
@@ -293,6 +295,7 @@ class BatchView:
     entropy_BT: torch.Tensor | None = None  # entropy of each prediction, nats [R, T]; None unless Requires.entropy
     embeddings_BH: torch.Tensor | None = None  # embedding of each sequence, fp32; None unless Requires.embedding
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # columns of the training rows, each [N] (numpy)
+    token_weights_BT: torch.Tensor | None = None  # of the token that each position predicts, where they are required
 
 
 # ---- the base classes
@@ -460,7 +463,7 @@ class Weighter(Method):
 
     kind = "weighter"
     neutral: ClassVar[bool] = False  # True for ``none``: the stock loss is left alone
-    by_token: ClassVar[bool] = False  # True where ``weigh`` returns weights of tokens [R, T]
+    by_token: bool = False  # True where ``weigh`` returns weights of tokens [R, T]
     Params: ClassVar[type[Params]] = WeighterParams
     normalizer: Normalizer = "weight_sum"  # denominator that the weights are made for
 
@@ -499,7 +502,10 @@ class Weighter(Method):
         """
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
-        """Return weights [len(rows)] known before the forward pass, or None when they depend on the batch."""
+        """Return weights [len(rows)] known before the forward pass, or None when they depend on the batch.
+
+        A weighter that requires ``token_weights`` returns those of tokens [len(rows), most tokens of one].
+        """
         return None
 
     def weigh(self, batch: BatchView) -> torch.Tensor:

@@ -171,6 +171,11 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
         ("weighter", Embedding(encoder="other"), None, "leave encoder out of requires()"),
     ],
     "entropy": [("mixer", True, None, "requires entropy, which only a weighter is given")],
+    "token_weights": [
+        ("mixer", ("turn", "w"), None, "requires token_weights, which only a weighter is given"),
+        ("weighter", ("turn", "w"), RunFacts(copied=True), "tokenized_path: a tokenized copy does not keep the 'w'"),
+        ("weighter", ("token", "w"), RunFacts(copied=False), "weights of tokens are read from a tokenized copy"),
+    ],
     "ledger": [
         ("weighter", True, None, "requires ledger, which only a mixer is given"),
         ("mixer", True, None, "dynamic.ledger: missing; the uniform mixer decides by it"),

@@ -238,3 +238,19 @@ def test_create_optimizer_needs_nothing():
         if parameter.default is inspect.Parameter.empty
     ]
     assert [parameter.name for parameter in required] == ["self"]
+
+
+def test_weights_of_turns_follow_conversions_and_encodings():
+    from llamafactory.data import converter, loader
+    from llamafactory.data.processor import PackedSupervisedDatasetProcessor, SupervisedDatasetProcessor
+    from llamafactory.data.template import Template
+
+    assert list(inspect.signature(converter.get_dataset_converter).parameters) == ["name", "dataset_attr", "data_args"]
+    assert "get_dataset_converter(" in inspect.getsource(converter.align_dataset)
+    assert "_get_dataset_processor(" in inspect.getsource(loader._get_preprocessed_dataset)
+    assert "self.template.encode_multiturn(" in inspect.getsource(SupervisedDatasetProcessor._encode_data_example)
+    for cls in (SupervisedDatasetProcessor, PackedSupervisedDatasetProcessor):
+        source = inspect.getsource(cls.preprocess_dataset)
+        assert source.count("self._encode_data_example(") == 1
+        assert "                prompt=examples" in source  # given by name
+    assert "list[tuple[list[int], list[int]]]" in inspect.getsource(Template.encode_multiturn)

@@ -26,6 +26,7 @@ from dataflex.config.data import (
     find_sources,
     target_data_sets,
     train_rows,
+    turn_weights,
 )
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.mappings import shown
@@ -193,6 +194,8 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
         yield f"streaming: rows of stage {lf.stage} are not tokenized one by one; remove it"
     if lf.tokenized_path:
         yield "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path); remove one"
+    if dynamic.requires.token_weights is not None:
+        yield "streaming: weights of turns and tokens are not read from streamed rows; remove it"
     if dynamic.leakage != "warn" and dynamic.targets:
         yield "dynamic.leakage: rows that are tokenized when they are served are not compared with targets; remove it"
 
@@ -377,6 +380,18 @@ def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Sou
     )
 
 
+def _turn_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> Iterator[str]:
+    """Yield that messages have no weights, or the first that cannot be used, where local JSON Lines show it."""
+    asked = dynamic.requires.token_weights
+    if asked is None or asked[0] != "turn" or lf.tokenized_path:
+        return
+    name, found = asked[1], [turn_weights(source, asked[1]) for source in sources]
+    yield from (f"dynamic.weighter: {told}" for _, told in found if told)
+    if found and all(there is False for there, _ in found):
+        listed = ", ".join(repr(source.name) for source in sources)
+        yield f"dynamic.weighter.column: no message of {listed} has a {name!r}; give its messages one, or name another"
+
+
 def _domain_problems(
     dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], facts: RunFacts
 ) -> Iterator[str]:
@@ -388,6 +403,7 @@ def _domain_problems(
     if not lacking and not lf.packed and not lf.tokenized:
         yield from _value_problems(dynamic, lf, sources)
         yield from _score_problems(dynamic, sources)
+    yield from _turn_problems(dynamic, lf, sources)
     if dynamic.unit == "documents" and lf.packed and not dynamic.domains_are_sources:
         yield (
             "dynamic.unit: rows hold several documents under packing, which are counted by data set only; let the data "

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.mappings import shown
 from dataflex.errors import did_you_mean
+from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
 
 _MOST_READ_BYTES = 32 << 20
 _MOST_COUNTED_BYTES = 256 << 20
@@ -472,3 +474,27 @@ def train_rows(counts: Sequence[int | None], lf: LlamaFactoryArgs) -> int | None
     if held <= 1e-6:
         return rows
     return max(0, rows - (int(held) if held > 1 else math.ceil(rows * held)))
+
+
+def turn_weights(source: Source, name: str) -> tuple[bool | None, str]:
+    """Return whether messages of a local JSON Lines data set have weights ``name``, and where one cannot be used.
+
+    None where that is not quick to read, or the data set is of another kind.
+    """
+    if source.path is None:
+        return None, ""
+    there = False
+    for file in _files(source.path):
+        if file.suffix.lower() != ".jsonl" or file.stat().st_size > _MOST_READ_BYTES:
+            return None, ""
+        for number, line in enumerate(_lines(file), start=1):
+            row = json.loads(line) if line.strip() else {}
+            for messages in row.values():
+                turns = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+                for place, message in enumerate(turns, start=1):
+                    value = message.get(name)
+                    there = there or value is not None
+                    if value is not None and unusable_weight(value):
+                        where = f"data set {source.name!r}, line {number:,} of {file}, message {place},"
+                        return there, f"{where} has {name} = {shown(value)}; {WANTED_WEIGHTS}"
+    return there, ""

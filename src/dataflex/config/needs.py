@@ -35,6 +35,7 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "score_files": ("orderer",),
     "embedding": ("weighter",),
     "entropy": ("weighter",),
+    "token_weights": ("weighter",),
 }
 """Fields of ``Requires`` that are provided to these kinds of methods only."""
 
@@ -75,6 +76,7 @@ def unmet(
                 "use an AdamW optimizer"
             )
         yield from _domains(dynamic, method, needs, run)
+        yield from _token_weights(method, needs, run)
         if models:
             yield from _reference(method, needs)
             yield from _models(method, needs)
@@ -273,6 +275,23 @@ def _domains(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, run:
         )
         return
     yield f"{lacks}, found {run.num_domains}; {way}"
+
+
+def _token_weights(method: MethodConfig, needs: Requires, run: RunFacts) -> Iterator[str]:
+    """Yield why weights of turns or tokens cannot be had of these rows."""
+    if needs.token_weights is None or run.copied is None:
+        return
+    level, name = needs.token_weights
+    if level == "turn" and run.copied:
+        yield (
+            f"tokenized_path: a tokenized copy does not keep the {name!r} of messages, which the {method.name} "
+            f"{method.kind} reads; remove it, or give it a column of weights and write 'level: token'"
+        )
+    if level == "token" and not run.copied:
+        yield (
+            f"dynamic.{method.kind}.level: weights of tokens are read from a tokenized copy; give its "
+            "'tokenized_path', or weigh rows or turns"
+        )
 
 
 def _columns(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:

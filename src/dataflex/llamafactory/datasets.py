@@ -29,6 +29,7 @@ from dataflex.llamafactory.evaluation import HeldOut
 from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, changed_args, split_rows
 from dataflex.llamafactory.origins import origins_of
 from dataflex.llamafactory.streaming import JoinedRows
+from dataflex.llamafactory.turns import WEIGHTS
 from dataflex.method import RunFacts
 from dataflex.plan.domains import Domains, unusable_labels
 from dataflex.record.clock import PhaseClock
@@ -37,7 +38,7 @@ from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import load_encoder, text_sweep
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.sweep import row_pass
-from dataflex.train.row_space import Leak, RowSpace, find_leaks, fingerprint, measure, target_corpus
+from dataflex.train.row_space import Leak, RowSpace, TokenColumn, find_leaks, fingerprint, measure, target_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class DataLoading:
             module["eval_dataset"] = self._held_out(module.get("eval_dataset"))
         train = module["train_dataset"]
         columns = self._columns(train)
+        of_tokens = self._token_weights(module)
+        train = module["train_dataset"]
         targets = {name: target_corpus(name, loader.target(name)) for name in config.targets}
         with self._clock.phase("leakage"):
             leaks = {} if served else find_leaks(train, {name: target.dataset for name, target in targets.items()})
@@ -83,6 +86,7 @@ class DataLoading:
             origins = origins.taken(kept)
             train = module["train_dataset"] = train.select(kept)
             columns = {name: values[kept] for name, values in columns.items()}
+            of_tokens = None if of_tokens is None else of_tokens.take(kept)
             self._source_of = self._source_of[kept]
         counts = np.bincount(self._source_of, minlength=len(self._names)).tolist()
         sources: dict[str, int] = dict(zip(self._names, counts, strict=True))
@@ -94,13 +98,16 @@ class DataLoading:
             measures = copied.measures
         else:
             measures = train.measures() if served else measure(train)
+        found: dict[str, Any] = {name: columns[name] for name in config.columns}
+        if of_tokens is not None and config.requires.token_weights is not None:
+            found[config.requires.token_weights[1]] = of_tokens
         space = RowSpace(
             dataset=train,
             sources=sources,
             domains=self._domains(columns, Corpus(dataset=train, lengths=measures.lengths)),
             supervised=measures.supervised,
             fingerprint=fingerprint(sources, self._source_of, measures.fingerprint),
-            columns={name: columns[name] for name in config.columns},
+            columns=found,
             targets=targets,
             leaks=leaks,
             origins=origins,
@@ -304,6 +311,32 @@ class DataLoading:
             for name in chosen.requires.columns:
                 raw.check(f"dynamic.{chosen.kind}", name, found[name], method.refused_values(name, found[name]))
         return found
+
+    def _token_weights(self, module: dict[str, Any]) -> TokenColumn | None:
+        """Take the weights of tokens out of the training rows, which a collator could not take.
+
+        Raises:
+            ConfigError: A tokenized copy, or the messages, have none.
+            DataError: One cannot be used.
+        """
+        asked = self._config.requires.token_weights
+        if asked is None:
+            return None
+        key, (level, name) = "dynamic.weighter", asked
+        if level == "turn":
+            self._loader.raw_rows().check_turns(key, name)
+        stored, train = WEIGHTS if level == "turn" else name, module["train_dataset"]
+        if stored not in train.column_names:
+            known = ", ".join(train.column_names)
+            raise ConfigError(f"{key}.column: the tokenized copy has no column {name!r} (columns found: {known})")
+        weights = TokenColumn(train, stored)
+        for part, rows in module.items():
+            if stored in (getattr(rows, "column_names", None) or ()):
+                module[part] = rows.remove_columns(stored)
+        if level == "token":
+            lengths = measure(module["train_dataset"]).lengths
+            weights.refuse_unusable(key, lengths, lambda row: f"row {row + 1:,} of the tokenized copy")
+        return weights
 
     def _without_leaks(self, leaks: Mapping[str, Leak], num_rows: int) -> NDArray[np.int64] | None:
         """Report target rows that lie in the training pool; return the rows to keep where these are to be dropped.

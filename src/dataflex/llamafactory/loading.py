@@ -11,15 +11,17 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
+from llamafactory.data import converter as lf_converter
 from llamafactory.data import get_dataset as lf_get_dataset
 from llamafactory.data import loader as lf_loader
 from numpy.typing import NDArray
@@ -29,6 +31,8 @@ from dataflex.config.data import find_sources, target_data_sets
 from dataflex.config.mappings import shown
 from dataflex.errors import ConfigError, DataError, DataFlexError
 from dataflex.llamafactory.streaming import serve
+from dataflex.llamafactory.turns import WeighedConverter, WeighedProcessor
+from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
 
 _OF_TRAINING: dict[str, Any] = {
     "buffer_size": 16384,
@@ -137,6 +141,7 @@ class Loader:
     by_file: bool = False  # whether training rows carry the number of their file, see ``files``
     origins: list[Origin] = field(default_factory=list)  # data sets read: to train on, to evaluate, targets
     files: list[str] = field(default_factory=list)  # paths of the files that were numbered
+    turns: str = ""  # key of the messages' weights, which training rows then have as ``turns.WEIGHTS``
     numbers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """For ``train`` and ``test``, the position of each tokenized row in the raw rows that ``numbered`` read."""
 
@@ -200,6 +205,20 @@ class Loader:
             changes.append((lf_loader, "load_dataset", self._load_numbered))
         if self.data_args.streaming:
             changes.append((lf_loader, "_get_preprocessed_dataset", serve))
+        if self.turns:
+            make, preprocess = lf_converter.get_dataset_converter, lf_loader._get_preprocessed_dataset
+            processor = lf_loader._get_dataset_processor
+
+            def weighed(*args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
+                tokenizes = (
+                    processor if is_eval else lambda *given, **named: WeighedProcessor(processor(*given, **named))
+                )
+                with replaced((lf_loader, "_get_dataset_processor", tokenizes)):
+                    return preprocess(*args, is_eval=is_eval, **kwargs)
+
+            converts = lambda *given: WeighedConverter(make(*given), self.turns)  # noqa: E731
+            changes.append((lf_converter, "get_dataset_converter", converts))
+            changes.append((lf_loader, "_get_preprocessed_dataset", weighed))
         with replaced(*changes):
             return self._load(args, **named)
 
@@ -307,6 +326,33 @@ class RawRows:
                 "cannot be matched. Turn packing off, and remove rows that LLaMA-Factory drops as invalid."
             )
         return np.concatenate([_values(part, name) for part in self.parts])[self.rows]
+
+    def check_turns(self, key: str, name: str) -> None:
+        """Refuse weights of messages that cannot be used, and data of which no message has one.
+
+        Raises:
+            ConfigError: No message has a weight.
+            DataError: One cannot be used, with its place.
+        """
+        there, first = False, 0
+        for part in self.parts:
+            for column, kind in ((each.name, each.type) for each in part.data.schema):
+                item = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
+                if item is None or not pa.types.is_struct(item) or item.get_field_index(name) < 0:
+                    continue
+                for start in range(0, len(part), _CHUNK_ROWS):
+                    chunk = part.select(range(start, min(start + _CHUNK_ROWS, len(part)))).with_format("arrow")[:]
+                    for place, messages in enumerate(chunk.column(column).to_pylist()):
+                        given = [each[name] for each in messages or () if each and each[name] is not None]
+                        there = there or bool(given)
+                        bad = [value for value in given if unusable_weight(value)]
+                        if bad:
+                            where = replace(self, rows=np.array([first + start + place]))._place(0)
+                            raise DataError(f"{key}: {where}, has {name} = {shown(bad[0])}; {WANTED_WEIGHTS}")
+            first += len(part)
+        if not there:
+            listed = ", ".join(map(repr, self.names))
+            raise ConfigError(f"{key}.column: no message of {listed} has a {name!r}; name another, or give them one")
 
     def _place(self, row: int) -> str:
         """Return the data set of a row, and the line of its file where that can be known."""

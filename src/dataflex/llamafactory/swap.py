@@ -71,7 +71,9 @@ def swapped(
         clock.switch(OTHER)
         with clock.phase("data"):
             given = (template, model_args, data_args, training_args, stage, tokenizer_module)
-            loader = Loader(*given, written=written, by_file=config.domain_path is not None)
+            level, name = config.requires.token_weights or ("", "")
+            turns = name if level == "turn" else ""
+            loader = Loader(*given, written=written, by_file=config.domain_path is not None, turns=turns)
             module, setup.space = DataLoading(config, loader, clock).load()
         return module
 

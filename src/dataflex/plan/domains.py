@@ -6,6 +6,7 @@ per row.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ def check_proportions(proportions: ArrayLike, names: Sequence[str]) -> NDArray[n
         raise ComponentError(f"proportions: sum is {total:.6g}, must be 1")
     # Dividing by a sum that is 1 up to the last bit would move ties between domains.
     return values if abs(total - 1.0) < 1e-12 else values / total
+
+
+WANTED_WEIGHTS = "weights must be finite numbers, 0 or more"
+
+
+def unusable_weight(value: Any) -> bool:
+    """Whether a value is no weight: missing, text, not finite, or negative."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return not number or not math.isfinite(value) or value < 0
 
 
 def unusable_labels(labels: Iterable[Any]) -> NDArray[np.bool_]:

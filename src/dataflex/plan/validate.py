@@ -106,10 +106,15 @@ def check_loss_weights(mixer: DomainWeighter, domains: int) -> NDArray[np.float6
 def check_static_weights(
     weighter: Weighter, rows: Rows, columns: Mapping[str, NDArray[Any]]
 ) -> NDArray[np.float64] | None:
-    """Return the weights of rows that are known beforehand, or None; ComponentError unless it is one per row."""
+    """Return the weights of rows [n] or of their tokens [n, T] that are known beforehand, or None.
+
+    Raises:
+        ComponentError: Another shape.
+    """
     found = weighter.static_weights(rows, columns)
     refuse_answer(weighter, "static_weights", found)
-    if found is not None and found.shape != rows.shape:
+    of_tokens = found is not None and found.ndim == 2 and weighter.requires().token_weights is not None
+    if found is not None and (found.shape[:1] if of_tokens else found.shape) != rows.shape:
         raise ComponentError(
             f"weighter {weighter.name!r} gave weights of shape {found.shape} for {len(rows)} rows: "
             f"{whereabouts(type(weighter), 'static_weights')}"

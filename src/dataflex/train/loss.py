@@ -238,6 +238,11 @@ class DomainWeights:
         return product * comm.ratio_of_sums(weights.double().sum(), product.double().sum()).to(product)
 
 
+def _of_next(of_tokens_RT: torch.Tensor) -> torch.Tensor:
+    """Return what belongs to the token that each position predicts [R, T], given what belongs to the tokens."""
+    return F.pad(of_tokens_RT[:, 1:], (0, 1))
+
+
 def counted_tokens(labels: torch.Tensor) -> torch.Tensor:
     """Return tokens per row [R] as the stock denominator counts them (a label in the first place included)."""
     return labels.ne(IGNORE_INDEX).sum(dim=1).double()
@@ -276,6 +281,7 @@ class Reweighter:
     world: int
     packed: bool = False  # rows hold several documents, which are then the sequences
     reference: ReferenceLosses | None = None
+    pads_left: bool = False  # where the collator pads rows
     device: torch.device | None = None  # of the losses, until a step says otherwise; None: the CPU
 
     def __post_init__(self) -> None:
@@ -348,12 +354,15 @@ class Reweighter:
             return
         tokens = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            weights = self._known(batch[ROWS])
+            weights = self._known(batch)
             if weights is None:
                 return
             if domain_weights is not None:
-                weights = weights * domain_weights.of(batch[ROWS])
-            tokens += (torch.from_numpy(weights) * counted_tokens(batch["labels"])).sum()
+                of_domains = domain_weights.of(batch[ROWS])
+                weights = weights * (of_domains if weights.ndim == 1 else of_domains[:, None])
+            labels = batch["labels"]
+            counted = counted_tokens(labels) if weights.ndim == 1 else labels.ne(IGNORE_INDEX)
+            tokens += (torch.from_numpy(weights).to(counted.device) * counted).sum().cpu()
         if self.over_ranks:
             tokens = comm.gather_sum(tokens.to(device))
         items = torch.as_tensor(num_items, dtype=torch.float64, device=tokens.device)
@@ -370,8 +379,10 @@ class Reweighter:
 
     def check_known(self, rows: Rows) -> None:
         """Check the weights known from the rows alone before training; ComponentError if one is no number >= 0."""
-        known = None if self.weighter is None else self.weighter.static_weights(rows, self.columns)
-        if self.weighter is None or known is None:
+        if self.weighter is None or self._needs.token_weights is not None:  # checked as they were loaded
+            return
+        known = self.weighter.static_weights(rows, self.columns)
+        if known is None:
             return
         bad = rows[~(np.isfinite(known) & (known >= 0))]
         if len(bad):
@@ -379,11 +390,19 @@ class Reweighter:
                 f"weighter {self.weighter.name!r} returned negative or non-finite weights, first of row {bad[0]:,}"
             )
 
-    def _known(self, rows: Rows) -> NDArray[np.float64] | None:
-        """Return weights that are known from the rows alone; ones where no weighter acts."""
+    def _known(self, batch: Mapping[str, Any]) -> NDArray[np.float64] | None:
+        """Return weights of rows [R] or tokens [R, T] that are known from the rows alone; ones if no weighter acts."""
         if self.weighter is None or not self._acts:
-            return np.ones(len(rows))
-        return check_static_weights(self.weighter, rows, self.columns)
+            return np.ones(len(batch[ROWS]))
+        known = check_static_weights(self.weighter, batch[ROWS], self.columns)
+        return known if known is None or known.ndim == 1 else self._padded(known, batch["labels"].shape[1])
+
+    def _padded(self, weights_RL: Floats, width: int) -> Floats:
+        """Return weights of the rows' own tokens as those of a padded micro-batch [R, width]."""
+        more = max(width - weights_RL.shape[1], 0)
+        if not self.pads_left:
+            return np.pad(weights_RL, ((0, 0), (0, more)))[:, :width]
+        raise UnsupportedError("weights of tokens need a tokenizer that pads on the right (padding_side)")
 
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
@@ -446,8 +465,13 @@ class Reweighter:
         sequences = Sequences(rows_B=rows)
         if weighter is None:
             return losses.loss_BT.new_ones(len(rows), 1), sequences, 1.0
-        if (known := self._known(rows)) is not None:
-            return checked(torch.from_numpy(known), weighter, losses, sequences), sequences, 1.0
+        if (known := self._known(batch)) is not None:
+            found = torch.from_numpy(known)
+            return checked(found if known.ndim == 1 else _of_next(found), weighter, losses, sequences), sequences, 1.0
+        of_tokens = None
+        if self._needs.token_weights is not None:
+            given = np.asarray(self.columns[self._needs.token_weights[1]][rows], dtype=np.float64)
+            of_tokens = _of_next(torch.from_numpy(self._padded(given, losses.loss_BT.shape[1]))).to(losses.loss_BT)
         if self.packed:
             sequences = document_sequences(document_ids(batch), losses.mask_BT, rows)
         embeddings = None
@@ -463,6 +487,7 @@ class Reweighter:
             reference_BT=reference,
             embeddings_BH=embeddings,
             columns=self.columns,
+            token_weights_BT=of_tokens,
         )
         equal = 1.0 / max(len(view.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
         return checked(weighter.weigh(view), weighter, losses, sequences), sequences, equal

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,9 +18,10 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from dataflex.config.mappings import shown
 from dataflex.errors import DataError
 from dataflex.method import Rows
-from dataflex.plan.domains import Domains
+from dataflex.plan.domains import WANTED_WEIGHTS, Domains, unusable_weight
 from dataflex.record.chosen import Origins
 from dataflex.signals.model_access import Corpus
 from dataflex.state import blake2b
@@ -93,6 +94,54 @@ def measure(dataset: Any) -> Measures:
         supervised=np.concatenate([empty, *supervised]),
         fingerprint=digest.hexdigest(),
     )
+
+
+class TokenColumn:
+    """Numbers of the tokens of each row, read when they are asked for; indexed by rows as a column is.
+
+    Args:
+        dataset: Rows with a column ``name`` of lists of numbers.
+        name: That column.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset, self._name = dataset.select_columns([name]).with_format("arrow"), name
+
+    def __getitem__(self, rows: Rows) -> NDArray[np.float32]:
+        """Return the numbers of rows [len(rows), most tokens of one], 0 beyond a row's own."""
+        lists = [np.asarray(each, dtype=np.float32) for each in self.lists(rows)]
+        found = np.zeros((len(rows), max(map(len, lists), default=0)), dtype=np.float32)
+        for place, numbers in enumerate(lists):
+            found[place, : len(numbers)] = numbers
+        return found
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def lists(self, rows: Rows) -> list[list[Any]]:
+        """Return the numbers of rows as they are in the data."""
+        found: list[list[Any]] = self._dataset[rows.tolist()].column(self._name).to_pylist()
+        return found
+
+    def take(self, rows: Rows) -> TokenColumn:
+        """Return the column of these rows alone."""
+        return TokenColumn(self._dataset.select(rows), self._name)
+
+    def refuse_unusable(self, key: str, lengths: NDArray[np.int64], place: Callable[[int], str]) -> None:
+        """Refuse weights that are not finite numbers of 0 or more, one for each token.
+
+        Raises:
+            DataError: There are such, with the ``place`` of the first row.
+        """
+        for first in range(0, len(self), _CHUNK_ROWS):
+            rows = np.arange(first, min(first + _CHUNK_ROWS, len(self)), dtype=np.int64)
+            for row, numbers in zip(rows.tolist(), self.lists(rows), strict=True):
+                if numbers is None or len(numbers) != lengths[row]:
+                    told = f"{'no' if numbers is None else len(numbers)} weights for {lengths[row]} tokens"
+                    raise DataError(f"{key}: {place(row)} has {told} in {self._name}; give one for each token")
+                bad = next((n for n in numbers if unusable_weight(n)), 0.0)
+                if bad != 0.0:
+                    raise DataError(f"{key}: {place(row)} has {shown(bad)} in {self._name}; {WANTED_WEIGHTS}")
 
 
 def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: str) -> str:

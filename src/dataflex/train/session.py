@@ -229,6 +229,7 @@ class Session:
             world=shape.world,
             packed=setup.packed,
             device=loop.device,
+            pads_left=getattr(loop.tokenizer, "padding_side", "right") == "left",
         )
         if not self.tells_losses:
             self._loss.missing = f"rows of stage {setup.stage} have no token losses"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView, Card, ReferenceParams, Requires, Weighter, WeighterParams, param
@@ -194,7 +194,7 @@ class SelectiveLanguageModelling(Weighter):
     """
 
     name = "slm"
-    by_token: ClassVar[bool] = True
+    by_token: bool = True
     card = Card(
         summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",
         paper="Rho-1: Not All Tokens Are What You Need, NeurIPS 2024, arXiv 2404.07965",

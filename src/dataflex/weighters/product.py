@@ -90,6 +90,8 @@ class Product(Weighter):
                     f"tokens that {by_token[0]} gives"
                 )
             needs = [(each.name, each.requires()) for each in factors]
+            if len({each.token_weights for _, each in needs if each.token_weights is not None}) > 1:
+                problems.append("of: one run reads weights of turns or tokens from one place, but two are named")
             references = {each.reference.folder: name for name, each in needs if each.reference is not None}
             if len(references) > 1:
                 problems.append(
@@ -149,7 +151,14 @@ class Product(Weighter):
         alike = {(factor.normalizer, factor.warmup(0)) for factor in self.factors}
         found = [factor.static_weights(rows, columns) for factor in self.factors] if len(alike) == 1 else [None]
         known = [weights for weights in found if weights is not None]
-        return np.prod(known, axis=0, dtype=np.float32) if len(known) == len(found) else None
+        if len(known) < len(found):
+            return None
+        if any(weights.ndim > 1 for weights in known):
+            known = [weights if weights.ndim > 1 else weights[:, None] for weights in known]
+        product = known[0]
+        for weights in known[1:]:
+            product = product * weights
+        return np.asarray(product, dtype=np.float32)
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return products [B], or [R, T] with a factor that weighs tokens (collective)."""
@@ -188,7 +197,7 @@ class Product(Weighter):
             return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "num_sequences" else equal
         from dataflex.plan.validate import check_static_weights, check_weights
 
-        known = check_static_weights(factor, batch.rows_B, batch.columns)
+        known = None if factor.requires().token_weights else check_static_weights(factor, batch.rows_B, batch.columns)
         found: torch.Tensor = factor.weigh(batch) if known is None else batch.loss_B.new_tensor(known)
         check_weights(factor, found, [tuple(batch.loss_B.shape), tuple(batch.loss_BT.shape)])
         return found.detach().to(batch.loss_B)

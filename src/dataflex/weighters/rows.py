@@ -12,53 +12,80 @@ from numpy.typing import NDArray
 from dataflex.errors import CheckpointError
 from dataflex.method import BatchView, Card, Context, Requires, Rows, Weighter, WeighterParams, param
 from dataflex.method import Params as BaseParams
-from dataflex.plan.domains import Floats
+from dataflex.plan.domains import WANTED_WEIGHTS, Floats
 from dataflex.plan.proportions import exponentiated
 
 if TYPE_CHECKING:
     import torch
 
 
-class Column(Weighter):
-    """Weigh each row by a numeric column of the data set.
+_NAMES = {"row": "sample_weight", "turn": "loss_weight", "token": "loss_weights"}
 
-    It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
+
+class Column(Weighter):
+    """Weigh each row, turn or token by a number of the data.
+
+    - ``level: row``: a numeric column of the data set.
+    - ``level: turn``: a key of the messages (formats sharegpt and openai), 1 where a message has none. The weight of a
+      message is that of the tokens it becomes, through template, ``cutoff_len``, packing and ``mask_history``; the end
+      of an answer belongs to the answer. Messages that are not trained on have no effect, whatever they weigh.
+    - ``level: token``: a column of a tokenized copy (``tokenized_path``) with a number for each token of ``input_ids``.
+
+    A weight of 0 trains nothing. It refuses to guess: a row without a weight, a negative one, or text in the column is
+    told before the first step.
     """
 
     name = "column"
     card = Card(
-        summary="Weighs each row by a numeric column of the data set.",
+        summary="Weighs each row, turn or token by a number of the data.",
         paper="baseline (importance weights)",
         cost="none",
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
-        column: str = param("sample_weight", "name of the column that holds the weights")
+        level: Literal["row", "turn", "token"] = param("row", "what has a weight of its own")
+        column: str | None = param(
+            None,
+            "name of the column, or of the messages' key, that holds the weights; null: sample_weight (row), "
+            "loss_weight (turn), loss_weights (token)",
+        )
         normalizer: Literal["weight_sum", "num_tokens"] = param(
             "weight_sum", "weight_sum: weighted mean, only ratios matter; num_tokens: size matters too"
         )
 
         def __post_init__(self) -> None:
-            if not self.column:
+            if self.column == "":
                 raise ValueError("column: must name a column of the data set")
 
     params: Params
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.normalizer = params.normalizer
+        self.normalizer, self.by_token = params.normalizer, params.level != "row"
+
+    @property
+    def _column(self) -> str:
+        return self.params.column or _NAMES[self.params.level]
 
     def requires(self) -> Requires:
-        return Requires(stages=("pt", "sft"), columns=(self.params.column,))
+        level = self.params.level
+        if level == "row":
+            return Requires(stages=("pt", "sft"), columns=(self._column,))
+        return Requires(stages=("sft",) if level == "turn" else ("pt", "sft"), token_weights=(level, self._column))
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
         """Return which values are no weights: missing, not finite, negative, or text."""
         weights = _weights(values)
-        return ~np.isfinite(weights) | (weights < 0), "weights must be finite numbers, 0 or more"
+        return ~np.isfinite(weights) | (weights < 0), WANTED_WEIGHTS
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        return _weights(columns[self.params.column][rows])
+        return _weights(columns[self._column][rows])
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return the weights of tokens, as a factor of a product [R, T]."""
+        assert batch.token_weights_BT is not None, "weights of rows are static"
+        return batch.token_weights_BT
 
 
 def _weights(values: NDArray[Any]) -> NDArray[np.float32]:

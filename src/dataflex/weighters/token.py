@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dataflex.errors import ComponentError, did_you_mean
 from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams, param
@@ -91,7 +91,7 @@ class TokenWeighter(Weighter):
     """
 
     name = "token"
-    by_token: ClassVar[bool] = True
+    by_token: bool = True
     card = Card(
         summary="Weighs each token by a function of its log-probability, the entropy and a reference model.",
         paper="On the Generalization of SFT (DFT), arXiv 2508.05629, and others",
@@ -176,7 +176,7 @@ class Focal(Weighter):
     """
 
     name = "focal"
-    by_token: ClassVar[bool] = True
+    by_token: bool = True
     card = Card(
         summary="Weighs each token by how unlikely it is to the model.",
         paper="Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002",

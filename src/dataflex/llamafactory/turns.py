@@ -1,0 +1,119 @@
+"""Weights that messages of the data carry, on the tokens that the messages became.
+
+Nothing of LLaMA-Factory's formats, templates, truncation and packing is repeated: a conversation is converted once more
+with the numbers of its messages as their contents, encoded once more with the numbers of its turns as their tokens, and
+packed once more with the weights as labels. Upstream names relied upon, each asserted by ``tests/upstream``:
+``get_dataset_converter`` of ``llamafactory.data.converter`` and what a converter makes of an example; the processors'
+``_encode_data_example``, ``preprocess_dataset`` and ``template``, whose ``encode_multiturn`` gives a pair of token ids
+for each turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+WEIGHTS = "dataflex_weights"
+"""Column of tokenized rows: the weight of each token."""
+_WEIGHT = "dataflex_weight"
+_IGNORE = -100
+
+
+class WeighedConverter:
+    """Converts an example as ``converter`` does and keeps the weights ``name`` of its messages, 1 where one has none."""
+
+    def __init__(self, converter: Any, name: str) -> None:
+        self.converter, self.name = converter, name
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return LLaMA-Factory's columns, with the weights in the messages."""
+        attr, made = self.converter.dataset_attr, self.converter(example)
+        messages = example.get(attr.messages) if attr.formatting in ("sharegpt", "openai") else None
+        weights = [1.0 if (given := each.get(self.name)) is None else given for each in messages or ()]
+        numbered = [{**each, attr.content_tag: str(k), "tool_calls": None} for k, each in enumerate(messages or ())]
+        marks = self.converter({**example, attr.messages: numbered}) if messages else made
+        for part in ("_prompt", "_response"):
+            for place, message in enumerate(made[part]):
+                # Several answers of tools become one message, whose last number stands for all of them.
+                number = marks[part][place]["content"].rsplit("\n", 1)[-1] if messages else ""
+                message[_WEIGHT] = float(weights[int(number)]) if messages else 1.0
+        return made
+
+
+class _Marked:
+    """A template that gives the numbers of messages, as negative ids, in the place of their tokens: -1, -2, ..."""
+
+    def __init__(self, template: Any, pairs: list[tuple[list[int], list[int]]]) -> None:
+        self._template, self._pairs = template, pairs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._template, name)
+
+    def encode_multiturn(self, *_: Any, **__: Any) -> list[tuple[list[int], list[int]]]:
+        return [([-2 * k - 1] * len(a), [-2 * k - 2] * len(b)) for k, (a, b) in enumerate(self._pairs)]
+
+
+class _Noted(_Marked):
+    """A template whose token ids are noted as it gives them."""
+
+    def encode_multiturn(self, *args: Any, **kwargs: Any) -> list[tuple[list[int], list[int]]]:
+        self._pairs[:] = self._template.encode_multiturn(*args, **kwargs)
+        return list(self._pairs)
+
+
+class WeighedProcessor:
+    """Tokenizes converted examples as ``processor`` does, and gives the weight of each token as ``WEIGHTS``."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def print_data_example(self, example: dict[str, Any]) -> None:
+        """Print an example as stock."""
+        self.processor.print_data_example(example)
+
+    def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Return LLaMA-Factory's columns and ``WEIGHTS``."""
+        encoded: list[tuple[list[int], list[int], list[float]]] = []
+
+        def encode(*args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
+            encoded.append(self._encode(*args, **kwargs))
+            return encoded[-1][:2]
+
+        made: dict[str, list[Any]] = self._processed(examples, encode)
+        again = iter(encoded)
+
+        def weigh(*_: Any, **__: Any) -> tuple[list[int], list[float]]:
+            ids, _labels, weights = next(again)
+            return ids, weights
+
+        packed = self._processed(examples, weigh)["labels"]
+        made[WEIGHTS] = [[0.0 if weight == _IGNORE else weight for weight in row] for row in packed]
+        return made
+
+    def _processed(self, examples: dict[str, list[Any]], encode: Callable[..., Any]) -> Any:
+        self.processor._encode_data_example = encode
+        try:
+            return self.processor.preprocess_dataset(examples)
+        finally:
+            del self.processor._encode_data_example
+
+    def _encode(self, **given: Any) -> tuple[list[int], list[int], list[float]]:
+        """Return tokens, labels and weights of one example."""
+        processor = self.processor
+        pairs: list[tuple[list[int], list[int]]] = []
+        encode, template = type(processor)._encode_data_example, processor.template
+        try:
+            processor.template = _Noted(template, pairs)
+            ids, labels = encode(processor, **given)
+            processor.template = _Marked(template, pairs)
+            marks, _ = encode(processor, **given)
+        finally:
+            processor.template = template
+        of_message = [message[_WEIGHT] for message in given["prompt"] + given["response"]]
+        weights, number = [], 0
+        for mark, label in zip(marks, labels, strict=True):
+            number = -mark - 1 if mark < 0 else number  # tokens of no message belong to that before them
+            # What is supervised of a prompt that is not trained on is the end of the answer before it.
+            ends = number % 2 == 0 and label != _IGNORE and not processor.data_args.train_on_prompt
+            weights.append(of_message[max(number - ends, 0)])
+        return ids, labels, weights
