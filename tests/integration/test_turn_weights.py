@@ -68,10 +68,7 @@ def expected(tokenizer, ids, labels):
 
 CASES = {
     "plain": {},
-    "cut": {"cutoff_len": 24},
-    "history masked": {"mask_history": True},
     "history masked and cut": {"mask_history": True, "cutoff_len": 20},
-    "packed": {"packing": True},
     "neatly packed": {"neat_packing": True},
     "openai": {"formatting": "openai"},
     "several processes": {"preprocessing_num_workers": 2},
@@ -86,7 +83,8 @@ def test_weights_follow_their_tokens(run, tmp_path, seen, tiny_model, case):
     rows = [conversation(rng, 1 + i % 4) for i in range(24)]
     changes = dict(CASES[case])
     data = store(tmp_path / "data", rows, changes.pop("formatting", "sharegpt"))
-    outcome = run("a", **data, **changes, dynamic=OF_TURNS, max_steps=3, learning_rate=0.0, gradient_accumulation_steps=2)
+    settings = {"max_steps": 3, "learning_rate": 0.0, "gradient_accumulation_steps": 2}
+    outcome = run("a", **data, **changes, **settings, dynamic=OF_TURNS)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     told = []
     for ids, labels, weights, losses in seen:
