@@ -20,7 +20,7 @@ _IGNORE = -100
 
 
 class WeighedConverter:
-    """Converts an example as ``converter`` does and keeps the weights ``name`` of its messages, 1 where one has none."""
+    """Converts an example as ``converter`` does and keeps its messages' weights ``name``, 1 where one has none."""
 
     def __init__(self, converter: Any, name: str) -> None:
         self.converter, self.name = converter, name
