@@ -383,7 +383,10 @@ def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Sou
 def _turn_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> Iterator[str]:
     """Yield that messages have no weights, or the first that cannot be used, where local JSON Lines show it."""
     asked = dynamic.requires.token_weights
-    if asked is None or asked[0] != "turn" or lf.tokenized_path:
+    if asked is None or asked[0] != "turn" or lf.bare_copy:
+        return
+    if lf.tokenized_path:
+        yield f"tokenized_path: a tokenized copy does not keep the {asked[1]!r} of messages; remove it"
         return
     name, found = asked[1], [turn_weights(source, asked[1]) for source in sources]
     yield from (f"dynamic.weighter: {told}" for _, told in found if told)

@@ -484,7 +484,7 @@ def turn_weights(source: Source, name: str) -> tuple[bool | None, str]:
     if source.path is None:
         return None, ""
     there = False
-    for file in _files(source.path):
+    for file in files_of(source.path):
         if file.suffix.lower() != ".jsonl" or file.stat().st_size > _MOST_READ_BYTES:
             return None, ""
         for number, line in enumerate(_lines(file), start=1):
