@@ -61,7 +61,10 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a torch tensor of floating point, [B] by sequence or [R, T] by token",
         lambda value: all(hasattr(value, name) for name in ("detach", "dtype", "device")),
     ),
-    "static_weights": ("an array of one number per row, or None", lambda value: value is None or _numeric(value)),
+    "static_weights": (  # its shape is checked beside the rows
+        "an array of one number per row, or None",
+        lambda value: value is None or _numeric(value.reshape(-1) if isinstance(value, np.ndarray) else value),
+    ),
     "loss_weights": ("an array of one number per domain", lambda value: _numeric(np.asarray(value))),
     "sort_keys": ("an array of one number per row", _numeric),
     "ranks": (

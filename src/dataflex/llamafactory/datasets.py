@@ -98,16 +98,14 @@ class DataLoading:
             measures = copied.measures
         else:
             measures = train.measures() if served else measure(train)
-        found: dict[str, Any] = {name: columns[name] for name in config.columns}
-        if of_tokens is not None and config.requires.token_weights is not None:
-            found[config.requires.token_weights[1]] = of_tokens
         space = RowSpace(
             dataset=train,
             sources=sources,
             domains=self._domains(columns, Corpus(dataset=train, lengths=measures.lengths)),
             supervised=measures.supervised,
             fingerprint=fingerprint(sources, self._source_of, measures.fingerprint),
-            columns=found,
+            columns={name: columns[name] for name in config.columns},
+            token_weights=of_tokens,
             targets=targets,
             leaks=leaks,
             origins=origins,

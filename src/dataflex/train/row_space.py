@@ -196,6 +196,7 @@ class RowSpace:
     supervised: NDArray[np.int64]  # supervised tokens of each row [N]
     fingerprint: str  # identity of the whole
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # raw columns that methods asked for, each [N]
+    token_weights: TokenColumn | None = None  # weights of tokens that the data gives, where a method asked for them
     targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
     leaks: Mapping[str, Leak] = field(default_factory=dict)  # target rows that also lie in the training pool, by target
     origins: Origins | None = None  # where the rows come from; None: their domains are all that is known

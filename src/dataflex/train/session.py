@@ -220,10 +220,13 @@ class Session:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
         self._writes = comm.rank() == 0 if loop.writes is None else loop.writes
+        given: dict[str, Any] = dict(space.columns)
+        if space.token_weights is not None and config.requires.token_weights is not None:
+            given[config.requires.token_weights[1]] = space.token_weights
         self._loss = Reweighter(
             self.weighter,
             self._told_mixer,
-            columns=space.columns,
+            columns=given,
             domains=space.domains,
             over_ranks=loop.counts_over_ranks,
             world=shape.world,
