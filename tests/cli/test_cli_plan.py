@@ -64,7 +64,7 @@ Configuration
       replacement: false
     mixer: null
     orderer: null
-    weighter: {name: column, warmup_steps: 10, column: w, normalizer: weight_sum}
+    weighter: {name: column, warmup_steps: 10, level: row, column: w, normalizer: weight_sum}
     warmup_steps: 10
     interval_steps: 15
     candidate_batches: null
