@@ -70,9 +70,13 @@ class Identity:
         """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
         mine, before = self.described, _compared(saved)
         lines: dict[str, list[str]] = {"refused": [], "told": [], "rows": [], "batch": []}
+        block = "dynamic.warmup_steps"
+        warmup = before.get(block), mine["settings"][block]
         for key, now in _compared(mine).items():
             change = ON_RESUME[key]
             for path, was, is_now in _leaves(before.get(key), now, self._named(key)):
+                if key == "dynamic.weighter" and path.endswith(".warmup_steps") and (was, is_now) == warmup:
+                    continue  # a weighter has the block's, whose change is told
                 line = f"{path} changed ({_said(was)} -> {_said(is_now)})"
                 lines[change.kind].append(f"{line}: {change.note}" if change.note else line)
         refused, told = lines["refused"], lines["told"]
