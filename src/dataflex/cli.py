@@ -1,4 +1,4 @@
-"""The command line: ``dataflex train | plan | methods | score | query | select | mix | rows | report | version``.
+"""The command line: ``dataflex train | plan | methods | score | query | select | eval | mix | rows | report | ...``.
 
 Each command imports what it needs when it is called. Exit codes: 2 for a mistake of the user's and a refused write,
 told in plain lines on stderr; 143 for SIGTERM; 1 for a run that fails otherwise (a defect of ours keeps its trace)
@@ -34,6 +34,7 @@ _EXAMPLES = {
     "score": "dataflex score run.yaml --method less,loss --out scores.parquet less.precondition=none",
     "query": "dataflex query index --target gsm8k_valid --out scores.parquet",
     "select": "dataflex select scores.parquet --score less --budget 0.1 --out subset.jsonl",
+    "eval": "dataflex eval saves/run --data gsm8k_valid --choices mmlu.jsonl template=llama3",
     "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
     "rows": """dataflex rows saves/run2 --most --where 'domain == "gsm8k" and times_served > 3' --text""",
     "report": "dataflex report saves/run2 saves/plain --out report",
@@ -122,7 +123,7 @@ def _run(arguments: list[str]) -> int:
             options = parser.parse_args([command, *rest])
         except SystemExit:  # argparse has printed the help
             return 0
-        if command in ("score", "query"):
+        if command in ("score", "query", "eval"):
             options.arguments = rest
         told = options.handler(options)
     if isinstance(told, int):
@@ -171,6 +172,10 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     query = _calls("dataflex.commands.score", "query")
     _add_query(add("query", "Score the rows of an index towards new targets, without a pass over them.", query, _QUERY))
     _add_select(add("select", "Write the subset of a data set that scores ask for.", select, _SELECT))
+    evaluate = _calls("dataflex.commands.score", "evaluate")
+    _add_eval(
+        add("eval", "Held-out loss and perplexity of a model, and multiple choice by likelihood.", evaluate, _EVAL)
+    )
     mix = add("mix", "Find proportions of domains before the large run, step by step.", lambda _: mix.format_help())
     if steps_of_mix:
         from dataflex.commands.mix import add_mix_steps
@@ -203,6 +208,11 @@ _QUERY = (
     "\n\nDIR is what 'dataflex score --method less --index DIR' wrote. Targets are data sets of dataset_info.json;\n"
     "key=value changes a key that the index was made with, as in dataset_dir=other. A target's gradients, and exact\n"
     "scores of a sample of the rows, are the only passes."
+)
+_EVAL = (
+    "\n\nMODEL is a model's folder or hub id, an adapter's folder, or a LLaMA-Factory configuration that names one of\n"
+    'them. FILE holds a question a line: {"question": ..., "choices": [...], "answer": 0, "subject": ...}; a .csv is\n'
+    "a table of MMLU's. FORCE_TORCHRUN=1 and NPROC_PER_NODE work as for 'train'."
 )
 _ROWS = (
     "\n\nCOND compares columns of the table (docs/report.md): 'domain == \"code\" and (score > 2 or weight < 0.1)';\n"
@@ -250,6 +260,18 @@ def _add_select(command: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, metavar="FILE", help=told)
     add("--overwrite", action="store_true", help="replace what no earlier subset wrote")
     _add_overrides(command, "parameters of the rule")
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", metavar="MODEL", help="folder or hub id of a model, folder of an adapter, or a configuration")
+    add("--data", metavar="NAME[,NAME]", help="held-out data sets (default: eval_dataset of a configuration)")
+    add("--choices", metavar="FILE[,FILE]", help="files of questions with choices, one of them right")
+    add("--length", default="mean", metavar="KIND", help="choices are compared by the mean (default) or sum of tokens")
+    add("--mix", metavar="NAME=SHARE,...", help="also the loss under these shares of domains")
+    add("--json", dest="as_json", action="store_true", help="print JSON")
+    add("--out", type=Path, metavar="FILE", help="also write the JSON here")
+    _add_overrides(command, "LLaMA-Factory's keys, such as template=llama3 or dataset_dir=data")
 
 
 def _add_rows(command: argparse.ArgumentParser) -> None:

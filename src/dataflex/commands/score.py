@@ -1,16 +1,20 @@
-"""``dataflex score`` and ``query``: start what a request describes."""
+"""``dataflex score``, ``query`` and ``eval``: start what a request describes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dataflex.config.args import data_set_names
 from dataflex.console import show_log
 from dataflex.ending import release_groups
-from dataflex.errors import UnsupportedError
+from dataflex.errors import DataError, UnsupportedError
+from dataflex.offline.evaluation import as_text, eval_request, evaluated
 from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
+from dataflex.state import refusals, write_json
 
 
 def score(*, methods: str, arguments: list[str], **options: Any) -> str | int:
@@ -41,6 +45,32 @@ def query(*, index: Path, arguments: list[str], **options: Any) -> str | int:
 
     show_log()
     told = run_query(request)
+    release_groups()
+    return told
+
+
+def evaluate(
+    *, model: str, overrides: list[str], out: Path | None, as_json: bool, arguments: list[str], **options: Any
+) -> str | int:
+    """Evaluate a model; ``options`` as ``eval_request`` takes them. Print tables, or JSON, and write it to ``out``."""
+    with TemporaryDirectory(prefix="dataflex-eval-") as work:
+        request = eval_request(model, overrides, work=Path(work), out=out, **options)
+        ended = _elsewhere("eval", arguments)
+        if ended is not None:
+            return ended
+        from dataflex import comm
+        from dataflex.offline.scoring import scored_table
+
+        show_log()
+        found = evaluated(request, scored_table(request.score)[1])
+        told = ""
+        if comm.rank() == 0:
+            if out is not None:
+                with refusals(out, DataError, key="--out"):
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(out, found)
+            told = json.dumps(found, indent=1) if as_json else as_text(found)
+        comm.barrier()
     release_groups()
     return told
 

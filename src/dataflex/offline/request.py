@@ -182,7 +182,7 @@ class ScoreRequest:
 
 
 def score_request(
-    data: str,
+    data: str | Mapping[str, Any],
     overrides: Sequence[str],
     *,
     methods: Sequence[str],
@@ -196,7 +196,7 @@ def score_request(
     """Read and check what ``dataflex score`` is asked for; ``ConfigError`` with all problems.
 
     Args:
-        data: A LLaMA-Factory YAML or JSON file, or the names of data sets.
+        data: A LLaMA-Factory YAML or JSON file, the names of data sets, or a mapping as such a file holds it.
         overrides: ``key=value`` texts; ``METHOD.key=value`` sets a method's parameter.
         methods: Names of selectors.
         out: The parquet file to write.
@@ -213,9 +213,11 @@ def score_request(
         method, dot, _ = text.partition("=")[0].partition(".")
         if dot and method in names("selector"):
             problems.append(f"{text}: {method} is not among the methods asked for ({', '.join(methods)})")
-    is_file = data.lower().endswith(ENDINGS)
-    base_dir = Path(data).absolute().parent if is_file else Path.cwd()
-    mapping = load_mapping(data, theirs) if is_file else merged({"dataset": data}, theirs)
+    base_dir = Path.cwd()
+    if isinstance(data, str) and data.lower().endswith(ENDINGS):
+        base_dir, mapping = Path(data).absolute().parent, load_mapping(data, theirs)
+    else:
+        mapping = merged({"dataset": data} if isinstance(data, str) else data, theirs)
     given = merged({}, ours)
     lf, config = _parts(mapping, base_dir, problems)
     indexes = index is not None

@@ -247,9 +247,7 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:
 
 def run_score(request: ScoreRequest) -> str:
     """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks)."""
-    scored, _, table = run_workflow(
-        request, type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request}), Scored
-    )
+    scored, table = scored_table(request)
     lines = []
     if comm.rank() == 0:
         write_scores(request.out, table)
@@ -258,6 +256,13 @@ def run_score(request: ScoreRequest) -> str:
         lines += [column.tell() for column in scored.columns]
     comm.barrier()
     return "\n".join(lines)
+
+
+def scored_table(request: ScoreRequest) -> tuple[Scored, ScoreTable]:
+    """Score on this rank; columns and table are equal on every rank (collective)."""
+    mixin = type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request})
+    scored, _, table = run_workflow(request, mixin, Scored)
+    return scored, table
 
 
 S = TypeVar("S", bound=Scored)

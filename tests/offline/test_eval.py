@@ -1,0 +1,205 @@
+"""``dataflex eval``: against single rows under plain transformers, on an adapter; what it reads and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataflex.errors import ConfigError
+from dataflex.offline.choices import Question, as_rows, outcomes, read_questions, summary
+from dataflex.offline.evaluation import eval_request
+from tests.offline.conftest import rows_of
+from tests.offline.test_score import start
+
+QUESTIONS = [
+    {"question": row["instruction"], "choices": [other["output"] for other in rows_of(3 + i % 2, seed=40 + i)]}
+    | {"answer": "ABC"[i % 3] if i % 2 else i % 3}
+    | {"subject": "odd" if i % 2 else "even"}
+    for i, row in enumerate(rows_of(5, seed=30))
+]
+
+
+@pytest.fixture
+def held(scoring, monkeypatch):
+    monkeypatch.chdir(scoring.folder)
+    for name, count, seed in (("web", 7, 11), ("code", 4, 12)):
+        rows = rows_of(count, seed=seed)
+        scoring.write(name, [{**row, "source": "a" if row["id"] % 2 else "b"} for row in rows])
+    (scoring.folder / "q.jsonl").write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
+    return scoring
+
+
+def slow(model, tokenizer, prompt, answer):
+    """Sum of losses of the answer and its end, and their number, under the template 'default'."""
+    import torch
+
+    head = tokenizer(f"Human: {prompt}\nAssistant:", add_special_tokens=False)["input_ids"]
+    tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*head, *tail]])).logits[0].double().log_softmax(-1)
+    return -float(sum(logits[len(head) - 1 + i, token] for i, token in enumerate(tail))), len(tail)
+
+
+def test_an_adapter_against_single_rows(held, tiny_model, capsys):
+    """Losses by set and mix, and choices by either length, from an adapter whose base model is beside it."""
+    import shutil
+
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(tiny_model, held.folder / "saves/base")
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, torch_dtype=torch.float32)
+    made = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    for name, value in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    made.peft_config["default"].base_model_name_or_path = "base"
+    made.save_pretrained(held.folder / "saves/adapter")
+
+    command = ["eval", "saves/adapter", "--data", "web,code", "--choices", "q.jsonl", "--mix", "code=3,web=1"]
+    command += [f"dataset_dir={held.data}", "template=default", "cutoff_len=64", "--out", "out/e.json"]
+    assert held.run(*command) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(Path("out/e.json").read_text())
+    assert not [path for path in held.folder.iterdir() if "work" in path.name]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, torch_dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, held.folder / "saves/adapter").eval()
+    sums = {}
+    for name, count, seed in (("web", 7, 11), ("code", 4, 12)):
+        sums[name] = np.sum(
+            [slow(model, tokenizer, r["instruction"], r["output"]) for r in rows_of(count, seed)], axis=0
+        )
+        mean = sums[name][0] / sums[name][1]
+        told = found["data"]["sets"][name]
+        assert (told["rows"], told["tokens"]) == (count, sums[name][1])
+        assert told["loss"] == pytest.approx(mean, rel=1e-5)
+        assert told["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    means = {name: value[0] / value[1] for name, value in sums.items()}
+    total = sums["web"] + sums["code"]
+    data = found["data"]
+    assert data["micro"]["loss"] == pytest.approx(total[0] / total[1], rel=1e-5)
+    assert data["macro"]["loss"] == pytest.approx((means["web"] + means["code"]) / 2, rel=1e-5)
+    assert data["mix"]["loss"] == pytest.approx(0.25 * means["web"] + 0.75 * means["code"], rel=1e-5)
+
+    right, margins, bits = [], [], []
+    for question in QUESTIONS:
+        pairs = [slow(model, tokenizer, question["question"], choice) for choice in question["choices"]]
+        values = [-loss / count for loss, count in pairs]
+        answer = question["answer"] if isinstance(question["answer"], int) else "ABC".index(question["answer"])
+        right.append(max(range(len(values)), key=values.__getitem__) == answer)
+        margins.append(values[answer] - max(v for i, v in enumerate(values) if i != answer))
+        bits.append(pairs[answer][0] / math.log(2) / len(question["choices"][answer].encode()))
+    (told,) = found["choices"]
+    assert (told["questions"], told["left_out"]) == (5, 0)
+    assert told["accuracy"] == pytest.approx(np.mean(right))
+    assert told["margin"] == pytest.approx(np.mean(margins), rel=1e-4)
+    assert told["bits_per_byte"] == pytest.approx(np.mean(bits), rel=1e-5)
+    assert told["subjects"]["odd"]["margin"] == pytest.approx((margins[1] + margins[3]) / 2, rel=1e-4)
+    for text in ("with the adapter saves/adapter", "mix (code 75.0 %, web 25.0 %)", "macro (of 2 subjects)"):
+        assert text in printed
+
+
+def test_domains_and_questions_that_were_cut(held, tiny_model, capsys):
+    """A configuration names model and sets; domains are a column's; a choice beyond cutoff_len is not compared."""
+    long = {"question": "one", "choices": ["two " * 80, "two"], "answer": 1}
+    Path("long.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (*QUESTIONS[:2], long)))
+    config = held.config(eval_dataset="web,code", dynamic={"domain_column": "source", "selector": "loss"})
+    assert held.run("eval", config, "--choices", "long.jsonl", "--length", "sum", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["data"]["sets"]) == ["web", "code"]
+    domains = found["data"]["domains"]
+    assert sorted(domains) == ["a", "b"]
+    assert found["data"]["macro"]["loss"] == pytest.approx((domains["a"]["loss"] + domains["b"]["loss"]) / 2)
+    assert (found["choices"][0]["questions"], found["choices"][0]["left_out"]) == (2, 1)
+    assert held.run("eval", config, "--mix", "c=1") == 2
+    assert "--mix: c: no such domain (domains: b, a)" in capsys.readouterr().err
+
+
+@pytest.mark.gloo
+def test_two_ranks_print_what_one_prints(held):
+    command = ["eval", held.config(eval_dataset="web"), "--choices", "q.jsonl", "--json", "--out"]
+    assert held.run(*command, "one.json") == 0
+    process = start([*command, "two.json"], FORCE_TORCHRUN="1", NPROC_PER_NODE="2", ACCELERATE_TORCH_DEVICE="cpu")
+    output = process.communicate(timeout=150)[0]
+    assert process.returncode == 0, output
+    one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["data"]["micro"]["loss"] == pytest.approx(one["data"]["micro"]["loss"], rel=1e-6)
+    assert two["choices"][0]["margin"] == pytest.approx(one["choices"][0]["margin"], rel=1e-4)
+
+
+def test_ties_lengths_and_means():
+    """Numbers by hand: a tie of the two best counts half; a choice without a loss leaves its question out."""
+    one = Question(text="q", choices=("ab", "cd", "ef"), answer=1, subject="s")
+    two = Question(text="q", choices=("a", "b"), answer=0, subject="t")
+    losses, tokens = np.array([1.0, 1.0, 2.0, 3.0, np.nan]), np.array([4, 2, 2, 1, 1])
+    by_mean, by_sum = (outcomes([one, two], losses, tokens, length) for length in ("mean", "sum"))
+    np.testing.assert_allclose(by_mean[0], [0.5, 0.0, 2 / math.log(2) / 2])
+    np.testing.assert_allclose(by_sum[0], [1.0, 2.0, 2 / math.log(2) / 2])
+    assert np.isnan(by_mean[1]).all()
+    told = summary([one, two], by_mean)
+    assert (told["questions"], told["left_out"], told["accuracy"], list(told["subjects"])) == (1, 1, 0.5, ["s"])
+    assert [row["output"] for row in as_rows([one, two])] == ["ab", "cd", "ef", "a", "b"]
+
+
+def test_files_of_questions(tmp_path):
+    problems: list[str] = []
+    table = tmp_path / "abstract_algebra_test.csv"
+    table.write_text('"What, then?",1,2,3,4,C\n')
+    (question,) = read_questions(table, problems)
+    assert question == Question(text="What, then?", choices=("1", "2", "3", "4"), answer=2, subject="abstract_algebra")
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "line 2: is no JSON"),
+        ("[1]", "line 2: expected an object"),
+        ('{"question": "q", "choices": ["a", "b"]}', "line 2: has no answer"),
+        ('{"question": "", "choices": ["a", "b"], "answer": 0}', "line 2: question: expected a text"),
+        ('{"question": "q", "choices": ["a"], "answer": 0}', "line 2: choices: expected a list of two or more texts"),
+        ('{"question": "q", "choices": ["a", " "], "answer": 0}', "line 2: choices: expected texts"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', "line 2: answer: expected an index from 0 to 1"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": "C"}', "a letter from A to B, found 'C'"),
+    ],
+)
+def test_bad_lines(tmp_path, line, told):
+    path, problems = tmp_path / "q.jsonl", []
+    path.write_text(f"{json.dumps(QUESTIONS[0])}\n{line}\n")
+    assert len(read_questions(path, problems)) == 1
+    (problem,) = problems
+    assert problem.startswith(f"--choices: {path}, ")
+    assert told in problem
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "told"),
+    [
+        ("MODEL", {}, "--data: name data sets"),
+        ("MODEL", {"data": "wep"}, "--data: 'wep' is not defined"),
+        ("MODEL", {"data": "wep", "choices": "q.jsonl"}, "did you mean 'web'?"),
+        ("MODEL", {"data": "web", "mix": "wep=1"}, "--mix: wep: no such domain; did you mean 'web'?"),
+        ("MODEL", {"data": "web", "length": "means"}, "--length: 'means'; did you mean 'mean'?"),
+        ("MODEL", {"choices": "none.jsonl"}, "--choices: none.jsonl cannot be read: No such file"),
+        ("empty", {"data": "web"}, "MODEL: empty is neither a model (config.json) nor an adapter"),
+        ("./gone", {"data": "web"}, "MODEL: no such folder: gone"),
+        ("lost", {"data": "web"}, "the base model of the adapter lost is '../gone/model'"),
+    ],
+)
+def test_what_is_refused(held, tiny_model, tmp_path_factory, model, options, told):
+    Path("empty").mkdir()
+    Path("lost").mkdir()
+    Path("lost/adapter_config.json").write_text('{"base_model_name_or_path": "../gone/model", "peft_type": "LORA"}')
+    work = tmp_path_factory.mktemp("work")
+    model = str(tiny_model) if model == "MODEL" else model
+    with pytest.raises(ConfigError) as caught:
+        eval_request(model, [f"dataset_dir={held.data}"], work=work, **options)
+    assert told in str(caught.value)
