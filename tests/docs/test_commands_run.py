@@ -28,6 +28,7 @@ from tests.config.keys import user_keys
 from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
 from tests.record.synthetic import SELECTION, simulate, space_of
 
+EVAL = "tests/offline/test_eval.py"
 SWARM = "tests/mixing/test_mix_commands.py"
 ELSEWHERE = {
     "query runs/offline/index --target gsm8k_valid general_valid --out runs/offline/query.parquet": (
@@ -36,6 +37,11 @@ ELSEWHERE = {
     'rows runs/demo/dynamic --where chosen and domain != "noise_gsm8k" --export runs/demo/clean.jsonl': (
         "tests/cli/test_rows.py"
     ),
+    "eval examples/models/base-4m --data gsm8k_test,general_valid --choices runs/offline/choices.jsonl --mix "
+    "gsm8k_test=3,general_valid=1 --out runs/offline/base.json dataset_dir=examples/data template=default": EVAL,
+    "eval runs/offline/adapter --data gsm8k_test --choices runs/offline/choices.jsonl dataset_dir=examples/data "
+    "template=default": EVAL,
+    "eval examples/demo_static.yaml adapter_name_or_path=runs/offline/adapter": EVAL,
     "mix swarm small.yaml --runs 24 --out swarm --run": "tests/mixing/test_real_swarm.py",
     "mix fit swarm": SWARM,
     "mix propose swarm --budget 2000000 --max-epochs 4 --out mixture.json": SWARM,

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,6 +105,8 @@ def eval_request(
             problems += error.problems
     if out is not None and out.is_dir():
         problems.append(f"--out: {out} is a folder")
+    for key in ("eval_dataset", "val_size"):
+        mapping.pop(key, None)
     mapping["dataset"] = ",".join(names)
     column = by.get("domain_column")
     own = ""
@@ -118,6 +120,9 @@ def eval_request(
         raise ConfigError(dict.fromkeys([*problems, *more])) from error
     if problems:
         raise ConfigError(problems)
+    # Ranks write to folders of their own, so that no pass is kept there to go on with.
+    config = replace(score.config, signals=replace(score.config.signals, store=None))
+    score = replace(score, config=config)
     return EvalRequest(score=score, files=files, choices=own, length=cast(Length, length), mix=shares)
 
 
