@@ -1,6 +1,6 @@
 """Turns rows of questions and answers into questions with four choices, for ``dataflex eval --choices``.
 
-The choices of a question are its answer and those of the rows beside it; the right one is in turn the first to the last.
+The choices of a question are its answer and those of the rows beside it, the right one at each place in turn.
 By hand: python examples/choices.py ROWS.jsonl CHOICES.jsonl
 """
 

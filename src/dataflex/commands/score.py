@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,7 +64,8 @@ def evaluate(
         from dataflex.offline.scoring import scored_table
 
         show_log()
-        found = evaluated(request, scored_table(request.score)[1])
+        with redirect_stdout(sys.stderr):  # LLaMA-Factory prints an example, and stdout is for what was asked
+            found = evaluated(request, scored_table(request.score)[1])
         told = ""
         if comm.rank() == 0:
             if out is not None:
