@@ -145,8 +145,8 @@ def _loads(model: str, given: Mapping[str, Any], problems: list[str]) -> dict[st
     told = folder / "adapter_config.json"
     if not told.is_file():
         problems += _model_problems(model, folder)
-        kind = {} if given.get("adapter_name_or_path") else {"finetuning_type": "full"}
-        return {"model_name_or_path": str(folder) if folder.is_dir() else model, **kind}
+        whole = {} if given.get("adapter_name_or_path") else {"finetuning_type": "full"}
+        return {"model_name_or_path": str(folder) if folder.is_dir() else model, **whole}
     try:
         config = json.loads(told.read_text(encoding="utf-8"))
         base, kind = config.get("base_model_name_or_path"), str(config.get("peft_type"))
@@ -351,7 +351,9 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 def _choices_lines(found: Mapping[str, Any]) -> list[str]:
     unit = "nats per token" if found["length"] == "mean" else "nats"
-    rows = [(found["file"], "questions", "accuracy", "chance", f"margin ({unit})", "bits per byte")]
+    rows: list[tuple[str, ...]] = [
+        (found["file"], "questions", "accuracy", "chance", f"margin ({unit})", "bits per byte")
+    ]
 
     def add(name: str, values: Mapping[str, Any]) -> None:
         shares = [percent(values[key]) for key in ("accuracy", "chance")]
