@@ -158,7 +158,9 @@ def summary(questions: Sequence[Question], results: NDArray[np.float64]) -> dict
         return {"questions": 0, "left_out": len(questions)}
     found: dict[str, Any] = {**means(kept), "left_out": int((~kept).sum())}
     if any(subjects):
-        by = {name: means(np.logical_and(kept, subjects == name)) for name in dict.fromkeys(subjects[kept])}
+        by = {
+            name: means(kept & np.asarray(subjects == name, dtype=np.bool_)) for name in dict.fromkeys(subjects[kept])
+        }
         keys = ("accuracy", "margin", "bits_per_byte", "chance")
         found["subjects"] = {name or "(none)": values for name, values in by.items()}
         found["macro"] = {key: float(np.mean([values[key] for values in by.values()])) for key in keys}
