@@ -145,7 +145,7 @@ def outcomes(questions: Sequence[Question], loss: NDArray[Any], tokens: NDArray[
 
 def summary(questions: Sequence[Question], results: NDArray[np.float64]) -> dict[str, Any]:
     """Return means over questions, and over subjects where there are any; questions that are NaN are left out."""
-    kept = np.isfinite(results).all(axis=1)
+    kept = np.isfinite(results[:, 0])
     chances = np.array([1 / len(question.choices) for question in questions])
     subjects = np.array([question.subject or "" for question in questions], dtype=object)
 
@@ -158,9 +158,7 @@ def summary(questions: Sequence[Question], results: NDArray[np.float64]) -> dict
         return {"questions": 0, "left_out": len(questions)}
     found: dict[str, Any] = {**means(kept), "left_out": int((~kept).sum())}
     if any(subjects):
-        by = {
-            name: means(kept & np.asarray(subjects == name, dtype=np.bool_)) for name in dict.fromkeys(subjects[kept])
-        }
+        by = {name: means(kept & (subjects == name)) for name in dict.fromkeys(subjects[kept])}
         keys = ("accuracy", "margin", "bits_per_byte", "chance")
         found["subjects"] = {name or "(none)": values for name, values in by.items()}
         found["macro"] = {key: float(np.mean([values[key] for values in by.values()])) for key in keys}
