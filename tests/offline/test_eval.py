@@ -37,8 +37,12 @@ def slow(model, tokenizer, prompt, answer):
     """Sum of losses of the answer and its end, and their number, under the template 'default'."""
     import torch
 
-    head = tokenizer(f"Human: {prompt}\nAssistant:", add_special_tokens=False)["input_ids"]
-    tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    def tokens(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    end = [tokenizer.eos_token_id]
+    head = tokens(f"Human: {prompt}") + end + tokens("\nAssistant:")
+    tail = tokens(answer) + end + tokens("\n")
     with torch.no_grad():
         logits = model(torch.tensor([[*head, *tail]])).logits[0].double().log_softmax(-1)
     return -float(sum(logits[len(head) - 1 + i, token] for i, token in enumerate(tail))), len(tail)
@@ -59,8 +63,9 @@ def test_an_adapter_against_single_rows(held, tiny_model, capsys):
     for name, value in made.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
-    made.peft_config["default"].base_model_name_or_path = "base"
     made.save_pretrained(held.folder / "saves/adapter")
+    config = Path("saves/adapter/adapter_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "base"}))
 
     command = ["eval", "saves/adapter", "--data", "web,code", "--choices", "q.jsonl", "--mix", "code=3,web=1"]
     command += [f"dataset_dir={held.data}", "template=default", "cutoff_len=64", "--out", "out/e.json"]
