@@ -49,7 +49,7 @@ def slow(model, tokenizer, prompt, answer):
 
 
 def test_an_adapter_against_single_rows(held, tiny_model, capsys):
-    """Losses by set and mix, and choices by either length, from an adapter whose base model is beside it."""
+    """Losses by set and mix, and choices, of an adapter whose base model is beside it."""
     import shutil
 
     import torch

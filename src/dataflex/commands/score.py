@@ -57,14 +57,15 @@ def evaluate(
     """Evaluate a model; ``options`` as ``eval_request`` takes them. Print tables, or JSON, and write it to ``out``."""
     with TemporaryDirectory(prefix="dataflex-eval-") as work:
         request = eval_request(model, overrides, work=Path(work), out=out, **options)
-        ended = _elsewhere("eval", arguments)
-        if ended is not None:
-            return ended
-        from dataflex import comm
-        from dataflex.offline.scoring import scored_table
+        # LLaMA-Factory prints an example and logs to the stdout that it finds; here stdout is for what was asked.
+        with redirect_stdout(sys.stderr):
+            ended = _elsewhere("eval", arguments)
+            if ended is not None:
+                return ended
+            from dataflex import comm
+            from dataflex.offline.scoring import scored_table
 
-        show_log()
-        with redirect_stdout(sys.stderr):  # LLaMA-Factory prints an example, and stdout is for what was asked
+            show_log()
             found = evaluated(request, scored_table(request.score)[1])
         told = ""
         if comm.rank() == 0:

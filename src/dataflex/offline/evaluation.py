@@ -336,7 +336,9 @@ def as_text(found: Mapping[str, Any]) -> str:
         parts = {**data["sets"]}
         if list(data["domains"]) != list(parts):
             parts.update({f"domain {name}": values for name, values in data["domains"].items()})
-        parts.update({"micro (all tokens)": data["micro"], f"macro (of {len(data['domains'])} domains)": data["macro"]})
+        if len(parts) > 1:
+            parts["micro (all tokens)"] = data["micro"]
+            parts[f"macro (of {len(data['domains'])} domains)"] = data["macro"]
         if "mix" in data:
             shares = ", ".join(f"{name} {percent(share)}" for name, share in data["mix"]["shares"].items())
             parts[f"mix ({shares})"] = data["mix"]
