@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 TOKEN_COLUMNS = ("input_ids", "chosen_input_ids")
 _LABEL_COLUMNS = ("labels", "chosen_labels")
 _HASHED = (*TOKEN_COLUMNS, *_LABEL_COLUMNS, "rejected_input_ids", "rejected_labels", "kl_input_ids", "kto_tags")
+_MEDIA = ("images", "videos", "audios")
 _CHUNK_ROWS = 20_000
 _EXAMPLES = 5
 
@@ -73,7 +75,9 @@ def measure(dataset: Any) -> Measures:
     lengths: list[NDArray[np.int64]] = []
     supervised: list[NDArray[np.int64]] = []
     columns = [name for name in _HASHED if name in names]
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
+    for table in _tables(dataset, columns):
+        if (media := _media(table)).any():
+            digest.update(media.tobytes())
         for name in columns:
             column = table.column(name)
             if not _is_list(column.type):
@@ -290,11 +294,47 @@ class RowSpace:
         }
 
 
+def _tables(dataset: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """Yield a tokenized data set in chunks, as Arrow tables with some columns and those of media."""
+    media = [name for name in _MEDIA if name in dataset.column_names]
+    yield from dataset.select_columns([*columns, *media]).with_format("arrow").iter(batch_size=_CHUNK_ROWS)
+
+
+def _media(table: Any) -> NDArray[np.int64]:
+    """Return a hash of each row's images, videos and audios, above 0; 0 where it has none [n].
+
+    A file is told by its name and size, so that it is not read, and may be moved; bytes in the data by their content.
+    """
+    found = np.zeros(table.num_rows, dtype=np.int64)
+    for name in _MEDIA:
+        if name not in table.column_names or pa.types.is_null(table.column(name).type):
+            continue
+        for row, items in enumerate(table.column(name).to_pylist()):
+            if items:
+                told = [f"{name} {found[row]}".encode(), *map(_medium, items)]
+                found[row] = int.from_bytes(blake2b(*told, size=7), "big") + 1
+    return found
+
+
+def _medium(item: Any) -> bytes:
+    content, path = (item.get("bytes"), item.get("path")) if isinstance(item, Mapping) else (None, item)
+    if isinstance(content, bytes):
+        return content
+    file = Path(str(path))
+    return f"{file.name} {file.stat().st_size if file.is_file() else 0}".encode()
+
+
 def _chunks(dataset: Any) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """Yield row offsets [n + 1] and token ids of a tokenized data set, in order."""
+    """Yield row offsets [n + 1] and token ids of a tokenized data set, in order; media are one more number of a row."""
     name = next(name for name in TOKEN_COLUMNS if name in dataset.column_names)
-    for table in dataset.select_columns([name]).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
-        yield _flat(table.column(name))
+    for table in _tables(dataset, [name]):
+        offsets, tokens = _flat(table.column(name))
+        media = _media(table)
+        rows = np.flatnonzero(media)
+        if len(rows):
+            tokens = np.insert(np.asarray(tokens, dtype=np.int64), offsets[rows + 1], media[rows])
+            offsets = offsets + np.concatenate([[0], np.cumsum(media > 0)])
+        yield offsets, tokens
 
 
 def _keys(offsets: NDArray[np.int64], tokens: NDArray[Any]) -> NDArray[np.uint64]:
@@ -313,8 +353,8 @@ def row_keys(dataset: Any) -> NDArray[np.uint64]:
         return found
     columns = [name for name in _HASHED if name in dataset.column_names]
     keys = [np.zeros(0, dtype=np.uint64)]
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
-        states = [xxhash.xxh3_64() for _ in range(table.num_rows)]
+    for table in _tables(dataset, columns):
+        states = [xxhash.xxh3_64(f"media {media} ".encode() if media else b"") for media in _media(table).tolist()]
         for name in columns:
             column = table.column(name)
             if _is_list(column.type):
