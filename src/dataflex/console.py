@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 
 from dataflex.printable import shown
 
@@ -30,6 +30,11 @@ def tell(text: str) -> None:
     else:
         tqdm.tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
+
+
+def others_aside() -> AbstractContextManager[object]:
+    """Send what other code prints to stderr, so that stdout has only what was asked for."""
+    return redirect_stdout(sys.stderr)
 
 
 class _Lines(logging.Handler):

@@ -71,7 +71,7 @@ def test_fully_masked_labels(run, tmp_path, caplog):
 )
 def test_weights_that_cannot_be(run, own_data, values, message):
     own_data("weighted", [{**row, "sample_weight": values[i % 3]} for i, row in enumerate(rows(9))])
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run("out", dataset="weighted", dynamic={"weighter": "column"})
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from dataflex.config.args import data_set_names
-from dataflex.console import show_log
+from dataflex.console import others_aside, show_log
 from dataflex.ending import release_groups
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.offline.evaluation import as_text, eval_request, evaluated
@@ -58,7 +56,7 @@ def evaluate(
     with TemporaryDirectory(prefix="dataflex-eval-") as work:
         request = eval_request(model, overrides, work=Path(work), out=out, **options)
         # LLaMA-Factory prints an example and logs to the stdout that it finds; here stdout is for what was asked.
-        with redirect_stdout(sys.stderr):
+        with others_aside():
             ended = _elsewhere("eval", arguments)
             if ended is not None:
                 return ended
