@@ -62,6 +62,12 @@ _MODULES = {
     for kind, modules in _BUILTIN.items()
 }
 
+
+def one_of(kind: str) -> str:
+    """Return a kind with its article, for messages."""
+    return f"an {kind}" if kind == "orderer" else f"a {kind}"
+
+
 _plugins: dict[str, dict[str, type[Method]]] = {kind: {} for kind in KINDS}
 _plugin_files: dict[Path, list[type[Method]]] = {}
 _checked: list[tuple[str, type[Method]]] = []

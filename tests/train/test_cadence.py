@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from dataflex.config.build import parse_dynamic
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError
-from dataflex.plan.domains import Domains
 from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.plan.schedule import Schedule
 from dataflex.train.controller import Controller
-from dataflex.train.row_space import RowSpace
-from tests.train.test_controller import SIZES, signals
+from tests.train.test_controller import SIZES, row_space, signals
 
 STEPS, BATCH = 26, 8
 BLOCK = {
@@ -48,20 +46,12 @@ def test_merged_intervals_end_whenever_a_method_decides(total, cadences):
 
 def controller(block, world=1, rank=0):
     config = parse_dynamic(block, None)
-    rows = sum(SIZES.values())
-    space = RowSpace(
-        dataset=None,
-        sources=SIZES,
-        domains=Domains.from_sizes(list(SIZES), list(SIZES.values()), lengths=np.full(rows, 5)),
-        supervised=np.full(rows, 5),
-        fingerprint="f",
-    )
     shape = BatchShape(
         micro_batch_size=2, accumulation=BATCH // 2 // world, world=world, rank=rank, drop_last=False, shuffle=True
     )
     return Controller(
         config=config,
-        space=space,
+        space=row_space(),
         schedule=config.schedule(STEPS),
         shape=shape,
         seed=3,

@@ -34,23 +34,27 @@ def signals():
     )
 
 
-def controller(mixer, *, world=1, rank=0, micro=2, interval=6, **block):
-    name, params = mixer
-    cls = find("mixer", name)
-    config = DynamicConfig(
-        mixer=MethodConfig(kind="mixer", name=name, params=cls.Params(**params)), interval_steps=interval, **block
-    )
+def row_space():
+    """Return the rows of three domains, each of 5 tokens."""
     rows = sum(SIZES.values())
-    space = RowSpace(
+    return RowSpace(
         dataset=None,
         sources=SIZES,
         domains=Domains.from_sizes(list(SIZES), list(SIZES.values()), lengths=np.full(rows, 5)),
         supervised=np.full(rows, 5),
         fingerprint="f",
     )
+
+
+def controller(mixer, *, world=1, rank=0, micro=2, interval=6, **block):
+    name, params = mixer
+    cls = find("mixer", name)
+    config = DynamicConfig(
+        mixer=MethodConfig(kind="mixer", name=name, params=cls.Params(**params)), interval_steps=interval, **block
+    )
     return Controller(
         config=config,
-        space=space,
+        space=row_space(),
         schedule=Schedule(interval_steps=interval, total_steps=STEPS),
         shape=BatchShape(
             micro_batch_size=micro,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from dataflex.config.split import split
 from dataflex.errors import CheckpointError
@@ -19,6 +17,7 @@ from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import Controller
 from dataflex.train.extending import extend
 from dataflex.train.row_space import RowSpace
+from tests.train.test_controller import signals
 
 NAMES = ("web", "code", "papers", "chat")
 
@@ -76,17 +75,6 @@ def pool_of(contents):
     )
     space.__dict__["keys"] = keys
     return space
-
-
-def signals():
-    return SimpleNamespace(
-        begin=lambda step: None,
-        end=lambda: None,
-        seconds=0.0,
-        access=SimpleNamespace(model=torch.nn.Linear(1, 1), learning_rate=lambda: 0.1),
-        state_dict=dict,
-        load_state_dict=lambda state: None,
-    )
 
 
 class Run:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +22,7 @@ from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.registry import find
 from dataflex.train.controller import Controller
 from dataflex.train.row_space import RowSpace
+from tests.train.test_controller import signals
 
 SIZES = {"web": 60, "code": 41, "papers": 26}
 ROWS = sum(SIZES.values())
@@ -63,14 +62,7 @@ def built(total, recorder=None, world=1, **block):
             micro_batch_size=2, accumulation=2 // world, world=world, rank=0, drop_last=False, shuffle=True
         ),
         seed=3,
-        signals=SimpleNamespace(
-            begin=lambda step: None,
-            end=lambda: None,
-            seconds=0.0,
-            access=SimpleNamespace(model=torch.nn.Linear(1, 1), learning_rate=lambda: 0.1),
-            state_dict=dict,
-            load_state_dict=lambda state: None,
-        ),
+        signals=signals(),
         selector=methods["selector"].build() if "selector" in methods else None,
         mixer=methods["mixer"].build() if "mixer" in methods else None,
         recorder=recorder or NullRecorder(),

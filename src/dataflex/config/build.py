@@ -29,7 +29,7 @@ from dataflex.config.schema import (
 from dataflex.config.table import table
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Method, Requires, RunFacts
-from dataflex.registry import KINDS, find, load_plugin, names, same_names
+from dataflex.registry import KINDS, find, load_plugin, names, one_of, same_names
 
 _MOST_NAMED = 4
 
@@ -101,7 +101,7 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     """Return the method that a block such as ``{name: loss, focus: high}`` describes, or None after noting why not."""
     before = len(problems)
     block = _spelt_out(kind, block, path, problems)
-    one = f"an {kind}" if kind == "orderer" else f"a {kind}"
+    one = one_of(kind)
     name = name_in(block, path, problems, f"the name of {one} or a mapping with 'name'", one, names(kind))
     cls = None if name is None else method_class(kind, name, path, problems)
     if name is None or cls is None:

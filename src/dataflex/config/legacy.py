@@ -70,8 +70,13 @@ class _Translation:
 
     def result(self) -> DynamicConfig:
         keys = self.keys
-        ways = {"dynamic_select": self._select, "dynamic_mix": self._mix, "dynamic_weight": self._weigh}
-        ways |= {"dynamic_lego": self._pipeline, "dynamic_reorder": self._reorder}
+        ways = {
+            "dynamic_select": self._select,
+            "dynamic_mix": self._mix,
+            "dynamic_weight": self._weigh,
+            "dynamic_reorder": self._reorder,
+            "dynamic_lego": self._pipeline,
+        }
         given = ways[keys.train_type]()
         if keys.freeze_gate and keys.train_type != "dynamic_mix":
             self.notes.append(f"freeze_gate: no effect with train_type {keys.train_type}")

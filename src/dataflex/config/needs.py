@@ -13,6 +13,7 @@ from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.schema import AverageConfig, DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.errors import DataError, did_you_mean
 from dataflex.method import IN_RUN, Method, Requires, RunFacts, Selector, Weighter
+from dataflex.registry import one_of
 
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
@@ -130,7 +131,7 @@ def _kind(method: MethodConfig, needs: Requires) -> Iterator[str]:
     for name, kinds in _TAKERS.items():
         if name == "embedding" and "in_run_embeddings" in needs.signals:
             continue
-        listed = " or ".join(f"an {kind}" if kind == "orderer" else f"a {kind}" for kind in kinds)
+        listed = " or ".join(map(one_of, kinds))
         if method.kind not in kinds and getattr(needs, name) != getattr(usual, name):
             yield (
                 f"dynamic.{method.kind}: {method.name} requires {name}, which only {listed} is given; "

@@ -20,7 +20,7 @@ from dataflex.registry import KINDS
 
 _KEPT_THERE = 0.5  # share of the pool that a filter keeps where it does not say
 _IDLE = ("cache_dir", "score_batch_size", "score_num_workers", "save_plans", "seed")  # of a pipeline
-_FAMILIES = {"selector": "selector", "mixer": "mixer", "reorder": "orderer", "weighter": "weighter"}
+_FAMILIES = ("selector", "mixer", "reorder", "weighter")
 _LAYERS = {"layers": "layers", "folding_layer": "layers", "zigzag_layer": "layers"}
 _SECTIONS = {**_LAYERS, "num_sections": "sections", "folding_ratio": "ratio"}
 _PATTERNS: dict[str, dict[str, str]] = {  # our names of each pattern's parameters
@@ -102,7 +102,7 @@ def _stages(params: Mapping[str, Any], place: str, reader: ComponentReader) -> l
     kept = [stage for stage in stages if stage is not None and stage.enabled]
     for stage in kept:
         if stage.family not in _FAMILIES:
-            near, known = did_you_mean(stage.family, list(_FAMILIES)), ", ".join(_FAMILIES)
+            near, known = did_you_mean(stage.family, _FAMILIES), ", ".join(_FAMILIES)
             reader.problems.append(
                 f"{place}.stages ({stage.component}): unknown family {stage.family!r}{near} (known: {known})"
             )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.config.data import files_of
 from dataflex.errors import DataError, UnsupportedError
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -53,7 +54,7 @@ def file_records(path: Path | None) -> list[FileRecord]:
     """Return the identities of a data set's files in the order in which they are read; none for a remote one."""
     if path is None:
         return []
-    return [FileRecord.of(file) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return [FileRecord.of(file) for file in files_of(path)]
 
 
 def row_lines(path: Path) -> tuple[int | None, NDArray[np.int64] | None]:

@@ -146,6 +146,13 @@ class PatternParams(OrderParams):
             raise ValueError("jitter: a window of one row shuffles nothing; give 2 or more, or 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepParams(PatternParams):
+    """What the patterns of several sweeps take."""
+
+    layers: int = param(5, "number of sweeps", minimum=2)
+
+
 def jittered(ranks: NDArray[np.int64], window: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return ranks shuffled within consecutive windows of ``window`` places; the last window may be short."""
     places = np.arange(len(ranks))
@@ -239,9 +246,7 @@ class Folding(_Pattern):
     name = "folding"
     card = Card(summary="Sweeps over the range of values several times.", paper=_DELT, cost=_COST)
 
-    @dataclass(frozen=True, kw_only=True)
-    class Params(PatternParams):
-        layers: int = param(5, "number of sweeps", minimum=2)
+    Params: ClassVar[type[BaseParams]] = SweepParams
 
     def pattern(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         return folding(count, self.params.layers)
@@ -253,9 +258,7 @@ class Zigzag(_Pattern):
     name = "zigzag"
     card = Card(summary="Sweeps over the range of values up and down.", paper=_DELT, cost=_COST)
 
-    @dataclass(frozen=True, kw_only=True)
-    class Params(PatternParams):
-        layers: int = param(5, "number of sweeps", minimum=2)
+    Params: ClassVar[type[BaseParams]] = SweepParams
 
     def pattern(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         return zigzag(count, self.params.layers)
