@@ -73,6 +73,7 @@ def test_the_proposal_keeps_to_caps(fit):
         propose(fit, SIZES, caps_K=np.array([0.2, 0.2, 0.2, 0.2, 0.2001]))
 
 
+@pytest.mark.slow
 def test_trees_are_written_and_read_back(fit, linear, tmp_path):
     write_fit(tmp_path, fit)
     assert [path.name for path in (tmp_path / "trees").iterdir()] == ["task-000.txt"]

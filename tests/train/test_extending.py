@@ -165,7 +165,7 @@ def settings(contents, rng):
     return kind, block, {"micro": micro, "accumulation": accumulation, "world": world}
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 40))])
 def test_ten_random_changes_against_a_slow_oracle(seed, tmp_path):
     """No row comes again before its domain is exhausted, and counts are within one row from each change on."""
     rng = np.random.default_rng(seed)

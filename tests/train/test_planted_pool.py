@@ -86,6 +86,7 @@ def changes(tiny_model, folder, seed):
     return told["domains"], told["unexplained"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_domains_are_told_apart(tiny_model, tmp_path, seed):
     of, unexplained = changes(tiny_model, tmp_path, seed)

@@ -74,6 +74,7 @@ def planned(folder):
     return [event for event in read_events(folder) if event["event"] == "planned"]
 
 
+@pytest.mark.gloo
 def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny_model, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)
@@ -90,6 +91,7 @@ def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny
             np.testing.assert_array_equal(served(tmp_path / "two" / name), served(tmp_path / "one" / name))
 
 
+@pytest.mark.slow
 def test_a_session_needs_no_llamafactory():
     code = "import dataflex.train.session, sys; print([m for m in sys.modules if m.split('.')[0] == 'llamafactory'])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
