@@ -174,7 +174,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     _add_select(add("select", "Write the subset of a data set that scores ask for.", select, _SELECT))
     evaluate = _calls("dataflex.commands.score", "evaluate")
     _add_eval(
-        add("eval", "Held-out loss and perplexity of a model, and multiple choice by likelihood.", evaluate, _EVAL)
+        add("eval", "Held-out loss and perplexity of a model, multiple choice, and exact match.", evaluate, _EVAL)
     )
     mix = add("mix", "Find proportions of domains before the large run, step by step.", lambda _: mix.format_help())
     if steps_of_mix:
@@ -268,6 +268,9 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     add("--data", metavar="NAME[,NAME]", help="held-out data sets (default: eval_dataset of a configuration)")
     add("--choices", metavar="FILE[,FILE]", help="files of questions with choices, one of them right")
     add("--length", default="mean", metavar="KIND", help="choices are compared by the mean (default) or sum of tokens")
+    add("--answers", metavar="FILE[,FILE]", help="files of questions with an answer, which is generated and compared")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest generated answer (default: 256)")
+    add("--after", default="", metavar="TEXT", help="compare what follows the last TEXT of an answer, such as '####'")
     add("--mix", metavar="NAME=SHARE,...", help="also the loss under these shares of domains")
     add("--json", dest="as_json", action="store_true", help="print JSON")
     add("--out", type=Path, metavar="FILE", help="also write the JSON here")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dataflex.errors import ConfigError
+from dataflex.offline.answers import Task, Written, matches, normalized, read_tasks
 from dataflex.offline.choices import Question, as_rows, outcomes, read_questions, summary
 from dataflex.offline.evaluation import eval_request
 from tests.offline.conftest import rows_of
@@ -126,6 +127,48 @@ def test_domains_and_questions_that_were_cut(held, tiny_model, capsys):
     assert (found["choices"][0]["questions"], found["choices"][0]["left_out"]) == (2, 1)
     assert held.run("eval", config, "--mix", "c=1") == 2
     assert "--mix: c: no such domain (domains: b, a)" in capsys.readouterr().err
+
+
+def test_generated_answers_against_transformers(held, tiny_model, capsys):
+    """Greedy answers are those of ``generate`` on the prompt of the template; what is cut is left out."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, torch_dtype=torch.float32).eval()
+
+    def answer(question):
+        parts = [f"Human: {question}", tokenizer.eos_token, "\nAssistant:"]
+        head = [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            made = model.generate(torch.tensor([head]), max_new_tokens=5, do_sample=False)[0][len(head) :]
+        return tokenizer.decode(made, skip_special_tokens=True)
+
+    asked = [row["instruction"] for row in rows_of(4, seed=50)]
+    lines = [{"question": text, "answer": answer(text).upper() + "  ."} for text in asked[:3]]
+    lines += [{"question": asked[3], "answer": "nine of eight"}, {"question": "two " * 80, "answer": "one"}]
+    Path("a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    command = [str(tiny_model), "--data", "web", "--answers", "a.jsonl", "--max-new-tokens", "5", "--out", "e.json"]
+    assert held.run("eval", *command, f"dataset_dir={held.data}", "template=default", "cutoff_len=64") == 0
+    (found,) = json.loads(Path("e.json").read_text())["answers"]
+    assert (found["questions"], found["left_out"], found["exact_match"]) == (4, 1, 0.75)
+    assert "exact match" in capsys.readouterr().out
+
+
+def test_what_answers_are_compared_by():
+    assert normalized("  The  Answer\nis 1,234,567. ") == "the answer is 1234567"
+    assert normalized("1,23") == "1,23"
+    assert normalized("2.5") != normalized("25")
+    assert normalized("so 3 + 4 = 7\n#### 7", "####") == "7"
+    assert normalized("7", "####") == ""
+    problems: list[str] = []
+    Path("a.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": "q"}\n{"question": "q", "answer": 3}\n')
+    assert read_tasks(Path("a.jsonl"), problems) == [Task(text="q", answer="a")]
+    assert ["line 2: has no answer" in problems[0], "line 3: answer: expected" in problems[1]] == [True, True]
+    told = matches(
+        [Task(text="q", answer="A")] * 3, [Written(text="a", finished=True), Written(text="b", finished=False), None]
+    )
+    assert told == {"questions": 2, "exact_match": 0.5, "finished": 0.5, "left_out": 1}
 
 
 @pytest.mark.gloo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +12,7 @@ from dataflex.config.args import data_set_names
 from dataflex.console import others_aside, show_log
 from dataflex.ending import release_groups
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.offline.evaluation import as_text, eval_request, evaluated
+from dataflex.offline.evaluation import as_text, eval_request, evaluated, generated
 from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
 from dataflex.state import refusals, write_json
@@ -64,7 +65,8 @@ def evaluate(
             from dataflex.offline.scoring import scored_table
 
             show_log()
-            found = evaluated(request, scored_table(request.score)[1])
+            scored, table = scored_table(request.score, partial(generated, request))
+            found = evaluated(request, table, scored.also)
         told = ""
         if comm.rank() == 0:
             if out is not None:

@@ -10,16 +10,17 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.config.mappings import shown
 
+Found = TypeVar("Found")
 Length = Literal["mean", "sum"]
 LENGTHS: tuple[Length, ...] = ("mean", "sum")
 _MOST_TOLD = 5
@@ -38,28 +39,35 @@ class Question:
 
 def read_questions(path: Path, problems: list[str]) -> list[Question]:
     """Return the questions of a file; each unusable line is a problem, told with file and line."""
-    questions: list[Question] = []
+    return read_lines(path, "--choices", _question, problems)
+
+
+def read_lines(
+    path: Path, option: str, parse: Callable[[Mapping[str, Any]], Found | str], problems: list[str]
+) -> list[Found]:
+    """Return what ``parse`` makes of each line of a file; what it says of a line, as text, is a problem of it."""
+    parsed: list[Found] = []
     told: list[str] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for line, found in _lines(file, path):
-                question = found if isinstance(found, str) else _question(found)
-                if isinstance(question, str):
-                    told.append(f"--choices: {path}, line {line:,}: {question}")
+                one = found if isinstance(found, str) else parse(found)
+                if isinstance(one, str):
+                    told.append(f"{option}: {path}, line {line:,}: {one}")
                 else:
-                    questions.append(question)
+                    parsed.append(one)
     except UnicodeDecodeError as error:
-        told.append(f"--choices: {path} is not UTF-8 text (byte {error.start:,})")
+        told.append(f"{option}: {path} is not UTF-8 text (byte {error.start:,})")
     except OSError as error:
-        told.append(f"--choices: {path} cannot be read: {error.strerror}")
+        told.append(f"{option}: {path} cannot be read: {error.strerror}")
     except csv.Error as error:
-        told.append(f"--choices: {path} is malformed CSV: {error}")
-    if not questions and not told:
-        told.append(f"--choices: {path} holds no questions")
+        told.append(f"{option}: {path} is malformed CSV: {error}")
+    if not parsed and not told:
+        told.append(f"{option}: {path} holds no questions")
     problems += told[:_MOST_TOLD]
     if len(told) > _MOST_TOLD:
-        problems.append(f"--choices: {path}: {len(told) - _MOST_TOLD:,} more lines like these")
-    return questions
+        problems.append(f"{option}: {path}: {len(told) - _MOST_TOLD:,} more lines like these")
+    return parsed
 
 
 def _lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
@@ -80,7 +88,7 @@ def _lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str
         except (ValueError, RecursionError) as error:
             yield line, f"is no JSON: {getattr(error, 'msg', error)}"
             continue
-        yield line, found if isinstance(found, dict) else "expected an object {...} with question, choices and answer"
+        yield line, found if isinstance(found, dict) else "expected an object {...} with its question and answer"
 
 
 def _question(found: Mapping[str, Any]) -> Question | str:

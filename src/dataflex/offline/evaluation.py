@@ -1,6 +1,6 @@
-"""``dataflex eval``: held-out losses of a model, and its choices, by the pass that ``dataflex score`` makes.
+"""``dataflex eval``: held-out losses of a model, its choices and answers, by the pass that ``dataflex score`` makes.
 
-The request is read and checked before anything heavy is imported. Choices become rows of a data set of their own.
+The request is read and checked before anything heavy is imported. Questions become rows of data sets of their own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +23,14 @@ from dataflex.config.load import ENDINGS, load_mapping, merged
 from dataflex.config.schema import FLAT_KEYS
 from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing.options import check_names, numbers_by_name
+from dataflex.offline.answers import Task, Written, matches, read_tasks
 from dataflex.offline.choices import LENGTHS, Length, Question, as_rows, outcomes, read_questions, summary
 from dataflex.offline.request import ScoreRequest, score_request
 from dataflex.offline.table import ScoreTable
 from dataflex.printable import redacted
 from dataflex.record.text import number, percent, table
 from dataflex.registry import KINDS
+from dataflex.signals.specs import GenerationSpec
 
 _STAGES = ("sft", "pt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -44,6 +46,10 @@ class EvalRequest:
     files: Mapping[str, list[Question]]  # questions by file
     choices: str  # name of the data set that their rows are; "" without files
     length: Length  # how a choice's log-likelihood is compared
+    tasks: Mapping[str, list[Task]]  # questions whose answers are generated, by file
+    answers: str  # name of the data set that their rows are; "" without files
+    generation: GenerationSpec
+    after: str  # mark that the compared part of an answer follows; "" for all of it
     mix: Mapping[str, float]  # share of each domain in the stated mix; empty for none
 
 
@@ -55,6 +61,9 @@ def eval_request(
     data: str | None = None,
     choices: str | None = None,
     length: str = "mean",
+    answers: str | None = None,
+    max_new_tokens: int = 256,
+    after: str = "",
     mix: str | None = None,
     out: Path | None = None,
 ) -> EvalRequest:
@@ -67,6 +76,9 @@ def eval_request(
         data: Names of data sets; None: the ``eval_dataset`` of the file.
         choices: Files of questions.
         length: ``mean`` or ``sum`` over the tokens of a choice.
+        answers: Files of questions whose answers are generated, greedily.
+        max_new_tokens: Longest generated answer.
+        after: Mark that the compared part of an answer follows.
         mix: ``NAME=SHARE,...`` of domains; shares are divided by their sum.
         out: The JSON file to write.
     """
@@ -74,25 +86,25 @@ def eval_request(
     mapping = _mapping(model, overrides, problems)
     lf = LlamaFactoryArgs.read({**mapping, "stage": mapping.get("stage", "sft")})
     names = data_set_names(data) if data is not None else tuple(lf.eval_sets)
-    paths = [Path(name) for name in data_set_names(choices)]
-    if not names and not paths:
-        problems.append("--data: name data sets of dataset_info.json, or files of questions with --choices")
+    paths, to_write = ([Path(name) for name in data_set_names(given)] for given in (choices, answers))
+    if not names and not paths and not to_write:
+        problems.append(
+            "--data: name data sets of dataset_info.json, or files of questions with --choices or --answers"
+        )
     if lf.stage not in (*_STAGES, ""):
         problems.append(f"stage: eval takes {' and '.join(_STAGES)}, found {lf.stage}")
-    problems += [f"--choices: {path} is named twice" for path in dict.fromkeys(paths) if paths.count(path) > 1]
+    for option, asked in (("--choices", paths), ("--answers", to_write)):
+        problems += [f"{option}: {path} is named twice" for path in dict.fromkeys(asked) if asked.count(path) > 1]
     files = {str(path): read_questions(path, problems) for path in dict.fromkeys(paths)}
+    tasks = {str(path): read_tasks(path, problems) for path in dict.fromkeys(to_write)}
+    if max_new_tokens < 1:
+        problems.append(f"--max-new-tokens: expected 1 or more, found {max_new_tokens}")
     if length not in LENGTHS:
         problems.append(f"--length: {length!r}{did_you_mean(length, LENGTHS)} (choices: {', '.join(LENGTHS)})")
     block = mapping["dynamic"] if isinstance(mapping.get("dynamic"), Mapping) else {}
     by = {key: block.get(key) for key in ("domain_column", "domain_path", "domain_clusters") if block.get(key)}
-    if paths:
-        if lf.stage == "pt" or lf.on("train_on_prompt"):
-            key = "stage" if lf.stage == "pt" else "train_on_prompt"
-            problems.append(f"{key}: choices are compared by the loss of the answer alone; remove it or --choices")
-        if "domain_path" in by:
-            problems.append(
-                "dynamic.domain_path: choices lie in no data set's file; evaluate them in a run of their own"
-            )
+    if paths or to_write:
+        problems += _not_for_questions(lf, by)
     shares: dict[str, float] = {}
     if mix is not None:
         try:
@@ -109,10 +121,16 @@ def eval_request(
         mapping.pop(key, None)
     mapping["dataset"] = ",".join(names)
     column = by.get("domain_column")
-    own = ""
-    if paths and not problems:
-        own = _write_rows(work, files, names, lf, None if column is None else str(column), problems)
-        mapping.update(dataset=",".join([*names, own]), dataset_dir=str(work))
+    rows = {
+        "choices": as_rows([question for questions in files.values() for question in questions]),
+        "answers": [
+            {"instruction": task.text, "input": "", "output": task.answer} for each in tasks.values() for task in each
+        ],
+    }
+    own: dict[str, str] = {}
+    if (paths or to_write) and not problems:
+        own = _write_rows(work, rows, names, lf, None if column is None else str(column), problems)
+        mapping.update(dataset=",".join([*names, *own.values()]), dataset_dir=str(work))
     try:
         score = score_request(mapping, ["loss.focus=high"], methods=("loss",), out=work / "scores.parquet")
     except ConfigError as error:
@@ -123,7 +141,26 @@ def eval_request(
     # Ranks write to folders of their own, so that no pass is kept there to go on with.
     config = replace(score.config, signals=replace(score.config.signals, store=None))
     score = replace(score, config=config)
-    return EvalRequest(score=score, files=files, choices=own, length=cast(Length, length), mix=shares)
+    return EvalRequest(
+        score=score,
+        files=files,
+        choices=own.get("choices", ""),
+        length=cast(Length, length),
+        tasks=tasks,
+        answers=own.get("answers", ""),
+        generation=GenerationSpec(max_new_tokens=max_new_tokens, temperature=0.0),
+        after=after,
+        mix=shares,
+    )
+
+
+def _not_for_questions(lf: LlamaFactoryArgs, by: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings under which questions cannot be asked."""
+    if lf.stage == "pt" or lf.on("train_on_prompt"):
+        key = "stage" if lf.stage == "pt" else "train_on_prompt"
+        yield f"{key}: a question is no part of its answer; remove it, or --choices and --answers"
+    if "domain_path" in by:
+        yield "dynamic.domain_path: questions lie in no data set's file; evaluate them in a run of their own"
 
 
 def _mapping(model: str, overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -210,13 +247,13 @@ def _not_kept(model: str) -> str:
 
 def _write_rows(
     work: Path,
-    files: Mapping[str, Sequence[Question]],
+    rows: Mapping[str, list[dict[str, str]]],
     names: Sequence[str],
     lf: LlamaFactoryArgs,
     column: str | None,
     problems: list[str],
-) -> str:
-    """Write the choices as a data set beside the entries of the named ones; return its name."""
+) -> dict[str, str]:
+    """Write kinds of rows as data sets beside the entries of the named ones; return their names by kind."""
     sources, missing = find_sources(names, lf, "--data", Path.cwd()) if names else ([], [])
     problems += missing
     entries = find_entries(names, lf) if names else {}
@@ -224,19 +261,23 @@ def _write_rows(
         entry = entries.get(source.name)
         if entry is None:
             problems.append(
-                f"--choices: {source.name} lies in no local dataset_info.json; evaluate it in a run of its own"
+                f"--data: {source.name} lies in no local dataset_info.json; evaluate it without questions beside it"
             )
         elif source.path is not None:
             entry["file_name"] = str(source.path.absolute())
-    own = "choices"
-    while own in names:
-        own += "_"
-    rows = as_rows([question for questions in files.values() for question in questions])
-    more = {} if column is None else {column: own}
-    lines = "".join(json.dumps({**row, **more}) + "\n" for row in rows)
-    (work / "choices.jsonl").write_text(lines, encoding="utf-8")
-    columns = {"prompt": "instruction", "query": "input", "response": "output"}
-    entries[own] = {"file_name": "choices.jsonl", "columns": columns}
+    own = {}
+    for kind, written in rows.items():
+        if not written:
+            continue
+        name = kind
+        while name in names:
+            name += "_"
+        own[kind] = name
+        more = {} if column is None else {column: name}
+        lines = "".join(json.dumps({**row, **more}) + "\n" for row in written)
+        (work / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
+        columns = {"prompt": "instruction", "query": "input", "response": "output"}
+        entries[name] = {"file_name": f"{kind}.jsonl", "columns": columns}
     (work / INFO_FILE).write_text(json.dumps(entries), encoding="utf-8")
     return own
 
@@ -244,8 +285,21 @@ def _write_rows(
 # -- what came out ----------------------------------------------------------------------------------------------------
 
 
-def evaluated(request: EvalRequest, scores: ScoreTable, column: str = "loss") -> dict[str, Any]:
-    """Return losses by data set and domain, and what the choices came to, as JSON values.
+def generated(request: EvalRequest, runner: Any, space: Any) -> list[Any] | None:
+    """Return what the model writes for each row of the answers' data set, greedily; None without one (collective)."""
+    if not request.answers:
+        return None
+    count = space.sources[request.answers]  # the last data set
+    rows = np.arange(space.num_rows - count, space.num_rows, dtype=np.int64)
+    return cast(
+        list[Any], runner.generate([ids.tolist() for ids in runner.tokens(rows, part="prompt")], request.generation)
+    )
+
+
+def evaluated(
+    request: EvalRequest, scores: ScoreTable, generations: Sequence[Any] | None = None, column: str = "loss"
+) -> dict[str, Any]:
+    """Return losses by data set and domain, and what choices and generated answers came to, as JSON values.
 
     Raises:
         DataError: The mix names no domain of the rows, or no row has a loss.
@@ -254,14 +308,20 @@ def evaluated(request: EvalRequest, scores: ScoreTable, column: str = "loss") ->
     # A first token that is supervised has nothing before it, and no loss.
     tokens = np.asarray(scores.supervised_tokens - (scores.supervised_tokens == scores.tokens), dtype=np.int64)
     tokens = np.where(np.isfinite(loss), tokens, 0)
-    is_choice = np.array([name == request.choices for name in scores.datasets])[scores.dataset_of]
+    is_choice, is_answer = (
+        np.array([name == own for name in scores.datasets])[scores.dataset_of]
+        for own in (request.choices, request.answers)
+    )
+    is_question = is_choice | is_answer
     view = LlamaFactoryArgs.read(request.score.lf)
     settings = {key: getattr(view, key) for key in ("stage", "template", "cutoff_len")}
     found: dict[str, Any] = {"format": 1, "model": scores.provenance["model"], "settings": settings}
-    if not is_choice.all():
-        found["data"] = _by_part(scores, loss, tokens, ~is_choice, request.mix)
+    if not is_question.all():
+        found["data"] = _by_part(scores, loss, tokens, ~is_question, request.mix)
     if request.files:
         found["choices"] = _by_file(request, scores, loss, tokens, is_choice, view.cutoff_len)
+    if generations is not None:
+        found["answers"] = _written(request, scores, generations, is_answer, view.cutoff_len)
     kept = ("config", "data", "versions")
     provenance = {key: scores.provenance[key] for key in kept}
     return cast(dict[str, Any], redacted({**found, "provenance": provenance}))
@@ -324,6 +384,22 @@ def _by_file(
     return found
 
 
+def _written(
+    request: EvalRequest, scores: ScoreTable, generations: Sequence[Any], is_answer: NDArray[np.bool_], cutoff_len: int
+) -> list[dict[str, Any]]:
+    written: list[Written | None] = [None] * sum(map(len, request.tasks.values()))
+    for row, made in zip(np.flatnonzero(is_answer), generations, strict=True):
+        if scores.tokens[row] < cutoff_len:  # else the question may have been cut
+            written[scores.position[row]] = Written(text=made.text, finished=made.finished)
+    found, start = [], 0
+    for file, tasks in request.tasks.items():
+        told = matches(tasks, written[start : start + len(tasks)], request.after)
+        settings = {"max_new_tokens": request.generation.max_new_tokens, "after": request.after}
+        found.append({"file": file, **settings, **told})
+        start += len(tasks)
+    return found
+
+
 def as_text(found: Mapping[str, Any]) -> str:
     """Return what was found as tables."""
     model, settings = found["model"], found["settings"]
@@ -348,7 +424,17 @@ def as_text(found: Mapping[str, Any]) -> str:
         lines += ["", *table(rows, "<>>>>")]
     for each in found.get("choices", ()):
         lines += ["", *_choices_lines(each)]
+    for each in found.get("answers", ()):
+        told = [(each["file"], "questions", "exact match", "ended by itself")]
+        if each["questions"]:
+            counted = (f"{each['questions']:,}", percent(each["exact_match"]), percent(each["finished"]))
+            told.append((f"greedy, at most {each['max_new_tokens']:,} tokens", *counted))
+        lines += ["", *table(told, "<>>>")]
+        lines += [_LEFT_OUT.format(each["left_out"], "an answer")] if each["left_out"] else []
     return "\n".join(lines)
+
+
+_LEFT_OUT = "  left out: {:,} questions with {} that reaches cutoff_len or that LLaMA-Factory dropped"
 
 
 def _choices_lines(found: Mapping[str, Any]) -> list[str]:
@@ -369,9 +455,4 @@ def _choices_lines(found: Mapping[str, Any]) -> list[str]:
         if "macro" in found:
             add(f"macro (of {len(found['subjects'])} subjects)", found["macro"])
     lines = table(rows, "<>>>>>")
-    if found["left_out"]:
-        lines.append(
-            f"  left out: {found['left_out']:,} questions with a choice that reaches cutoff_len or that LLaMA-Factory "
-            "dropped"
-        )
-    return lines
+    return [*lines, _LEFT_OUT.format(found["left_out"], "a choice")] if found["left_out"] else lines

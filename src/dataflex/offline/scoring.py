@@ -13,6 +13,7 @@ import importlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
@@ -148,11 +149,11 @@ def _floats(scores: NDArray[Any]) -> NDArray[np.floating]:
 
 
 class Scored(Exception):
-    """Leaves the workflow with what was found: the model's identity and the seed, and scores by column."""
+    """Leaves the workflow with what was found: model's identity, seed, scores by column, and what else was asked."""
 
-    def __init__(self, columns: list[Column], model: str, seed: int) -> None:
+    def __init__(self, columns: list[Column], model: str, seed: int, also: Any = None) -> None:
         super().__init__("scored")
-        self.columns, self.model, self.seed = columns, model, seed
+        self.columns, self.model, self.seed, self.also = columns, model, seed, also
 
 
 class WorkflowMixin(_Trainer):
@@ -183,6 +184,7 @@ class _ScoringMixin(WorkflowMixin):
     """A trainer that scores every row instead of training."""
 
     dataflex_request: ClassVar[ScoreRequest]
+    dataflex_also: ClassVar[Callable[[SignalRunner, RowSpace], Any]]
 
     def train(self, *_args: Any, **_kwargs: Any) -> Any:
         """Score, and leave the workflow."""
@@ -202,7 +204,8 @@ class _ScoringMixin(WorkflowMixin):
                 columns += ask(method, space.all_rows(), budget, ctx)
             logger.info("%s: %s rows scored", method.name, f"{space.num_rows:,}")
         comm.agree("scores", _digest(*(column.values for column in columns)))
-        raise Scored(columns, model_identity(self.model), self.dataflex_seed)
+        also = type(self).dataflex_also(runner, space)
+        raise Scored(columns, model_identity(self.model), self.dataflex_seed, also)
 
 
 def context(domains: Domains, signals: Any, *, seed: int, step: int = 0, learning_rate: float = 0.0) -> Context:
@@ -258,9 +261,15 @@ def run_score(request: ScoreRequest) -> str:
     return "\n".join(lines)
 
 
-def scored_table(request: ScoreRequest) -> tuple[Scored, ScoreTable]:
-    """Score on this rank; columns and table are equal on every rank (collective)."""
-    mixin = type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request})
+def scored_table(
+    request: ScoreRequest, also: Callable[[SignalRunner, RowSpace], Any] = lambda *_: None
+) -> tuple[Scored, ScoreTable]:
+    """Score on this rank; columns and table are equal on every rank (collective).
+
+    ``also`` is asked of the model after the scores; what it returns is the first value's ``also``.
+    """
+    more = {"dataflex_request": request, "dataflex_also": staticmethod(also)}
+    mixin = type("ScoringMixin", (_ScoringMixin,), more)
     scored, _, table = run_workflow(request, mixin, Scored)
     return scored, table
 
