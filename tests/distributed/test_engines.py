@@ -21,6 +21,7 @@ TUNING = {
     "lora": {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2, "lora_target": "all"},
 }
 BUDGETED = [("zero2", "full"), ("zero3", "full"), ("fsdp2", "full"), ("zero3", "lora"), ("fsdp2", "lora")]
+SHOWN = [("ddp", "full"), *BUDGETED]
 WATCHERS = Path(__file__).with_name("watchers.py")
 OWN_SIGNAL = Path(__file__).parents[2] / "examples" / "my_signal.py"
 
@@ -57,24 +58,29 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
     folder = tmp_path_factory.mktemp("engines")
     runner = Runner(base_settings(tiny_model, data_dir), folder)
 
-    def mapping(name, watching, tuning, **settings):
+    def mapping(name, selector, tuning, **settings):
         plugin = folder / name / "watchers.py"
         plugin.parent.mkdir()
         shutil.copy(WATCHERS, plugin)
         shutil.copy(OWN_SIGNAL, plugin.parent)
-        selector = {"name": "watcher", "targets": ["goal"]} if watching else {"name": "blind"}
-        block = {"plugins": [str(plugin)], "interval_steps": 2, "selector": selector}
+        named = {"watcher": {"targets": ["goal"]}, "shown": {"targets": ["goal", "held"]}}
+        block = {
+            "plugins": [str(plugin)],
+            "interval_steps": 2,
+            "selector": {"name": selector, **named.get(selector, {})},
+        }
         # A large epsilon: Adam's direction of a gradient that is rounding only would be rounding of full size.
         common = {"max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
         common["adam_epsilon"] = 1e-3
-        return {**common, **TUNING[tuning], **settings, "dynamic": block}
+        tuned = {**TUNING[tuning], "lora_dropout": 0.0} if selector == "shown" else TUNING[tuning]
+        return {**common, **tuned, **settings, "dynamic": block}
 
     configs = []
     for engine in ENGINES:
         for tuning in TUNING:
-            for watching in (False, True):
-                name = f"{engine}-{tuning}-{'watch' if watching else 'blind'}"
-                settings = mapping(name, watching, tuning, **engine_settings(engine, folder))
+            for selector in ("blind", "watcher", *(["shown"] if (engine, tuning) in SHOWN else [])):
+                name = f"{engine}-{tuning}-{selector}"
+                settings = mapping(name, selector, tuning, **engine_settings(engine, folder))
                 path = folder / f"{name}.json"
                 path.write_text(json.dumps(runner.mapping(name, **settings)))
                 configs.append(path)
@@ -97,7 +103,9 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
     log = two_ranks(configs)
     (folder / "log.txt").write_text(log)
     for tuning in TUNING:
-        runner(f"one-{tuning}", **mapping(f"one-{tuning}", True, tuning, per_device_train_batch_size=2))
+        for selector in ("watcher", "shown"):
+            name = f"one-{tuning}-{selector}"
+            runner(name, **mapping(name, selector, tuning, per_device_train_batch_size=2))
         runner(f"one-{tuning}-budget", **within_a_budget(tuning, per_device_train_batch_size=4))
     return folder
 
@@ -111,7 +119,7 @@ def outcome(folder, name):
 @pytest.mark.parametrize("tuning", TUNING)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_watching_changes_nothing(outcomes, engine, tuning):
-    blind, watching = (outcome(outcomes, f"{engine}-{tuning}-{kind}") for kind in ("blind", "watch"))
+    blind, watching = (outcome(outcomes, f"{engine}-{tuning}-{kind}") for kind in ("blind", "watcher"))
     assert len(blind.series()) == 5
     assert blind.series() == watching.series()
     assert blind.series("grad_norm") == watching.series("grad_norm")
@@ -121,15 +129,35 @@ def test_watching_changes_nothing(outcomes, engine, tuning):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_gives_the_same_scores(outcomes, engine, tuning):
     """Compared in the first interval, before different engines round their updates differently."""
-    one = json.loads((outcomes / f"one-{tuning}" / "scores-0.json").read_text())
-    outcome(outcomes, f"{engine}-{tuning}-watch")
-    two = json.loads((outcomes / f"{engine}-{tuning}-watch" / "scores-0.json").read_text())
+    one = json.loads((outcomes / f"one-{tuning}-watcher" / "scores-0.json").read_text())
+    outcome(outcomes, f"{engine}-{tuning}-watcher")
+    two = json.loads((outcomes / f"{engine}-{tuning}-watcher" / "scores-0.json").read_text())
     assert one.pop("kinds") == ["whole"]
     assert two.pop("kinds") == [{"zero3": "ZeRO-3", "fsdp2": "DTensor"}.get(engine, "whole")], "not really partitioned"
     assert one.keys() == two.keys()
     for key in one:
         scale = np.abs(one[key]).max()
         np.testing.assert_allclose(two[key], one[key], rtol=1e-5, atol=1e-5 * scale, err_msg=key)
+
+
+@pytest.mark.parametrize(("engine", "tuning"), SHOWN)
+def test_every_engine_shows_the_same_of_rows_that_are_trained_on(outcomes, engine, tuning):
+    """Up to step 3, of which the directions are those after step 1, in the scale of the engine's own moments."""
+    for decision, steps in ((1, {0, 1}), (2, {0, 1, 2, 3})):
+        one, two = (
+            json.loads((outcome(outcomes, f"{name}-{tuning}-shown").folder / f"scores-{decision}.json").read_text())
+            for name in ("one", engine)
+        )
+        assert one.keys() == two.keys() == {"losses", "norms", "scores", "embeddings"}
+        for what, values in one.items():
+            expected, found = np.array(values), np.array(two[what])
+            seen = np.isfinite(expected[:, -1])
+            assert set(expected[seen, -1]) == steps
+            np.testing.assert_array_equal(found[:, -1], expected[:, -1])
+            scale = np.abs(expected[seen, :-1]).max()
+            np.testing.assert_allclose(
+                found[seen, :-1], expected[seen, :-1], rtol=1e-4, atol=1e-4 * scale, err_msg=what
+            )
 
 
 @pytest.mark.parametrize(("engine", "tuning"), BUDGETED)

@@ -16,6 +16,7 @@ from dataflex.signals.kinds import (
     GradientProducts,
     GradientScores,
     GradientSketches,
+    InRun,
     TokenLoss,
 )
 from dataflex.signals.specs import GradientSpec
@@ -70,7 +71,28 @@ class Watcher(Blind):
             for p in parameters
         }
         scores["kinds"] = sorted(kinds)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            file = Path(__file__).parent / f"scores-{ctx.interval.index}.json"
-            file.write_text(json.dumps(scores))
+        write(scores, ctx)
         return super().select(pool, budget, ctx)
+
+
+class Shown(Blind):
+    """Asks for all that training steps show of the rows that they serve."""
+
+    name = "shown"
+
+    def requires(self):
+        signals = frozenset(f"in_run_{what}" for what in ("losses", "norms", "scores", "embeddings"))
+        return Requires(signals=signals, targets=True, needs_interval=True)
+
+    def select(self, pool, budget, ctx):
+        scores = {
+            what: ctx.signals(InRun(what=what, targets=ctx.targets if what == "scores" else ()), pool).tolist()
+            for what in ("losses", "norms", "scores", "embeddings")
+        }
+        write(scores, ctx)
+        return super().select(pool, budget, ctx)
+
+
+def write(scores, ctx):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        Path(__file__).with_name(f"scores-{ctx.interval.index}.json").write_text(json.dumps(scores))
