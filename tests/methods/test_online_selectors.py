@@ -10,11 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.plan.planner import Candidates
 from dataflex.plan.schedule import Interval, Schedule
 from dataflex.selectors.candidates import Greats, Opus, Uds, mean_distances, pick, scaled_strength
 from dataflex.signals.kinds import LogitFeatures
 from dataflex.testing import FakeSignals, example_context
-from dataflex.train.controller import Candidates
 
 SCORES = np.array([3.0, 2.9, 1.0])
 GRAM = np.array([[4.0, 4.0, 0.0], [4.0, 4.0, 0.0], [0.0, 0.0, 1.0]])

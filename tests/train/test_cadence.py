@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from dataflex.config.build import parse_dynamic
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError
-from dataflex.plan.plan import BatchShape, DataPlan
+from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Schedule
-from dataflex.train.controller import Controller
-from tests.train.test_controller import SIZES, row_space, signals
+from tests.train.test_controller import SIZES, built
 
 STEPS, BATCH = 26, 8
 BLOCK = {
@@ -45,20 +44,7 @@ def test_merged_intervals_end_whenever_a_method_decides(total, cadences):
 
 
 def controller(block, world=1, rank=0):
-    config = parse_dynamic(block, None)
-    shape = BatchShape(
-        micro_batch_size=2, accumulation=BATCH // 2 // world, world=world, rank=rank, drop_last=False, shuffle=True
-    )
-    return Controller(
-        config=config,
-        space=row_space(),
-        schedule=config.schedule(STEPS),
-        shape=shape,
-        seed=3,
-        signals=signals(),
-        selector=config.selector.build() if config.selector else None,
-        mixer=config.mixer.build() if config.mixer else None,
-    )
+    return built(parse_dynamic(block, None), STEPS, BATCH, world=world, rank=rank)
 
 
 def served_at(one, step):

@@ -14,7 +14,6 @@ from dataflex.errors import ConfigError
 from dataflex.mixers.fixed import Stage
 from dataflex.plan.domains import Domains
 from dataflex.plan.plan import BatchShape, DataPlan
-from dataflex.plan.schedule import Schedule
 from dataflex.registry import find
 from dataflex.train.controller import Controller
 from dataflex.train.row_space import RowSpace
@@ -34,16 +33,32 @@ def signals():
     )
 
 
-def row_space():
-    """Return the rows of three domains, each of 5 tokens."""
-    rows = sum(SIZES.values())
+def row_space(sizes=SIZES, lengths=None, fingerprint="f"):
+    """Return the rows of domains, each of 5 tokens unless ``lengths`` says otherwise."""
+    fives = np.full(sum(sizes.values()), 5)
     return RowSpace(
         dataset=None,
-        sources=SIZES,
-        domains=Domains.from_sizes(list(SIZES), list(SIZES.values()), lengths=np.full(rows, 5)),
-        supervised=np.full(rows, 5),
-        fingerprint="f",
+        sources=sizes,
+        domains=Domains.from_sizes(list(sizes), list(sizes.values()), lengths=fives if lengths is None else lengths),
+        supervised=fives,
+        fingerprint=fingerprint,
     )
+
+
+def built(config, total, batch, space=None, *, micro=2, world=1, rank=0, drop_last=False, shuffle=True, **given):
+    """Return the controller of a configuration: ``total`` steps of ``batch`` rows."""
+    shape = BatchShape(
+        micro_batch_size=micro,
+        accumulation=batch // micro // world,
+        world=world,
+        rank=rank,
+        drop_last=drop_last,
+        shuffle=shuffle,
+    )
+    methods = {kind: getattr(config, kind) for kind in ("selector", "mixer", "orderer")}
+    given = {"space": space or row_space(), "seed": 3, "signals": signals(), **given}
+    methods = {kind: method and method.build() for kind, method in methods.items()}
+    return Controller(config=config, schedule=config.schedule(total, 1000), shape=shape, **methods, **given)
 
 
 def controller(mixer, *, world=1, rank=0, micro=2, interval=6, **block):
@@ -52,23 +67,7 @@ def controller(mixer, *, world=1, rank=0, micro=2, interval=6, **block):
     config = DynamicConfig(
         mixer=MethodConfig(kind="mixer", name=name, params=cls.Params(**params)), interval_steps=interval, **block
     )
-    return Controller(
-        config=config,
-        space=row_space(),
-        schedule=Schedule(interval_steps=interval, total_steps=STEPS),
-        shape=BatchShape(
-            micro_batch_size=micro,
-            accumulation=BATCH // micro // world,
-            world=world,
-            rank=rank,
-            drop_last=False,
-            shuffle=True,
-        ),
-        seed=3,
-        signals=signals(),
-        selector=None,
-        mixer=cls(cls.Params(**params)),
-    )
+    return built(config, STEPS, BATCH, micro=micro, world=world, rank=rank)
 
 
 def staged():

@@ -9,7 +9,7 @@ from dataflex.plan.domains import Domains
 from dataflex.plan.live import Served
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Interval
-from dataflex.train.controller import DomainTotals
+from dataflex.train.counts import DomainTotals
 
 
 def plans():

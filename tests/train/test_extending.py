@@ -10,14 +10,10 @@ import pytest
 
 from dataflex.config.split import split
 from dataflex.errors import CheckpointError
-from dataflex.plan.domains import Domains
-from dataflex.plan.plan import BatchShape
 from dataflex.train import checkpoint as saved
 from dataflex.train.checkpoint import Identity
-from dataflex.train.controller import Controller
 from dataflex.train.extending import extend
-from dataflex.train.row_space import RowSpace
-from tests.train.test_controller import signals
+from tests.train.test_controller import built, row_space
 
 NAMES = ("web", "code", "papers", "chat")
 
@@ -66,13 +62,7 @@ def pool_of(contents):
     """Return the row space of contents by domain."""
     sizes = {name: len(mine) for name, mine in contents.items()}
     keys = np.array([content for mine in contents.values() for content in mine], dtype=np.uint64)
-    space = RowSpace(
-        dataset=None,
-        sources=sizes,
-        domains=Domains.from_sizes(list(sizes), list(sizes.values()), lengths=np.full(len(keys), 5)),
-        supervised=np.full(len(keys), 5),
-        fingerprint=repr(contents),
-    )
+    space = row_space(sizes, fingerprint=repr(contents))
     space.__dict__["keys"] = keys
     return space
 
@@ -84,20 +74,9 @@ class Run:
         mapping = {"seed": 3, "dataset": ",".join(contents), **lf, "dynamic": {"on_change": "extend", **block}}
         parts = split(mapping, Path())
         self.space, config = pool_of(contents), parts.dynamic
-        self.shape = BatchShape(
-            micro_batch_size=micro, accumulation=accumulation, world=world, rank=0, drop_last=False, shuffle=True
-        )
-        self.controller = Controller(
-            config=config,
-            space=self.space,
-            schedule=config.schedule(total, 1000),
-            shape=self.shape,
-            seed=3,
-            signals=signals(),
-            selector=config.selector and config.selector.build(),
-            mixer=config.mixer and config.mixer.build(),
-            orderer=config.orderer and config.orderer.build(),
-        )
+        batch = micro * accumulation * world
+        self.controller = built(config, total, batch, self.space, micro=micro, world=world)
+        self.shape = self.controller.shape
         self.identity = Identity(config, self.space, parts.lf, shape=self.shape, seed=3)
 
     def serve(self, first, stop):

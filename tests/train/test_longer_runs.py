@@ -13,16 +13,13 @@ from hypothesis import strategies as st
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import DataError
-from dataflex.plan.domains import Domains
-from dataflex.plan.plan import BatchShape, DataPlan
-from dataflex.plan.schedule import Schedule
+from dataflex.plan.plan import DataPlan
 from dataflex.record.digest import digest
 from dataflex.record.read import load_plan, read_events
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.registry import find
-from dataflex.train.controller import Controller
-from dataflex.train.row_space import RowSpace
-from tests.train.test_controller import signals
+from tests.train.test_controller import built as controller
+from tests.train.test_controller import row_space
 
 SIZES = {"web": 60, "code": 41, "papers": 26}
 ROWS = sum(SIZES.values())
@@ -48,25 +45,7 @@ def built(total, recorder=None, world=1, **block):
     }
     block = {"interval_steps": 11, **block}
     config = DynamicConfig(**methods, **block)
-    return Controller(
-        config=config,
-        space=RowSpace(
-            dataset=None,
-            sources=SIZES,
-            domains=Domains.from_sizes(list(SIZES), list(SIZES.values()), lengths=np.full(ROWS, 5)),
-            supervised=np.full(ROWS, 5),
-            fingerprint="f",
-        ),
-        schedule=Schedule(warmup_steps=config.warmup_steps, interval_steps=config.interval_steps, total_steps=total),
-        shape=BatchShape(
-            micro_batch_size=2, accumulation=2 // world, world=world, rank=0, drop_last=False, shuffle=True
-        ),
-        seed=3,
-        signals=signals(),
-        selector=methods["selector"].build() if "selector" in methods else None,
-        mixer=methods["mixer"].build() if "mixer" in methods else None,
-        recorder=recorder or NullRecorder(),
-    )
+    return controller(config, total, 4, row_space(SIZES), world=world, recorder=recorder or NullRecorder())
 
 
 def taken_up(before, total, recorder=None, **block):

@@ -9,12 +9,11 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.method import Selection, Selector
 from dataflex.orderers.patterns import By
 from dataflex.plan.domains import Domains
-from dataflex.plan.plan import BatchShape, DataPlan
+from dataflex.plan.plan import DataPlan
 from dataflex.registry import find
 from dataflex.rng import stream
 from dataflex.testing import FakeSignals
-from dataflex.train.controller import Controller
-from dataflex.train.row_space import RowSpace
+from tests.train.test_controller import built, row_space
 
 SIZES = {"web": 60, "code": 21, "papers": 7}
 ROWS = sum(SIZES.values())
@@ -64,27 +63,10 @@ def controller(monkeypatch, order=None, *, mixer=None, selector=None, world=1, r
     import dataflex.train.controller as module
 
     monkeypatch.setattr(module, "preserve_state", lambda model: __import__("contextlib").nullcontext())
-    shape = {"drop_last": block.pop("drop_last", False), "shuffle": block.pop("shuffle", True)}
-    seed = block.pop("seed", 3)
+    given = {key: block.pop(key) for key in ("drop_last", "shuffle", "seed") if key in block}
     config = DynamicConfig(orderer=order, mixer=mixer, selector=selector, **block)
-    space = RowSpace(
-        dataset=None,
-        sources=SIZES,
-        domains=Domains.from_sizes(list(SIZES), list(SIZES.values()), lengths=LENGTHS),
-        supervised=np.full(ROWS, 5),
-        fingerprint="f",
-    )
-    return Controller(
-        config=config,
-        space=space,
-        schedule=config.schedule(total, longest=1000),
-        shape=BatchShape(micro_batch_size=micro, accumulation=BATCH // micro // world, world=world, rank=rank, **shape),
-        seed=seed,
-        signals=Signals(),
-        selector=selector and selector.build(),
-        mixer=mixer and mixer.build(),
-        orderer=order and order.build(),
-    )
+    space = row_space(SIZES, LENGTHS)
+    return built(config, total, BATCH, space, micro=micro, world=world, rank=rank, signals=Signals(), **given)
 
 
 def served(one, first=0, stop=STEPS):

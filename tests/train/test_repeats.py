@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from dataflex.train.controller import Repeats
+from dataflex.train.counts import Repeats
 
 
 def intervals(repeats, rows, times):

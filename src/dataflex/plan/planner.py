@@ -11,11 +11,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import DataError
+from dataflex.errors import ConfigError, DataError
 from dataflex.plan.domains import Rows
 from dataflex.plan.orders import OrderedEpochs
 from dataflex.plan.plan import BatchShape
-from dataflex.plan.schedule import Interval
+from dataflex.plan.schedule import Interval, Schedule
 from dataflex.rng import permutations, stream
 from dataflex.state import State
 
@@ -217,3 +217,38 @@ class ShuffledEpochs:
             return self._rows[permutations(self._seed, self._name, first, num, self._rows.size)].reshape(-1)
         epochs = [stream(self._seed, self._name, e).permutation(self._rows) for e in range(first, first + num)]
         return epochs[0] if num == 1 else np.concatenate(epochs)
+
+
+class Candidates:
+    """Gives every interval its pool, a function of (seed, optimizer step) alone.
+
+    Every row with a supervised token (``usable`` [n]) is a candidate once before any is one again, whether it was
+    chosen or not. There are ``batches`` candidates for each row that is served; warm-up takes none.
+
+    Raises:
+        ConfigError: An interval would need more candidates than there are rows.
+        DataError: There is no usable row.
+    """
+
+    def __init__(self, usable: Rows, *, batches: int, global_batch: int, schedule: Schedule, seed: int) -> None:
+        if not len(usable):
+            raise DataError("no training row has a supervised token, so there is no candidate to choose")
+        self._per_step = batches * global_batch
+        self._first_step = schedule.warmup_steps
+        wanted = self._per_step * min(schedule.interval_steps, max(1, schedule.total_steps - schedule.warmup_steps))
+        if wanted > len(usable):
+            raise ConfigError(
+                f"dynamic.candidate_batches: {batches} x {schedule.interval_steps:,} steps x {global_batch:,} rows are "
+                f"{wanted:,} candidates, and only {len(usable):,} rows have a supervised token; lower it, or "
+                "interval_steps"
+            )
+        self._epochs = ShuffledEpochs(usable, "dynamic.candidate_batches", seed)
+
+    def pool(self, interval: Interval) -> Rows:
+        """Return the candidates of an interval, ascending and distinct.
+
+        A row at the end of one epoch and the beginning of the next is one candidate, so that there may be fewer than
+        usual.
+        """
+        first = (interval.start_step - self._first_step) * self._per_step
+        return np.unique(self._epochs.take(first, interval.steps * self._per_step)).astype(np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -60,6 +60,17 @@ class Schedule:
     def of(self, kind: str) -> Schedule:
         """Return the schedule of one kind of method."""
         return self.own.get(kind, self)
+
+    def own_interval(self, kind: str, interval: Interval, stands: bool) -> tuple[Interval, bool]:
+        """Return the rest of a method's own interval, and whether it is asked at the beginning of ``interval``.
+
+        It is not while its last decision ``stands`` and another method's interval begins.
+        """
+        step = interval.start_step
+        own = self.of(kind).interval(step)
+        cut = all(self.of(each).interval(step).start_step < step for each in self.own or (kind,))
+        asked = own.start_step == step or cut or (not stands and (own.kind == "dynamic" or kind != "selector"))
+        return replace(own, index=interval.index, start_step=step), asked
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:

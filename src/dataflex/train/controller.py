@@ -10,185 +10,51 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import ConfigError, DataError
-from dataflex.method import Context, Mixer, Orderer, Rows, Selection, Selector, State, Weighter
-from dataflex.plan.domains import Domains
+from dataflex.errors import DataError
+from dataflex.method import Context, Method, Mixer, Orderer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.live import Served, by_name, whole
 from dataflex.plan.mixture import MixtureSampler
-from dataflex.plan.orders import Keys, OrderedEpochs, arranged
+from dataflex.plan.orders import OrderedEpochs
 from dataflex.plan.plan import BatchShape, DataPlan
-from dataflex.plan.planner import ResumedEpochs, ShuffledEpochs, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.planner import (
+    Candidates,
+    ResumedEpochs,
+    ShuffledEpochs,
+    epoch_fill,
+    epoch_stream,
+    spread,
+    warmup_rows,
+)
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain, per_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
-from dataflex.plan.validate import check_mix, check_selection, check_sort_keys, check_state, quota_rows
+from dataflex.plan.validate import check_mix, check_selection, check_state, quota_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.rng import stream, uniforms
+from dataflex.rng import stream
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
+from dataflex.train.counts import DomainTotals, Repeats
 from dataflex.train.feedback import LOGGED_DOMAINS
 from dataflex.train.in_run import Asked, InRun
 from dataflex.train.ledger import Ledger
+from dataflex.train.ordering import Ordering
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 0.1  # share of an interval's places from which on repeats are reported
 _LOGGED_INTERVALS = 64
-
-
-class Candidates:
-    """Gives every interval its pool, a function of (seed, optimizer step) alone.
-
-    Every row with a supervised token (``usable`` [n]) is a candidate once before any is one again, whether it was
-    chosen or not. There are ``batches`` candidates for each row that is served; warm-up takes none.
-
-    Raises:
-        ConfigError: An interval would need more candidates than there are rows.
-        DataError: There is no usable row.
-    """
-
-    def __init__(self, usable: Rows, *, batches: int, global_batch: int, schedule: Schedule, seed: int) -> None:
-        if not len(usable):
-            raise DataError("no training row has a supervised token, so there is no candidate to choose")
-        self._per_step = batches * global_batch
-        self._first_step = schedule.warmup_steps
-        wanted = self._per_step * min(schedule.interval_steps, max(1, schedule.total_steps - schedule.warmup_steps))
-        if wanted > len(usable):
-            raise ConfigError(
-                f"dynamic.candidate_batches: {batches} x {schedule.interval_steps:,} steps x {global_batch:,} rows are "
-                f"{wanted:,} candidates, and only {len(usable):,} rows have a supervised token; lower it, or "
-                "interval_steps"
-            )
-        self._epochs = ShuffledEpochs(usable, "dynamic.candidate_batches", seed)
-
-    def pool(self, interval: Interval) -> Rows:
-        """Return the candidates of an interval, ascending and distinct.
-
-        A row at the end of one epoch and the beginning of the next is one candidate, so that there may be fewer than
-        usual.
-        """
-        first = (interval.start_step - self._first_step) * self._per_step
-        return np.unique(self._epochs.take(first, interval.steps * self._per_step)).astype(np.int64)
-
-
-class Repeats:
-    """Counts how often every row is served, and warns once when much of an interval goes to rows served very often.
-
-    ``most`` is ``dynamic.max_repeats``, how often a row may be served without a warning; None: always. ``selector`` is
-    the name in the message.
-    """
-
-    def __init__(self, num_rows: int, most: int | None, selector: str) -> None:
-        self._most, self._selector = most, selector
-        self._times = np.zeros(num_rows, dtype=np.uint16)
-        self._told = False
-
-    def take(self, rows: Rows) -> str:
-        """Count the rows of a plan; return a note for the record where a tenth of them repeat more than they may.
-
-        Negative ids are no rows.
-        """
-        rows = rows[rows >= 0]
-        each, added = np.unique(rows, return_counts=True)
-        self._times[each] = np.minimum(self._times[each] + added, np.iinfo(np.uint16).max)
-        if self._most is None or not len(rows):
-            return ""
-        times: NDArray[np.uint16] = self._times[rows]
-        share = float((times > self._most).mean())
-        if share < _SHARE:
-            return ""
-        told = f"{share:.0%} of the rows were served more than {self._most} times by now, up to {times.max()}"
-        if not self._told:
-            self._told = True
-            logger.warning(
-                "%s of an interval (dynamic.max_repeats: %d). The model knows such rows by heart: they teach little, "
-                "and the %s selector's scores of them mean little. Keep more rows, train fewer steps, set "
-                "exclude_seen where the pool has many rows of the kind, or see its note (dataflex methods selector/%s)",
-                told,
-                self._most,
-                self._selector,
-                self._selector,
-            )
-        return told
-
-    def state_dict(self) -> State:
-        """Return the counts."""
-        return {"times": self._times.copy(), "told": self._told}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        self._times, self._told = np.array(state["times"]), bool(state["told"])
-
-    def take_over(self, state: State, dropped: Rows, found: NDArray[np.int64]) -> None:
-        """Take the counts of another pool without rows that were not served after all.
-
-        ``found`` is the row there of each row of this pool [N], -1 for new ones.
-        """
-        times = np.array(state["times"])
-        np.subtract.at(times, dropped, 1)
-        self._times = np.where(found >= 0, times[found], 0).astype(np.uint16)
-        self._told = bool(state["told"])
-
-
-class DomainTotals:
-    """Rows and tokens [K] that were trained on, by domain, up to a step; each is told to ``served`` too."""
-
-    def __init__(self, domains: Domains, served: Served) -> None:
-        self._domains, self._served = domains, served
-        self.rows: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
-        self.tokens: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
-        self._step = 0
-        self._noted: NDArray[np.int64] = np.zeros((2, len(domains.names)), dtype=np.int64)
-
-    def count(self, plan: DataPlan, step: int) -> None:
-        """Add the rows of ``plan`` before ``step`` that were not counted yet."""
-        first = plan.interval.start_step
-        start, stop = ((at - first) * plan.global_batch for at in (max(self._step, first), step))
-        rows = plan.rows[start : max(stop, start)]
-        self._served.count(rows[rows >= 0])
-        self._add(self._sums(rows))
-        self._step = max(self._step, step)
-
-    def note(self, rows: Rows) -> None:
-        """Note rows that this rank trains on, which ``settle`` adds."""
-        self._noted = self._noted + self._sums(rows)
-
-    def settle(self, device: torch.device) -> None:
-        """Add what all ranks noted (collective)."""
-        self._add(comm.gather_sum(torch.from_numpy(self._noted).to(device)).cpu().numpy())
-        self._noted = np.zeros_like(self._noted)
-
-    def _sums(self, rows: Rows) -> NDArray[np.int64]:
-        rows = rows[rows >= 0]
-        assert self._domains.lengths is not None
-        weights, labels = self._domains.lengths[rows], self._domains.domain_of[rows]
-        tokens = np.bincount(labels, weights=weights, minlength=len(self.rows)).astype(np.int64)
-        return np.stack([self._domains.counts(rows), tokens])
-
-    def _add(self, sums: NDArray[np.int64]) -> None:
-        self.rows, self.tokens = self.rows + sums[0], self.tokens + sums[1]
-
-    def state_dict(self) -> State:
-        """Return the counts and the step up to which they go."""
-        return {"rows": self.rows, "tokens": self.tokens, "step": self._step}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        self.rows, self.tokens, self._step = state["rows"], state["tokens"], int(state["step"])
 
 
 @dataclass(kw_only=True)
@@ -223,7 +89,6 @@ class Controller:
         self._earlier: Rows = np.empty(0, dtype=np.int64)
         self._kept: Rows | None = None  # what the selector chose last
         self._nominal: NDArray[np.float64] | None = None  # what the mixer said last [K]
-        self._standing: Keys | None = None  # the orderer's keys in force [N]
         self._carried = np.zeros(len(domains.names))  # what quotas were rounded off since the selection was made [K]
         # Sampling proportions of sequences in the plan in progress.
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
@@ -242,25 +107,26 @@ class Controller:
                 shuffle=self.shape.shuffle,
                 orderer=self.orderer,
             )
-        self._keys: Keys | None = None  # what the orderer gave last [N]
-        self._ordered: OrderedEpochs | None = None  # the epochs of the whole pool or of a selection, without a mixer
-        self._selected: dict[str, Any] = {"at": 0}  # of which selection they are, and how much of it is planned
-        if self.orderer is not None and self.mixer is None and not self.selects_subset:
-            length = self.shape.rows_per_epoch(self.space.num_rows)
-            self._ordered = OrderedEpochs(self.space.all_rows(), "", self.seed, self.orderer, length=length)
+        self.ordering: Ordering | None = None
+        if self.orderer is not None:
+            self.ordering = Ordering(
+                orderer=self.orderer,
+                space=self.space,
+                schedule=self.schedule,
+                shape=self.shape,
+                seed=self.seed,
+                context=lambda own: self._context(own, config.orderer),
+                whole_pool=self.mixer is None and not self.selects_subset,
+            )
         options = config.signals
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
         if config.watches is not None:
-            asked = Asked.by(config)
             params = None if config.selector is None or options.budget is None else config.selector.params
             scale = getattr(params, "precondition", "true_adam" if params is None else "none")
             self.in_run = InRun(
                 signals=self.signals,
                 space=self.space,
-                targets=asked.targets,
-                asked=asked.values,
-                scores=asked.scores,
-                embeddings=asked.embeddings,
+                **vars(Asked.by(config)),
                 budget=options.budget,
                 seed=self.seed,
                 spec=GradientSpec(
@@ -307,13 +173,6 @@ class Controller:
         return self.selector is not None and self.selector.selects_subset
 
     @property
-    def _order_changes(self) -> bool:
-        """Whether the orderer's keys are others at each decision, or random for a warm-up."""
-        needs = None if self.orderer is None else self.orderer.requires()
-        warm = self.schedule.of("orderer").warmup_steps > 0
-        return needs is not None and (needs.needs_interval or needs.selector_scores or warm)
-
-    @property
     def listeners(self) -> list[InRun | Ledger]:
         """What listens to the forward and backward passes of training."""
         return [part for part in (self.in_run, self.ledger) if part is not None]
@@ -356,18 +215,6 @@ class Controller:
         index = max(whole.index, self.decided) if self.plan is None else self.plan.interval.index + 1
         return replace(whole, index=index, start_step=step)
 
-    def _own(self, kind: str, interval: Interval) -> tuple[Interval, bool]:
-        """Return the rest of a method's own interval, and whether it is asked at the beginning of ``interval``.
-
-        It is not while its last decision stands and another method's interval begins.
-        """
-        step = interval.start_step
-        own = self.schedule.of(kind).interval(step)
-        cut = all(self.schedule.of(each).interval(step).start_step < step for each in self.schedule.own or (kind,))
-        stands = {"selector": self._kept, "mixer": self._nominal, "orderer": self._standing}[kind]
-        asked = own.start_step == step or cut or (stands is None and (own.kind == "dynamic" or kind != "selector"))
-        return replace(own, index=interval.index, start_step=step), asked
-
     def _decide(self, interval: Interval) -> DataPlan | None:
         # A method may be a user's: its draws and switches must not affect the training.
         with self.clock.phase("decide"), preserve_state(self.signals.access.model):
@@ -377,7 +224,7 @@ class Controller:
         """Decide an interval; None where domains at their caps leave no step of it (at_cap: stop)."""
         started = time.perf_counter()
         self.signals.begin(interval.start_step)
-        own, asked = self._own("selector", interval)
+        own, asked = self.schedule.own_interval("selector", interval, self._kept is not None)
         ctx = self._context(own, self.config.selector)
         pool = self.space.all_rows()
         selection = None
@@ -517,94 +364,6 @@ class Controller:
         enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, size)
         return left if enough else rows
 
-    def _sort_keys(
-        self,
-        interval: Interval,
-        rows: Callable[[int], NDArray[np.integer]],
-        *,
-        fresh: bool = False,
-        scores: NDArray[np.floating] | None = None,
-    ) -> tuple[Keys, str]:
-        """Return the orderer's keys [N], NaN for rows that it was not asked about, and the reason.
-
-        They stand while it is not asked anew, but for a ``fresh`` selection. During warm-up they are random. ``rows``
-        gives those to ask about, for so many sequences until its next decision; ``scores`` are the selector's [N].
-        """
-        assert self.orderer is not None
-        own, asked = self._own("orderer", interval)
-        needs, reason = self.orderer.requires(), self.orderer.reason
-        if own.kind == "warmup" or (needs.selector_scores and fresh and scores is None):
-            reason = "order: random in warm-up" if own.kind == "warmup" else "order: random, without scores"
-        if self._standing is not None and not fresh and (not asked or needs.selector_scores):
-            return self._standing, reason
-        if reason != self.orderer.reason:
-            self._standing = uniforms(self.seed, "order/random", interval.index, self.space.all_rows())
-            return self._standing, reason
-        same = not needs.needs_interval and not needs.selector_scores
-        if self._keys is None or not same:
-            every = self.space.all_rows()
-            asked_for = every if same else np.unique(rows(own.steps * self.shape.global_batch)).astype(np.int64)
-            ctx = replace(self._context(own, self.config.orderer), scores=scores)
-            self._keys = np.full(len(every), np.nan)
-            self._keys[asked_for] = check_sort_keys(self.orderer, self.orderer.sort_keys(asked_for, ctx), asked_for)
-        self._standing = self._keys
-        return self._keys, reason
-
-    def _selection_keys(self, interval: Interval, pool: Rows, selection: Selection, fresh: bool) -> tuple[Keys, str]:
-        """Return keys of a selection's rows, and the reason."""
-        scores = None
-        if selection.scores is not None:
-            scores = np.full(self.space.num_rows, np.nan)
-            scores[pool] = selection.scores
-        return self._sort_keys(interval, lambda count: selection.rows, fresh=fresh, scores=scores)
-
-    def _ordered_selection(
-        self, interval: Interval, pool: Rows, selection: Selection, laid: Rows | None
-    ) -> tuple[Rows, str]:
-        """Return the rows of an interval from a selection in the orderer's order, and the reason.
-
-        ``laid`` are the rows that the selection serves until the next one; None where the last one stands.
-        """
-        assert self.orderer is not None
-        if laid is not None:
-            own, times = np.unique(laid, return_counts=True)
-            self._selected = {"rows": own, "times": times, "number": interval.index, "at": 0}
-            self._ordered = self._selected_epochs()
-        assert self._ordered is not None
-        keys, reason = self._selection_keys(interval, pool, selection, laid is not None)
-        at, count = self._selected["at"], interval.steps * self.shape.global_batch
-        self._ordered.decide(at, keys, lambda number: 0, 1)
-        self._selected["at"] = at + count
-        return self._ordered.take(at, count).astype(np.int64), reason
-
-    def _selected_epochs(self) -> OrderedEpochs:
-        """Return the stream of the rows of a selection."""
-        assert self.orderer is not None
-        name = f"selection {self._selected['number']}"
-        return OrderedEpochs(self._selected["rows"], name, self.seed, self.orderer, times=self._selected["times"])
-
-    def _ordered_pool(self, interval: Interval) -> tuple[Rows, str]:
-        """Return the rows of an interval of the whole pool in the orderer's order, and the reason."""
-        assert self.orderer is not None
-        assert self._ordered is not None
-        batch, num, step, ordered = self.shape.global_batch, self.space.num_rows, interval.start_step, self._ordered
-        at, count = step * batch, interval.steps * batch
-        if self.resumed_epochs is not None:
-            at = self.resumed_epochs.at(step)
-        elif not self.orderer.paced:
-            epoch, within = divmod(step, self.shape.steps_per_epoch(num))
-            at = epoch * self.shape.rows_per_epoch(num) + within * batch
-        keys, reason = self._sort_keys(interval, lambda count: ordered.wanted(at, count))
-        ordered.decide(at, keys, lambda number: number // batch, self.schedule.total_steps)
-        if self.resumed_epochs is not None:
-            rows = self.resumed_epochs.stream(interval)
-        elif self.orderer.paced:
-            rows = ordered.take(at, count).astype(np.int64)
-        else:
-            rows = epoch_stream(self.space.all_rows(), interval, self.shape, self.seed, ordered)
-        self._selected["at"] = at + int((rows >= 0).sum())
-        return rows, reason
-
     def _lay_out(
         self, interval: Interval, ctx: Context, pool: Rows, selection: Selection | None, fresh: bool
     ) -> tuple[Rows, NDArray[np.float64] | None, str]:
@@ -617,7 +376,7 @@ class Controller:
         reasons = [selection.reason] if selection is not None and selection.reason else []
         shuffle = self.shape.shuffle and not (selection is not None and selection.ordered)
         if self.mixer is not None:
-            own, asked = self._own("mixer", interval)
+            own, asked = self.schedule.own_interval("mixer", interval, self._nominal is not None)
             if asked:
                 self._nominal, why = self._mix(replace(ctx, interval=own))
                 reasons.append(why)
@@ -630,8 +389,8 @@ class Controller:
                 if asked:
                     rest = step != self.schedule.of("mixer").interval(step).start_step
                     self.sampler.append(shares, start=step * batch, decided_at_step=step, reason=why, go_on=rest)
-                if self.orderer is not None:
-                    keys, order = self._sort_keys(interval, self.sampler.wanted)
+                if self.ordering is not None:
+                    keys, order = self.ordering.keys(interval, self.sampler.wanted)
                     self.sampler.order(keys, step, self.schedule.total_steps)
                     reasons.append(order)
                 rows = self.sampler.draw(total, whole=batch)
@@ -649,10 +408,8 @@ class Controller:
                     earlier=self._earlier,
                     carried=self._carried,
                 )
-                if selection is not None and self.orderer is not None:
-                    keys, order = self._selection_keys(interval, pool, selection, fresh)
-                    groups, name = self.space.domains.domain_of[rows], f"quota {interval.index}"
-                    rows = arranged(rows, keys, groups, self.orderer, self.seed, name)
+                if selection is not None and self.ordering is not None:
+                    rows, order = self.ordering.quota(interval, pool, selection, fresh, rows)
                     reasons.append(order)
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
@@ -662,20 +419,19 @@ class Controller:
                 # keep_ratio sets the share of the pool that is served, however long the interval is: rows may repeat.
                 repeat = self.config.repeat or self.config.keep_ratio is not None
                 laid = spread(selection.rows, ctx.interval.steps, batch, draws, repeat, pool_rows=len(pool))
-            if self.orderer is not None:
-                laid, order = self._ordered_selection(interval, pool, selection, laid)
+            if self.ordering is not None:
+                laid, order = self.ordering.selection(interval, pool, selection, laid)
                 reasons.append(order)
             assert laid is not None, "only an orderer decides within a selection"
             return laid, None, "; ".join(filter(None, reasons))
         if self.selects_subset:
             rows = warmup_rows(self.space.all_rows(), interval, batch, self.seed, self._earlier)
             return rows, None, "warm-up: uniform"
-        if self._ordered is not None:
-            rows, order = self._ordered_pool(interval)
+        if self.ordering is not None:
+            rows, order = self.ordering.pool(interval, self.resumed_epochs)
             return rows, None, order
-        if self.resumed_epochs is not None:
-            return self.resumed_epochs.stream(interval), None, "every row, epoch by epoch"
-        rows = epoch_stream(self.space.all_rows(), interval, self.shape, self.seed)
+        resumed = self.resumed_epochs
+        rows = resumed.stream(interval) if resumed else epoch_stream(pool, interval, self.shape, self.seed)
         return rows, None, "every row, epoch by epoch"
 
     def proportions_at(self, step: int) -> NDArray[np.float64]:
@@ -712,7 +468,8 @@ class Controller:
         if self.config.full_steps:
             return np.zeros(0, dtype=np.int64)
         whole = self.schedule.interval(interval.start_step)  # the rest of a cut one is filled as it would have been
-        return epoch_fill(self.space.all_rows(), whole, self.shape, self.seed, self._ordered)
+        ordered = self.ordering.epochs if self.ordering else None
+        return epoch_fill(self.space.all_rows(), whole, self.shape, self.seed, ordered)
 
     def _record(
         self,
@@ -784,19 +541,16 @@ class Controller:
     def state_dict(self) -> State:
         """Everything but the plan, which is saved as arrays of its own."""
         return {
-            "selector": check_state(self.selector) if self.selector else {},
-            "mixer": check_state(self.mixer) if self.mixer else {},
-            **{key: part.state_dict() for key, part in self._parts().items()},
+            **{
+                k: check_state(part) if isinstance(part, Method) else part.state_dict()
+                for k, part in self._parts().items()
+            },
             "ends_at": self.ends_at,
             "limits": self.sampler.limits if self.sampler else None,
             "resumed_epochs": None if self.resumed_epochs is None else self.resumed_epochs.state_dict(),
             "unplanned": None if self._unplanned is None else np.packbits(self._unplanned),
             "earlier": self._earlier,
-            "orderer": check_state(self.orderer) if self.orderer else {},
-            "ordered": self._ordered.state_dict(self._selected["at"]) if self._ordered else {},
-            "selected": self._selected,
-            # Keys that may stand at the next decision, and that cannot be asked for again.
-            "standing": self._standing if self.schedule.own and self._order_changes else None,
+            **(self.ordering.state_dict() if self.ordering else {}),
             "proportions": self.proportions,
             "kept": self._kept,
             "nominal": self._nominal,
@@ -806,6 +560,9 @@ class Controller:
     def _parts(self) -> dict[str, Any]:
         """Return what else has a state, by its key in the checkpoint."""
         parts = {
+            "selector": self.selector,
+            "mixer": self.mixer,
+            "orderer": self.orderer,
             "sampler": self.sampler,
             "signals": self.signals,
             "repeats": self.repeats,
@@ -818,18 +575,13 @@ class Controller:
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        methods = {"selector": self.selector, "mixer": self.mixer, "orderer": self.orderer}
-        for key, part in {**methods, **self._parts()}.items():
-            if part is not None:
-                part.load_state_dict(state[key])
-        self._selected, self._standing = {**state["selected"]}, state["standing"]
-        if "rows" in self._selected and self.orderer is not None:
-            self._ordered = self._selected_epochs()
+        for key, part in self._parts().items():
+            part.load_state_dict(state[key])
         if epochs := state["resumed_epochs"]:
             served = np.unpackbits(epochs["served"], count=self.space.num_rows).astype(np.bool_)
             self._resume_epochs(served, int(epochs["step"]))
-        if self._ordered is not None:
-            self._ordered.load_state_dict(state["ordered"])
+        if self.ordering is not None:
+            self.ordering.load_state_dict(state)
         # The end of the data follows from the caps: with other caps the next decision finds it again.
         capped = self.sampler is not None and self.config.at_cap == "stop"
         same = self.sampler is not None and np.array_equal(state["limits"], self.sampler.limits)
@@ -842,10 +594,11 @@ class Controller:
     def _resume_epochs(self, served: NDArray[np.bool_], step: int) -> None:
         """Go on with whole epochs over a pool that was changed after ``step`` steps, given the rows served [N]."""
         rows, name = self.space.all_rows(), f"all rows from step {step}"
-        if self.orderer is None:
-            epochs: ShuffledEpochs | OrderedEpochs = ShuffledEpochs(rows, name, self.seed, shuffle=self.shape.shuffle)
+        epochs: ShuffledEpochs | OrderedEpochs
+        if self.ordering is not None:
+            epochs = self.ordering.begin(name)
         else:
-            epochs = self._ordered = OrderedEpochs(rows, name, self.seed, self.orderer)
+            epochs = ShuffledEpochs(rows, name, self.seed, shuffle=self.shape.shuffle)
         self.resumed_epochs = ResumedEpochs(served, step, self.shape, epochs)
 
     def take_over(
@@ -872,9 +625,8 @@ class Controller:
             found: Row there of each row of this pool [N], -1 for new ones.
             kept: Which of selector, mixer and parts keep their states.
         """
-        methods = {"selector": self.selector, "mixer": self.mixer, "orderer": self.orderer}
-        for key, part in {**methods, **self._parts()}.items():
-            if key in kept and part is not None:
+        for key, part in self._parts().items():
+            if key in kept:
                 part.load_state_dict(state[key])
         names = self.space.domains.names
         self.served, totals = served, state["totals"]

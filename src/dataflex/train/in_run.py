@@ -97,7 +97,7 @@ class Asked:
     """What methods ask of training steps."""
 
     targets: tuple[str, ...] = ()  # whose gradients rows are compared with
-    values: tuple[str, ...] = ()  # "norm" or "loss"
+    asked: tuple[str, ...] = ()  # "norm" or "loss"
     scores: tuple[str, ...] = ()  # those of the targets that the signal ``InRun`` is asked about
     embeddings: tuple[EmbeddingSpec, ...] = ()
 
@@ -121,7 +121,7 @@ class Asked:
             embeddings += [plain_embedding(needs.embedding)] if "in_run_embeddings" in needs.signals else []
         return cls(
             targets=tuple(dict.fromkeys([*targets, *scores])),
-            values=tuple(what for what in ("norm", "loss") if what in values),
+            asked=tuple(what for what in ("norm", "loss") if what in values),
             scores=tuple(dict.fromkeys(scores)),
             embeddings=tuple(dict.fromkeys(embeddings)),
         )
