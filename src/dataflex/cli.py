@@ -190,6 +190,8 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help=told)
     report.add_argument("--out", type=Path, default=None, help="folder for all files (default: inside the first RUN)")
     report.add_argument("--json", dest="as_json", action="store_true", help="print the page's values as JSON")
+    told = "renew the page while the first RUN goes on, until it has ended or Ctrl-C"
+    report.add_argument("--watch", dest="watched", action="store_true", help=told)
     add("version", "Print the versions of dataflex and what it stands on.", version)
     return parser
 

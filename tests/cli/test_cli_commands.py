@@ -125,16 +125,19 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_report_prints_the_summary(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import dataflex.record.report
 
-    seen: list[tuple[list[Path], Path | None, bool]] = []
+    seen: list[tuple[list[Path], Path | None, bool, bool]] = []
 
-    def report(run_dirs: list[Path], out: Path | None, as_json: bool) -> str:
-        seen.append((run_dirs, out, as_json))
+    def report(run_dirs: list[Path], out: Path | None, as_json: bool, watched: bool) -> str:
+        seen.append((run_dirs, out, as_json, watched))
         return "summary"
 
     monkeypatch.setattr(dataflex.record.report, "report", report)
     assert main(["report", "saves/run"]) == 0
-    assert main(["report", "saves/run", "b", "--out", "plots", "--json"]) == 0
-    assert seen == [([Path("saves/run")], None, False), ([Path("saves/run"), Path("b")], Path("plots"), True)]
+    assert main(["report", "saves/run", "b", "--out", "plots", "--json", "--watch"]) == 0
+    assert seen == [
+        ([Path("saves/run")], None, False, False),
+        ([Path("saves/run"), Path("b")], Path("plots"), True, True),
+    ]
     assert capsys.readouterr().out == "summary\nsummary\n"
 
 

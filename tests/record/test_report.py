@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import matplotlib
 import pytest
 
 from dataflex.errors import DataError
+from dataflex.record import report as report_module
 from dataflex.record.read import load_plan
 from dataflex.record.recorder import RunRecorder
 from dataflex.record.report import report
@@ -101,6 +103,53 @@ def test_foreign_folders_and_unwritable_places_are_told(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_watched_run_has_a_page_at_every_moment_until_it_ends(tmp_path, monkeypatch, capsys):
+    simulate(tmp_path / "whole" / "dataflex", **SELECTION)
+    whole, folder = (tmp_path / name / "dataflex" for name in ("whole", "run"))
+    lines = (whole / "events.jsonl").read_bytes().splitlines(keepends=True)
+    (whole / "ended.json").write_bytes(lines[-1].replace(b'"finished"', b'"ended"'))
+    (folder / "plans").mkdir(parents=True)
+    moments = [lines[:1], [*lines[:3], lines[3][:50]], [*lines[:20], b'{"event": "ste'], [], lines[:60]]
+    pages = []
+
+    def moment() -> None:
+        (folder / "events.jsonl").write_bytes(b"".join(moments.pop(0)))
+
+    def wait(seconds: float) -> None:
+        assert seconds >= 10
+        pages.append((folder / "report.html").read_text())
+        if moments:
+            moment()
+            return
+        for path in ("events.jsonl", "ended.json", *(f"plans/{path.name}" for path in (whole / "plans").iterdir())):
+            (folder / path).write_bytes((whole / path).read_bytes())
+
+    moment()
+    monkeypatch.setattr(report_module.time, "sleep", wait)
+    text = report([tmp_path / "run"], watched=True)
+    assert "finished at step" in text
+    told = capsys.readouterr().err
+    assert re.findall(r"^step (\d+): ", told, re.MULTILINE) == ["0", "1", "17", "50", "100"]
+    assert "cannot be read now: the record holds no event yet" in told
+    assert len(pages) == 5
+    assert all("const renewed = 10;" in page for page in pages)
+    assert "const renewed = 0;" in (folder / "report.html").read_text()
+    assert (folder / "report" / "loss.png").is_file()
+
+
+def test_watching_ends_with_an_interrupt_or_at_once_where_there_is_no_run(tmp_path, monkeypatch):
+    simulate(tmp_path / "dataflex", **MIXTURE, stop_step=130)
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report_module.time, "sleep", interrupt)
+    assert "still running, or stopped, at step 130" in report([tmp_path], watched=True)
+    with pytest.raises(DataError, match="is not a folder"):
+        report([tmp_path / "none"], watched=True)
+
+
 def test_drawing_opens_no_pyplot_and_reading_needs_neither_torch_nor_matplotlib(tmp_path):
     simulate(tmp_path / "dataflex", **SELECTION)
     code = (

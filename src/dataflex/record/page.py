@@ -29,8 +29,11 @@ _FILTERED = 8  # lines from which a table has a filter
 _MATH = re.compile(r"(\$)(?=\$)|(\\)(?=[\[(])")
 
 
-def page(told: Json, charts: Mapping[str, Chart]) -> str:
-    """Return the page of what ``report_of`` says, with the plots of ``charts``."""
+def page(told: Json, charts: Mapping[str, Chart], renewed_after: float | None = None) -> str:
+    """Return the page of what ``report_of`` says, with the plots of ``charts``.
+
+    ``renewed_after``: seconds after which the page loads itself anew; None: it does not.
+    """
     items: list[Any] = []
     sections = [_section(at, section, charts, items) for at, section in enumerate(told["sections"])]
     contents = "".join(
@@ -42,6 +45,7 @@ def page(told: Json, charts: Mapping[str, Chart]) -> str:
         "contents": contents,
         "body": "\n".join(sections),
         "foot": _foot(told),
+        "renewed": f"{renewed_after or 0:.0f}",
         "report": in_script(told),
         "plots": in_script(items),
         "bokeh": _bokeh("server/static/js/bokeh.min.js").replace("</script", "<\\/script"),

@@ -1,28 +1,40 @@
 """``dataflex report``: what one run did, or several beside each other, as a page, a text, pictures and JSON.
 
 Works on a run that is still going on or was killed. Every file is written aside and renamed, so a
-report can be renewed while somebody looks at it.
+report can be renewed while somebody looks at it, which ``watch`` does.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dataflex.console import tell
 from dataflex.errors import DataError
 from dataflex.printable import printable
+from dataflex.record.read import ENDING, EVENTS
 from dataflex.record.recorded import Recorded, recorded
 from dataflex.record.summary import summary
 from dataflex.record.text import without_prefix
 from dataflex.state import replacing
 
+if TYPE_CHECKING:
+    from dataflex.record.chart import Chart
+    from dataflex.record.sections import Json
+
 PAGE, DATA, TEXT = "report.html", "report.json", "summary.txt"
+_EVERY = 10.0
+"""Seconds between two looks at a run that goes on; longer where a page takes more than a tenth of that."""
 
 
-def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: bool = False) -> str | int:
+def report(
+    run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: bool = False, watched: bool = False
+) -> str | int:
     """Write the page and, in the folder ``report``, the summary, the page's values and its pictures.
 
     Pictures of an earlier report that have no data any more are removed. The first run is the one that is told of;
@@ -32,6 +44,7 @@ def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: 
         run_dirs: The runs' ``output_dir``, or the ``dataflex`` folders in them.
         out: Folder for all files; None: the page in the first run's ``<output_dir>/dataflex``, the rest in ``report``.
         as_json: Print the values instead of the summary.
+        watched: Renew the page while the first run goes on, and write the rest once it has ended.
 
     Returns:
         The summary and the files' paths; 0 after JSON was printed.
@@ -39,21 +52,16 @@ def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: 
     Raises:
         DataError: A folder has neither a record nor logs, nothing of it can be read, or ``out`` cannot be written.
     """
-    from dataflex.record.charts import CHARTS, charts
-    from dataflex.record.page import page
+    from dataflex.record.charts import CHARTS
     from dataflex.record.plots import draw
-    from dataflex.record.samples import rows_section
-    from dataflex.record.sections import report_of
 
-    runs = _titled([recorded(run_dir) for run_dir in run_dirs])
-    view = runs[0]
-    folder = _inside(view.folder, Path(run_dirs[0])) if out is None else Path(out)
-    made = charts(runs)
-    told = report_of(runs, made, rows_section(view))
+    if watched:
+        _watch(run_dirs, out)
+    view, folder, made, told, content = _page(run_dirs, out)
     pictures = draw(made)
     values = json.dumps(told, allow_nan=False) + "\n"
     contents = {
-        (view.folder if out is None else folder) / PAGE: page(told, made).encode("utf-8", "backslashreplace"),
+        (view.folder if out is None else folder) / PAGE: content,
         folder / DATA: values.encode(),
         **{folder / name: picture for name, picture in pictures.items()},
     }
@@ -76,6 +84,54 @@ def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: 
         return text
     sys.stdout.write(values)
     return 0
+
+
+def _page(
+    run_dirs: Sequence[Path | str], out: Path | None, renewed_after: float | None = None
+) -> tuple[Recorded, Path, dict[str, Chart], Json, bytes]:
+    """Return the first run, the folder for files, all charts, what the page says, and the page."""
+    from dataflex.record.charts import charts
+    from dataflex.record.page import page
+    from dataflex.record.samples import rows_section
+    from dataflex.record.sections import report_of
+
+    runs = _titled([recorded(run_dir) for run_dir in run_dirs])
+    view = runs[0]
+    folder = _inside(view.folder, Path(run_dirs[0])) if out is None else Path(out)
+    made = charts(runs)
+    told = report_of(runs, made, rows_section(view))
+    return view, folder, made, told, page(told, made, renewed_after).encode("utf-8", "backslashreplace")
+
+
+def _watch(run_dirs: Sequence[Path | str], out: Path | None) -> None:
+    """Write the page anew whenever the first run has recorded something, until it has ended or Ctrl-C is pressed.
+
+    What cannot be read at a moment, such as the record of a run that begins anew, is told and tried again.
+    """
+    first, every, seen = Path(run_dirs[0]), _EVERY, list[tuple[int, int]]()
+    files = [folder / name for folder in (first / "dataflex", first) for name in (EVENTS, ENDING)]
+    try:
+        while True:
+            began = time.monotonic()
+            now = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+            try:
+                if now != seen:
+                    view, folder, _, _, content = _page(run_dirs, out, every)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    place = (view.folder if out is None else folder) / PAGE
+                    with replacing(place) as file:
+                        file.write(content)
+                    tell(f"step {view.run.steps_done}: {place}")
+                    if view.run.finished is not None and (view.folder / ENDING).is_file():
+                        return
+            except (DataError, OSError) as error:
+                if not seen:
+                    raise
+                tell(f"cannot be read now: {error}")
+            seen, every = now, max(_EVERY, 10 * (time.monotonic() - began))
+            time.sleep(every)
+    except KeyboardInterrupt:
+        tell("the page is not renewed any more")
 
 
 def _titled(runs: Sequence[Recorded]) -> list[Recorded]:
