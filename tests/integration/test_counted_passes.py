@@ -1,4 +1,4 @@
-"""The passes that ``dataflex plan`` prints are those that a run makes."""
+"""The passes that ``dataflex plan`` prints, and those of the record, are those that a run makes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ LESS = {"name": "less", "targets": ["goal"]}
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Sequences that went through any model: in training, without gradient, and with one."""
-    counts = {"training": 0, "F": 0, "F + B": 0}
+    """Sequences that went through any model: in training, without gradient, and with one; and the same in tokens."""
+    counts = {"training": 0, "F": 0, "F + B": 0, "tokens F": 0, "tokens B": 0}
     original = LlamaModel.forward
 
     def forward(self, input_ids=None, *args, **kwargs):
         number = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[0]
         counts["training" if self.training else "F + B" if torch.is_grad_enabled() else "F"] += number
+        tokens = int(kwargs["attention_mask"].sum())
+        counts["tokens F"] += tokens
+        counts["tokens B"] += tokens if self.training or torch.is_grad_enabled() else 0
         return original(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
@@ -126,7 +129,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_printed_passes_are_those_of_the_run(run, passes, tiny_model, case):
     settings = json.loads(json.dumps({**BASE, **CASES[case]}).replace("MODEL", str(tiny_model)))
-    run("run", **settings)
+    finished = next(event for event in run("run", **settings).events if event["event"] == "finished")
+    recorded = {way: sum(n for k, n in finished["passes"].items() if k.endswith(way)) for way in ("ward", "/backward")}
+    assert recorded["ward"] - recorded["/backward"] == passes["tokens F"]
+    assert recorded["/backward"] == passes["tokens B"]
+    assert finished["compute"] == passes["tokens F"] + 2 * passes["tokens B"]
     made = passes["F"] + passes["F + B"], passes["F + B"]
     found = printed(run.folder / "run.json", run.folder)
     assert found["training"][:2] == [passes["training"]] * 2

@@ -78,6 +78,8 @@ def test_resume_is_exact_at_every_step(run, case):
         assert resumed.series("grad_norm") == straight.series("grad_norm"), step
         assert resumed.series("epoch") == straight.series("epoch"), step
         assert ids_of(resumed) == ids_of(straight), step
+        first, second = ([e["passes"] for e in each.events if e["event"] == "finished"] for each in (straight, resumed))
+        assert first == second, step
         ours, theirs = resumed.weights(), straight.weights()
         assert all(np.array_equal(ours[key], theirs[key]) for key in theirs), step
         shutil.rmtree(folder)

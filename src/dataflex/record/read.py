@@ -81,7 +81,7 @@ _REQUIRED: dict[str, dict[str, Check]] = {
     "resumed": {"checkpoint": _text},
 }
 _OPTIONAL: dict[str, dict[str, Check]] = {
-    "": {"nonfinite": _texts, "spent": _each(_seconds)},
+    "": {"nonfinite": _texts, "spent": _each(_seconds), "passes": _counts, "compute": _share},
     "run_started": {
         "config": _with(),
         "schedule": _with(total_steps=_count),

@@ -289,9 +289,15 @@ class RunRecorder:
         """Record that the run is resumed from a checkpoint after ``step`` steps, and what ``changed`` on purpose."""
         self._write("resumed", step, {"checkpoint": str(checkpoint), **changed})
 
-    def finished(self, step: int, metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> None:
-        """Record the end of training: closing metrics, and seconds by phase over all processes of a resumed run."""
-        self._write("finished", step, {"metrics": metrics, "seconds": seconds or {}})
+    def finished(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        seconds: Mapping[str, float] | None = None,
+        costs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record the end of training: closing metrics, and over all processes seconds by phase and passes."""
+        self._write("finished", step, {"metrics": metrics, "seconds": seconds or {}, **(costs or {})})
 
     def ended(self) -> None:
         """Store the seconds of the whole process beside the events, once nothing of the run is left to do.

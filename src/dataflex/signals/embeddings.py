@@ -19,6 +19,7 @@ from dataflex.signals.losses import IGNORE, model_inputs, real_tokens
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import capture_hidden, model_parts, narrow_head
 from dataflex.signals.other_models import LoadError, loading
+from dataflex.signals.passes import watch_other
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, padded, preserve_state
 from dataflex.signals.texts import row_texts
@@ -170,6 +171,7 @@ class TransformersEncoder(TextEncoder):
         if body.config.is_encoder_decoder:
             body = body.get_encoder()
         self._body = body.to(device, torch.float32).eval().requires_grad_(False)
+        watch_other(self._body)
         self._spec, self.device = spec, device
         self.dimension = int(body.config.get_text_config().hidden_size)
 

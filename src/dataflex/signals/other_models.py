@@ -38,7 +38,10 @@ def _load_causal(name: str | Path, dtype: torch.dtype | str, device: torch.devic
     else:
         from transformers import AutoModelForCausalLM as Loader
     model: Any = Loader.from_pretrained(name, dtype=dtype)
+    from dataflex.signals.passes import watch_other
+
     loaded: torch.nn.Module = model.to(device).eval().requires_grad_(False)
+    watch_other(loaded)
     return loaded
 
 

@@ -35,12 +35,12 @@ from dataflex.signals import kinds
 from dataflex.signals.embeddings import pool
 from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.in_run import Directions, StepCapture, Taken, adam_scale, capturable, directions
-from dataflex.signals.gradients.parameters import shape_of
 from dataflex.signals.gradients.precondition import Moments
 from dataflex.signals.gradients.scorers import GradientScorers, targets_seen
 from dataflex.signals.kinds import GradientNorms, GradientScores, Signal, TokenLoss
 from dataflex.signals.losses import document_ids, model_inputs, real_tokens
 from dataflex.signals.model_parts import capture_hidden, model_parts
+from dataflex.signals.passes import backward_cost
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 from dataflex.signals.sweep import Turn, preserve_state, row_pass
@@ -61,7 +61,6 @@ _PARTS = 10
 _KEPT_ROWS, _KEPT_SKETCHES = 2**20, 4096  # newest observations that are kept, and those with sketches
 _KEPT_NUMBERS = 2**25  # of rows' newest scores, and of their embeddings
 _SKETCH = 16
-_ADAPTERS = 0.2  # below this share of trained parameters a backward pass is one to layer inputs alone
 
 
 def levels(steps: NDArray[np.int64], pilots: NDArray[np.bool_], goals: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -359,13 +358,7 @@ class InRun:
     def _price(self, interval: Interval, global_batch: int) -> tuple[float, float]:
         """Return the tokens that an interval serves, about, and what training on one costs (F + B)."""
         tokens = interval.steps * global_batch * float(self.space.lengths.mean())
-        return tokens, 2.0 if self._adapters else 3.0
-
-    @property
-    def _adapters(self) -> bool:
-        """Whether adapters alone are trained."""
-        sizes = [(shape_of(p).numel(), p.requires_grad) for p in self.signals.access.model.parameters()]
-        return sum(size for size, trains in sizes if trains) < _ADAPTERS * sum(size for size, _ in sizes)
+        return tokens, 1.0 + backward_cost(self.signals.access.model)
 
     def _left(self, interval: Interval, tokens: float, both: float) -> float:
         """Return what may be spent on targets and pilots now.
@@ -487,7 +480,7 @@ class InRun:
             return
         which = [self.targets.index(name) for name in self.scores]
         scored = TargetVectors(tensors={name: tensor[which] for name, tensor in gradients.tensors.items()})
-        rank = None if self._adapters else self.rank
+        rank = None if backward_cost(self.signals.access.model) == 1 else self.rank
         found = directions(scored, moments, capture.layers, rank=rank, seed=self.seed)
         self._directions = comm.broadcast_object(found.to(torch.device("cpu"))).to(device)
         capture.aim(self._directions)

@@ -35,6 +35,7 @@ from dataflex.registry import KINDS
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.model_parts import capture_hidden, model_parts
+from dataflex.signals.passes import Passes, compute
 from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.train import checkpoint as saved
@@ -161,6 +162,7 @@ class Session:
         self._unsealed: tuple[Path, float] | None = None
         self._extended: dict[str, Any] = {}  # what changed on purpose at the resume
         self._moved: tuple[str, Rows] | None = None  # the pool before, and the row there of each row
+        self._passes: Passes
         self._rows: Path | None = None  # file of what rows are known by, for checkpoints
 
     @classmethod
@@ -254,6 +256,7 @@ class Session:
         )
         if (in_run := self.controller.in_run) is not None:
             self._loss.watch = in_run.watch
+        self._passes = Passes(loop.model, lambda: setup.clock.now)
         self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
         if config.average_weights is not None:
             self.average = WeightAverage(loop.model, config.average_weights, loop.total_steps)
@@ -323,6 +326,7 @@ class Session:
         if loss.reference is not None and "rows" in kept:
             loss.reference.load_state_dict(state["reference"])
         self.clock.before = {key: float(value) for key, value in state["seconds"].items()}
+        self._passes.before = {key: float(value) for key, value in state.get("passes", {}).items()}
         if self.average is not None:
             self.average.load_state_dict(state.get("average", {}))
         self.since_log = state["since_log"] if "sums" in kept else {**state["since_log"], "reweighter": {}}
@@ -482,8 +486,13 @@ class Session:
         found = {**logs, **{name: value for name, value in ours.items() if not many or name.count("/") == 1}}
         show(found)
         told = {"no_loss_by_domain": self._loss.missing} if self._loss.missing else {}
-        self.recorder.stepped(step, {**found, **ours, **told})
+        self.recorder.stepped(step, {**found, **ours, **told, **self._costs()})
         return found
+
+    def _costs(self) -> dict[str, Any]:
+        """Return the passes so far by phase, and all of them in forward passes of one token (collective)."""
+        passes = self._passes.totals()
+        return {"passes": passes, "compute": compute(passes, self._passes.backward_cost)}
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -521,6 +530,7 @@ class Session:
         if self.config.stock:
             self.controller.totals.settle(self.loop.device)
         summed = {**(since_log or {}), "reweighter": loss.since_log()}
+        passes = self._passes.totals()
         if self._writes:
             state = {
                 "controller": self.controller.state_dict(),
@@ -528,6 +538,7 @@ class Session:
                 "row_weights": loss.row_weights.state_dict() if loss.row_weights is not None else {},
                 "reference": loss.reference.state_dict() if loss.reference is not None else {},
                 "seconds": self.clock.totals(),
+                "passes": passes,
                 "since_log": summed,
                 "average": self.average.state_dict() if self.average is not None else {},
             }
@@ -570,7 +581,8 @@ class Session:
         self.settle(step)
         if self._loss.row_weights is not None:
             self._loss.row_weights.gather()
-        self.recorder.finished(step, dict(metrics), {**dict.fromkeys(_TRAINING, 0.0), **self.clock.totals()})
+        seconds = {**dict.fromkeys(_TRAINING, 0.0), **self.clock.totals()}
+        self.recorder.finished(step, dict(metrics), seconds, self._costs())
         if comm.rank() == 0:
             self._write_outcome(ended=True)
             self._write_weights(step)
@@ -587,6 +599,7 @@ class Session:
         with suppress(DataError):  # what ended the run is told first
             self.recorder.refresh(now=True)
         if self.began:
+            self._passes.close()
             if self.feed is not None:
                 self.feed.close()
             for listener in self.controller.listeners:

@@ -1,0 +1,111 @@
+"""Counts what really goes through models: the tokens of every forward and every backward pass, by phase of the run.
+
+A forward hook notes the tokens of a call, a hook on the gradient of its logits those of a backward pass, whoever makes
+it. Sums stay on the device until they are read. Evaluation and prediction are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dataflex import comm
+from dataflex.signals.gradients.parameters import shape_of
+
+_FREE = ("evaluate", "predict")
+_ADAPTERS = 0.2  # below this share of trained parameters a backward pass is one to layer inputs alone
+_WAYS = ("forward", "backward")
+
+
+def backward_cost(model: torch.nn.Module) -> int:
+    """Return what a backward pass of a token costs in forward passes: 2, or 1 where adapters alone are trained."""
+    sizes = [(shape_of(p).numel(), p.requires_grad) for p in model.parameters()]
+    trained, every = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    return 1 if trained < _ADAPTERS * every else 2
+
+
+class Passes:
+    """The passes of a run through its model, and through others in tokens of the run's by their parameters.
+
+    Args:
+        model: The model under training.
+        phase: Says in which phase of the clock the present moment is.
+    """
+
+    watching: Passes | None = None
+    """The run in progress, which models that are loaded meanwhile are told to (``watch_other``)."""
+
+    def __init__(self, model: torch.nn.Module, phase: Callable[[], str]) -> None:
+        self._phase, self._size, self._hooks = phase, _size(model), list[Any]()
+        self._own: dict[str, Any] = {}  # sums of this process and rank: a number, or a tensor on the device
+        self.before: dict[str, float] = {}
+        """Sums of earlier processes of the same run, over ranks, up to the checkpoint."""
+        self.backward_cost = backward_cost(model)
+        self.watch(model, 1.0)
+        Passes.watching = self
+
+    def watch(self, model: torch.nn.Module, weight: float) -> None:
+        """Count the calls of a model, each token ``weight`` times."""
+
+        def note(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            tokens = _tokens(args, kwargs)
+            if tokens is None or self._phase() in _FREE:
+                return
+            self._add("forward", tokens, weight)
+            logits = getattr(output, "logits", None)
+            if isinstance(logits, torch.Tensor) and logits.requires_grad:
+                logits.register_hook(self._backward(tokens, weight))
+
+        self._hooks.append(model.register_forward_hook(note, with_kwargs=True))
+
+    def _backward(self, tokens: Any, weight: float) -> Callable[[torch.Tensor], None]:
+        return lambda _: self._add("backward", tokens, weight)
+
+    def _add(self, way: str, tokens: Any, weight: float) -> None:
+        key = f"{self._phase()}/{way}"
+        self._own[key] = self._own.get(key, 0) + (tokens if weight == 1.0 else tokens * weight)
+
+    def totals(self) -> dict[str, float]:
+        """Return ``PHASE/forward`` and ``PHASE/backward`` in tokens, over ranks and earlier processes (collective)."""
+        own = {key: float(value) for key, value in self._own.items()}
+        keys = dict.fromkeys([*self.before, *(key for each in comm.gather_objects(sorted(own)) for key in each)])
+        sums = comm.gather_sum(torch.tensor([own.get(key, 0.0) for key in keys], dtype=torch.float64)).tolist()
+        return {key: round(self.before.get(key, 0.0) + value) for key, value in zip(keys, sums, strict=True)}
+
+    def close(self) -> None:
+        """Stop counting."""
+        for hook in self._hooks:
+            hook.remove()
+        if Passes.watching is self:
+            Passes.watching = None
+
+
+def compute(passes: Mapping[str, float], cost: float) -> float:
+    """Return all passes in forward passes of one token."""
+    return sum(value * (cost if key.endswith("/backward") else 1) for key, value in passes.items())
+
+
+def watch_other(model: torch.nn.Module) -> None:
+    """Count a model beside the one under training, in tokens of that one by the ratio of their parameters."""
+    run = Passes.watching
+    if run is not None:
+        run.watch(model, _size(model) / max(run._size, 1))
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(shape_of(parameter).numel() for parameter in model.parameters())
+
+
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the real tokens of a call, on its device; None where they are not known."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    mask = kwargs.get("attention_mask")
+    if not isinstance(ids, torch.Tensor):
+        ids = kwargs.get("inputs_embeds")
+    if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
+        return None
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape[:2]:
+        return (mask != 0).sum()
+    return ids.shape[0] * ids.shape[1]
