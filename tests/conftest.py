@@ -77,6 +77,18 @@ def _own_folder(tmp_path, monkeypatch):
         monkeypatch.delenv(key, raising=False)
 
 
+@pytest.fixture
+def unsorted(monkeypatch):
+    """Make folders listed in an order that is not that of the names: the last name first, the others ascending."""
+    listed = os.listdir
+
+    def last_first(*args):
+        names = sorted(listed(*args))
+        return [*names[-1:], *names[:-1]]
+
+    monkeypatch.setattr(os, "listdir", last_first)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random 2-layer Llama with attention dropout-free defaults and a word tokenizer, built in code."""

@@ -103,3 +103,31 @@ def test_the_nearest_row_of_a_target_is_told_and_drawn_rows_have_lines(run, data
             assert json.loads(text) == goals[column(table, "nearest_row")[row]]
             assert column(table, "score")[row] == pytest.approx(1.0, abs=1e-4)
     assert set(column(table, "nearest_target")) == {"goal"}
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_rows_of_a_folder_are_told_with_their_files_whatever_the_order(run, planted, unsorted, ending):
+    """Three shards, listed as c, a, b; the weights that ``plan`` looks at are those of the rows, too."""
+    import pandas as pd
+
+    from dataflex.config.data import column_values
+
+    rows = [json.loads(line) for line in (planted / "pool.jsonl").read_text().splitlines() if line]
+    (planted / "shards").mkdir()
+    parts = {"a": rows[:7], "b": rows[7:21], "c": rows[21:]}
+    for name, part in parts.items():
+        frame = pd.DataFrame(part)
+        path = planted / "shards" / f"{name}{ending}"
+        frame.to_json(path, orient="records", lines=True) if ending == ".jsonl" else frame.to_parquet(path)
+    (planted / "dataset_info.json").write_text(json.dumps({"shards": {"file_name": "shards"}}))
+    left = run("run", dataset_dir=str(planted), dataset="shards", **SELECTION)
+    table = chosen_table(left.folder)
+    assert table.num_rows == 24
+    found = dict(raw_rows(table, np.arange(table.num_rows)))
+    assert [json.loads(found[row])["id"] for row in range(24)] == column(table, "id")
+    in_order = [*rows[21:], *rows[:21]]
+    assert column(table, "id") == [row["id"] for row in in_order if row["output"]]
+    files = {row["id"]: name for name, part in parts.items() for row in part}
+    told = [path.rsplit("/", 1)[1][0] for path in column(table, "file")]
+    assert told == [files[name] for name in column(table, "id")]
+    assert [value for _, value in column_values(planted / "shards", "id")] == [row["id"] for row in in_order]

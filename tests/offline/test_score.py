@@ -222,3 +222,33 @@ def test_two_ranks_write_what_one_writes(scoring):
     np.testing.assert_allclose(one.columns["less"], two.columns["less"], rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(one.columns["random.rank"], two.columns["random.rank"])
     assert one.provenance["model"] == two.provenance["model"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_files_of_a_folder_are_read_in_the_order_in_which_they_were_scored(scoring, unsorted, ending):
+    """Five shards, listed as e, a, b, c, d: the longest rows are chosen from the files that they are in."""
+    import pandas as pd
+
+    rows = rows_of(30)
+    folder = scoring.data / "shards"
+    folder.mkdir()
+    for shard, name in enumerate("abcde"):
+        part = rows[shard * 6 : shard * 6 + 4 + shard % 3]
+        if ending == ".jsonl":
+            (folder / f"{name}{ending}").write_text("".join(json.dumps(row) + "\n" for row in part))
+        else:
+            pd.DataFrame(part).to_parquet(folder / f"{name}{ending}")
+    (scoring.data / "dataset_info.json").write_text(json.dumps({"shards": {"file_name": "shards"}}))
+    assert scoring.run("score", scoring.config(dataset="shards"), "--method", "longest", "--out", "s.parquet") == 0
+    table = read_scores(scoring.folder / "s.parquet")
+    (source,) = table.provenance["data"]["sources"]
+    assert [os.path.basename(file["path"])[0] for file in source["files"]] == list("eabcd")
+    assert scoring.run("select", "s.parquet", "--score", "longest.rank", "--budget", "9", "--out", f"best{ending}") == 0
+    best = scoring.folder / f"best{ending}"
+    chosen = pd.read_json(best, lines=True) if ending == ".jsonl" else pd.read_parquet(best)
+    order = [row for shard in (4, 0, 1, 2, 3) for row in rows[shard * 6 : shard * 6 + 4 + shard % 3]]
+    wanted = np.flatnonzero((ranks := table.columns["longest.rank"]) < 9)
+    assert chosen["id"].tolist() == [order[place]["id"] for place in wanted]
+    assert table.tokens[ranks < 9].min() >= table.tokens[ranks >= 9].max()
+    words = [len(order[place]["output"].split()) for place in range(len(order))]
+    assert (table.supervised_tokens - np.array(words) == table.supervised_tokens[0] - words[0]).all()

@@ -40,7 +40,7 @@ class Contents:
 
 
 def contents_of(path: Path) -> dict[Path, Contents]:
-    """Return the contents of each file of a data set, in the order of the files' names.
+    """Return the contents of each file of a data set, in the order in which they are read.
 
     Remembered while size and time of change stay the same. The files are read through only where all of them together
     are of moderate size.
@@ -57,8 +57,11 @@ def contents_of(path: Path) -> dict[Path, Contents]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files of a data set: itself, or those of a folder by name."""
-    return sorted(path.iterdir()) if path.is_dir() else [path]
+    """Return the files of a data set: itself, or those of a folder in the order in which LLaMA-Factory reads them.
+
+    That is the order of ``os.listdir``, by no name: rows are known by their place in the files one after the other.
+    """
+    return [path / name for name in os.listdir(path)] if path.is_dir() else [path]
 
 
 @lru_cache(maxsize=256)

@@ -21,6 +21,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
+from dataflex import comm
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError
@@ -98,12 +99,14 @@ class DataLoading:
             measures = copied.measures
         else:
             measures = train.measures() if served else measure(train)
+        known = fingerprint(sources, self._source_of, measures.fingerprint)
+        comm.agree("dataset", known)  # nodes may list a folder of their own in another order
         space = RowSpace(
             dataset=train,
             sources=sources,
             domains=self._domains(columns, Corpus(dataset=train, lengths=measures.lengths)),
             supervised=measures.supervised,
-            fingerprint=fingerprint(sources, self._source_of, measures.fingerprint),
+            fingerprint=known,
             columns={name: columns[name] for name in config.columns},
             token_weights=of_tokens,
             targets=targets,

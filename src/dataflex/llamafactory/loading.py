@@ -363,7 +363,7 @@ class RawRows:
         sources, _ = find_sources([name], self.written, "dataset", Path())
         file = sources[0].path if sources else None
         drawn = bool(sources) and sources[0].num_samples is not None
-        line = None if file is None or drawn else _line_of(file, position)
+        line = None if file is None or drawn or sources[0].split != "train" else _line_of(file, position)
         if line is not None:
             return f"data set {name!r}, line {line:,} of {file}"
         told = " drawn by num_samples" if drawn else ""

@@ -2,12 +2,11 @@
 
 LLaMA-Factory drops rows without an answer, draws some (``num_samples``), cuts others (``max_samples``, ``val_size``)
 and packs; what is packed has no place of its own. Names relied upon: ``datasets.Dataset._indices``, the places that
-``select`` leaves, and the order of ``os.listdir``, in which LLaMA-Factory reads a folder.
+``select`` leaves.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from dataflex.config.data import find_entries, find_sources
+from dataflex.config.data import files_of, find_entries, find_sources
 from dataflex.llamafactory.loading import Loader, split_rows
 from dataflex.record.chosen import Origins, Source
 
@@ -43,7 +42,7 @@ def origins_of(loader: Loader, names: Sequence[str], source_of: NDArray[np.int32
     sources, places = [], []
     for name, part in zip(names, parts, strict=True):
         path, whole = (known[name].path, known[name].split == "train") if name in known else (None, False)
-        files = [] if path is None or not whole else _files(path)
+        files = [] if path is None or not whole else files_of(path.absolute())
         drawn = part.raw._indices
         sources.append(
             Source(
@@ -83,11 +82,6 @@ def _raw_rows(loader: Loader, parts: Sequence[Any], train: Any) -> NDArray[np.in
     if loader.test_size and args.eval_dataset is None:
         return kept[split_rows(len(kept), loader.test_size, loader.training_args.seed)["train"]]
     return kept
-
-
-def _files(path: Path) -> list[Path]:
-    path = path.absolute()
-    return [path / name for name in os.listdir(path)] if path.is_dir() else [path]
 
 
 def _numbers(column: Any) -> NDArray[np.int64]:

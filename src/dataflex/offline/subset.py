@@ -238,7 +238,8 @@ def _source(table: ScoreTable, place: int, record: Mapping[str, Any]) -> SourceR
     positions = table.position[table.dataset_of == place]
     if len(positions) and positions.max() >= rows.num_rows:
         raise DataError(f"{name}: the scores name row {positions.max():,} of its files, which hold {rows.num_rows:,}")
-    read, limited = record["rows_read"], table.provenance["config"].get("max_samples") is not None
+    whole = ((record.get("entry") or {}).get("split") or "train") == "train"
+    read, limited = record["rows_read"], whole and table.provenance["config"].get("max_samples") is not None
     if rows.num_rows < read or (rows.num_rows > read and not limited):
         raise UnsupportedError(
             f"{name}: {rows.num_rows:,} rows were found in its files, and {read:,} were read from them when it was "

@@ -638,7 +638,7 @@ def raw_rows(table: pa.Table, rows: Rows) -> Iterator[tuple[int, bytes]]:
                         break
     for name, places in by_place.items():
         paths = [Path(file["path"]) for file in sources[name]["files"]]
-        if not paths or not all(path.is_file() for path in paths):
+        if not paths or not all(_is_as_it_was(path, sources) for path in paths):
             continue
         source = SourceRows(paths)
         for position, ids in places.items():
@@ -650,11 +650,14 @@ def _opened(path: str, sources: Mapping[str, Any]) -> Any:
     """Open a file that rows come from; an empty one where it is missing, or has another size than it had."""
     import io
 
-    sizes = {file["path"]: file.get("size") for one in sources.values() for file in one["files"]}
     file = Path(path)
-    if not file.is_file() or file.stat().st_size != sizes.get(path):
-        return io.BytesIO()
-    return file.open("rb")
+    return file.open("rb") if _is_as_it_was(file, sources) else io.BytesIO()
+
+
+def _is_as_it_was(file: Path, sources: Mapping[str, Any]) -> bool:
+    """Whether a file is there, with the size that it had."""
+    sizes = {each["path"]: each.get("size") for one in sources.values() for each in one["files"]}
+    return file.is_file() and file.stat().st_size == sizes.get(str(file))
 
 
 def row_texts(table: pa.Table, rows: Rows) -> dict[int, str]:
