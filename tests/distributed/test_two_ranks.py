@@ -24,17 +24,6 @@ CASES = {
         "dynamic": {"interval_steps": 4, "selector": {"name": "tacs", "targets": ["goal"], "learning_rate": 0.01}},
     },
     "column": {"dataset": "alpha", "dynamic": {"weighter": {"name": "column"}}},
-    "families": {
-        "dataset": "alpha,beta",
-        "dynamic": {
-            "keep_ratio": 0.6,
-            "repeat": True,
-            "selector": {"name": "loss", "every": 5, "warmup_steps": 1},
-            "mixer": {"name": "random", "every": 2},
-            "orderer": {"name": "folding", "by": "length", "layers": 2, "every": 3},
-            "weighter": {"name": "focal", "warmup_steps": 2},
-        },
-    },
     "static": {"dataset": "alpha,beta", "disable_shuffling": False},
     "recorded": {"dataset": "alpha,beta", "disable_shuffling": False, "dynamic": {"record": True}},
     "lossweight": {"dynamic": {"weighter": {"name": "loss", "warmup_steps": 1, "r": 0.5}}},
@@ -71,7 +60,7 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
         mapping = runner.mapping(f"two-{case}", **settings(case, 2))
         configs.append(folder / f"two-{case}.json")
         configs[-1].write_text(json.dumps(mapping))
-    for case in ("selection", "mixture", "families"):
+    for case in ("selection", "mixture"):
         name = f"moved-{case}"
         shutil.copytree(single[case].folder / "checkpoint-3", folder / name / "checkpoint-3")
         shutil.copytree(single[case].folder / "dataflex", folder / name / "dataflex")
@@ -157,7 +146,7 @@ def test_loss_weights_look_at_the_global_micro_batch(results):
     assert one.series()[1:] != pytest.approx(two.series()[1:], rel=1e-4)
 
 
-@pytest.mark.parametrize("case", ["selection", "mixture", "families"])
+@pytest.mark.parametrize("case", ["selection", "mixture"])
 def test_one_rank_checkpoint_goes_on_with_two(results, case):
     single, double = results
     np.testing.assert_allclose(double[f"moved-{case}"].series(), single[case].series(), rtol=1e-5)
