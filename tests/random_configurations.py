@@ -119,14 +119,22 @@ def configurations(seed: int, count: int, model: Path, data: Path) -> Iterator[d
         yield mapping
 
 
+def _paced(rng: random.Random, method: Any, paces: tuple[int, ...] = (1, 2, 3)) -> Any:
+    """Give some methods a cadence of their own."""
+    if method is None or rng.random() < 0.8:
+        return method
+    method = {"name": method} if isinstance(method, str) else dict(method)
+    return method | rng.choice([{"every": rng.choice(paces)}, {"warmup_steps": 1}, {"every": 2, "warmup_steps": 1}])
+
+
 def _sound(rng: random.Random, model: Path, data: Path) -> dict[str, Any]:
     def some(share: float, **keys: Any) -> dict[str, Any]:
         return keys if rng.random() < share else {}
 
     mixer = rng.choice(_MIXERS)
     dynamic: dict[str, Any] = {
-        "selector": rng.choice(_SELECTORS),
-        "mixer": mixer,
+        "selector": _paced(rng, rng.choice(_SELECTORS)),
+        "mixer": _paced(rng, mixer),
         "weighter": rng.choice(_WEIGHTERS),
         "interval_steps": rng.choice([1, 2]),
         **some(0.3, warmup_steps=1),
@@ -135,7 +143,7 @@ def _sound(rng: random.Random, model: Path, data: Path) -> dict[str, Any]:
         **some(0.2, exclude_seen=True),
         **some(0.2, signals=rng.choice([{"pool_fraction": 0.5}, {"max_age_steps": 2}])),
         **some(0.1, seed=3),
-        **some(0.3, orderer=rng.choice(_ORDERERS)),
+        **some(0.3, orderer=_paced(rng, rng.choice(_ORDERERS))),
         **some(0.1, average_weights={"last_steps": rng.choice([2, 3])}),
     }
     return {
@@ -161,7 +169,7 @@ def _sound(rng: random.Random, model: Path, data: Path) -> dict[str, Any]:
         **some(0.2, weight_decay=0.1),
         **some(0.15, val_size=0.2, eval_strategy="steps", eval_steps=2),
         **some(0.1, eval_dataset="held", do_eval=True),
-        **some(0.1, packing=True),
+        **some(0.1, packing=True, neat_packing=rng.random() < 0.5),
         **some(0.1, streaming=True),
         **some(0.1, max_samples=20),
         **some(0.1, dataloader_num_workers=1),

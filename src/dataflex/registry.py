@@ -22,6 +22,7 @@ from typing import Any
 from dataflex.contract import class_problems, is_ours, watched, whereabouts
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 from dataflex.method import Method
+from dataflex.ported import stand_ins, wrapped
 
 KINDS: tuple[str, ...] = ("selector", "mixer", "orderer", "weighter")
 
@@ -126,14 +127,14 @@ def registered(kind: str, cls: Any) -> type[Method]:
     return found
 
 
-def import_file(file: Path, what: str) -> ModuleType:
-    """Run a user's Python file as a module whose name holds ``what``.
+def import_file(file: Path, what: str, package: str = "") -> ModuleType:
+    """Run a user's Python file as a module whose name holds ``what``, in a package if one is named.
 
     Raises:
         ImportError: Nothing can be imported from a file of this name.
         BaseException: Anything that its code raises; the module is removed again.
     """
-    name = f"dataflex_{what}_{file.stem}_{abs(hash(str(file))) % 10**8}"
+    name = f"{package and f'{package}.'}dataflex_{what}_{file.stem}_{abs(hash(str(file))) % 10**8}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("it is not a Python file")
@@ -183,7 +184,8 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
     if not file.is_file():
         raise ConfigError(f"dynamic.plugins: no such file: {path}")
     try:
-        module = import_file(file, "plugin")
+        with stand_ins(file) as package:
+            module = import_file(file, "plugin", package)
     except (Exception, SystemExit) as error:  # the user's own code
         # The text of a SyntaxError names the line.
         frames = () if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
@@ -191,7 +193,7 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
         told = f"{type(error).__name__}: {error}{f' (line {lines[-1]})' if lines else ''}"
         raise ConfigError(f"dynamic.plugins: {path} cannot be imported: {told}") from error
     classes = _methods_of(module)
-    found = [cls for cls in classes if cls.name and not inspect.isabstract(cls)]
+    found = [cls for cls in classes if cls.name and not inspect.isabstract(cls)] + wrapped(module)
     if not found:
         nameless = f"; {whereabouts(classes[0])} has no name" if classes else ""
         raise ConfigError(

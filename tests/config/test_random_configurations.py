@@ -16,5 +16,5 @@ def test_plan_never_ends_in_a_traceback(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     info = {name: {"file_name": f"{name}.jsonl"} for name in names}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    found = [accepted(each, tmp_path) for each in configurations(7, 40, tmp_path / "model", tmp_path)]
+    found = [accepted(each, tmp_path) for each in configurations(9, 40, tmp_path / "model", tmp_path)]
     assert 5 <= sum(found) <= 35

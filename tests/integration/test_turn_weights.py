@@ -71,6 +71,7 @@ CASES = {
     "history masked and cut": {"mask_history": True, "cutoff_len": 20},
     "neatly packed": {"neat_packing": True},
     "openai": {"formatting": "openai"},
+    "parts of v1": {"formatting": "openai", "parts": True},
     "several processes": {"preprocessing_num_workers": 2},
 }
 
@@ -82,6 +83,11 @@ def test_weights_follow_their_tokens(run, tmp_path, seen, tiny_model, case):
     rng = random.Random(3)
     rows = [conversation(rng, 1 + i % 4) for i in range(24)]
     changes = dict(CASES[case])
+    if changes.pop("parts", False):
+        for message in (each for row in rows for each in row["messages"]):
+            first, _, rest = message["content"].partition(" ")
+            texts = [first, f" {rest}"] if rest else [first]
+            message["content"] = [{"type": "text", "value": text} for text in texts]
     data = store(tmp_path / "data", rows, changes.pop("formatting", "sharegpt"))
     settings = {"max_steps": 3, "learning_rate": 0.0, "gradient_accumulation_steps": 2}
     outcome = run("a", **data, **changes, **settings, dynamic=OF_TURNS)
@@ -127,6 +133,16 @@ def test_a_weight_that_is_none_is_told_with_its_place(run, tmp_path, value):
     assert len(caught.value.problems) == 1
     assert "line 2 of" in caught.value.problems[0]
     assert "message 4, has loss_weight = " in caught.value.problems[0]
+
+
+def test_a_part_that_is_no_text_is_told_with_its_place(run, tmp_path):
+    from dataflex.config.split import resolve
+
+    rows = [conversation(random.Random(1), 2)]
+    rows[0]["messages"][2]["content"] = [{"type": "image_url", "value": "a.png"}]
+    data = store(tmp_path / "data", rows, "openai")
+    with pytest.raises(ConfigError, match=r"message 3, has a part of type 'image_url'; of the parts of"):
+        resolve(run.mapping("a", **data, dynamic=OF_TURNS), tmp_path)
 
 
 def test_data_without_weights_is_told(run, tmp_path):

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.build import method_block, method_class, takes_targets
+from dataflex.config.build import load_plugins, method_block, method_class, takes_targets
 from dataflex.config.load import load_mapping
 from dataflex.config.mappings import shown
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.ported import TABLE
 from dataflex.registry import names
 
 _SHIPPED_THERE = "configs/components.yaml"
@@ -56,13 +57,15 @@ class ComponentReader:
     model: str | None = None  # model_name_or_path
     seed: int | None = None  # the seed that the component carried, once it was read
     place: str = ""  # path of the component, for messages
+    own: bool = False  # whether the component read last is a class in the user's own file
+    block: dict[str, Any] = field(default_factory=dict)  # what such classes need of the block
 
     def read(self, name: str | None) -> MethodConfig | None:
         """Return our method for the component ``name`` of the file, or None after noting why not."""
         before, entry = len(self.problems), self.entry(name)
         if entry is None:
             return None
-        method = self._method(*self.translated(*entry))
+        method = self.ported(*entry) if self.own else self._method(*self.translated(*entry))
         return method if len(self.problems) == before else None
 
     def entry(self, name: str | None) -> tuple[str, Mapping[str, Any]] | None:
@@ -91,14 +94,45 @@ class ComponentReader:
             self.problems.append(f"{self.place}: expected a mapping with 'name' and 'params', found {shown(entry)}")
             return None
         found = str(entry.get("name") or name)
+        self.own = "file" in entry
+        if self.own:
+            found = str(params.get("kind", found) if kind == "reorder" else found)
+            before = len(self.problems)
+            self._load(entry["file"], found)
+            return (found, params) if len(self.problems) == before else None
         if found == _OWN and found not in names(kind):
             self.problems.append(
                 f"{self.place}: {_OWN!r} is code that was written into existing DataFlex itself, which no key names; "
-                f"port the class to a {kind} in a file of its own (docs/writing-a-method.md has a table of the calls), "
-                f"and write 'dynamic: {{plugins: [my_{kind}.py], {kind}: {{name: ...}}}}' instead of the flat keys"
+                f"copy the class to a file of its own and name that beside 'name': 'file: my_{kind}.py'. If it uses "
+                f"more than is given here, port it ({TABLE})"
             )
             return None
         return found, params
+
+    def _load(self, file: Any, name: str) -> None:
+        """Load a file of the user's own classes."""
+        told: list[str] = []
+        self.block["plugins"] = (*self.block.get("plugins", ()), *load_plugins((str(file),), self.base_dir, told))
+        self.problems += [line.replace("dynamic.plugins", f"{self.place}.file", 1) for line in told]
+        kind = "selector" if self.kind == "reorder" else self.kind
+        if kind == "selector":
+            self.block["repeat"] = True  # rows that it gives may be fewer than asked for
+        if not told and name not in names(kind):
+            near = did_you_mean(name, names(kind))
+            self.problems.append(f"{self.place}: {file} registers no {self.kind} {name!r}{near}")
+
+    def ported(self, name: str, given: Mapping[str, Any]) -> MethodConfig | None:
+        """Return the method that a class in the user's own file became."""
+        kind, params = "selector" if self.kind == "reorder" else self.kind, dict(given)
+        if self.kind == "reorder":
+            params.pop("kind", None)
+        if kind == "weighter" and self.warmup_steps > 0:
+            params["warmup_steps"] = self.warmup_steps
+        self.note(
+            "draws and states are the run's: random numbers begin anew at every call, by the seed and the interval; "
+            "attributes that are numbers, texts, lists, mappings or arrays are in checkpoints"
+        )
+        return method_block(kind, {"name": name, **params}, f"{self.place}.params", self.problems)
 
     def _content(self) -> dict[str, Any]:
         for path in (Path(self.file), self.base_dir / self.file):

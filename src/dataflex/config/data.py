@@ -479,6 +479,15 @@ def train_rows(counts: Sequence[int | None], lf: LlamaFactoryArgs) -> int | None
     return max(0, rows - (int(held) if held > 1 else math.ceil(rows * held)))
 
 
+WANTED_PART = "of the parts of LLaMA-Factory v1 text alone is read; write others as its former formats have them"
+
+
+def _other_part(message: Mapping[str, Any]) -> str | None:
+    """Return the type of the first part of a message's content that is no text."""
+    parts = [part for value in message.values() if isinstance(value, list) for part in value if isinstance(part, dict)]
+    return next((str(part["type"]) for part in parts if "value" in part and part.get("type", "text") != "text"), None)
+
+
 def turn_weights(source: Source, name: str) -> tuple[bool | None, str]:
     """Return whether messages of a local JSON Lines data set have weights ``name``, and where one cannot be used.
 
@@ -495,9 +504,11 @@ def turn_weights(source: Source, name: str) -> tuple[bool | None, str]:
             for messages in row.values():
                 turns = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
                 for place, message in enumerate(turns, start=1):
+                    where = f"data set {source.name!r}, line {number:,} of {file}, message {place},"
                     value = message.get(name)
                     there = there or value is not None
                     if value is not None and unusable_weight(value):
-                        where = f"data set {source.name!r}, line {number:,} of {file}, message {place},"
                         return there, f"{where} has {name} = {shown(value)}; {WANTED_WEIGHTS}"
+                    if (kind := _other_part(message)) is not None:
+                        return there, f"{where} has a part of type {kind!r}; {WANTED_PART}"
     return there, ""

@@ -96,7 +96,7 @@ class _Translation:
         kind = _KIND_OF[self.keys.train_type]
         reader = self._reader(kind, targets)
         method = reader.read(self.keys.component_name)
-        return {} if method is None else {kind: method, "seed": reader.seed}
+        return {} if method is None else {kind: method, "seed": reader.seed, **reader.block}
 
     def _reader(self, kind: str, targets: tuple[str, ...]) -> ComponentReader:
         keys = self.keys
@@ -239,7 +239,8 @@ class _Translation:
             initial = None
         own = all(method.warmup_steps is not None for method in decide) and "weighter" not in found
         warmup = {"warmup_steps": 0} if own else {}
-        return {**given, **warmup, **found, "cycle_steps": None, "initial_proportions": initial, "seed": reader.seed}
+        given |= {**warmup, **reader.block, **found}
+        return {**given, "cycle_steps": None, "initial_proportions": initial, "seed": reader.seed}
 
     def _reorder(self) -> dict[str, Any]:
         """Serve the whole pool in order: ranked beforehand, from the first step on; by the model, after the warm-up."""
@@ -248,7 +249,9 @@ class _Translation:
         method, every = orderer(reader, keys.component_name)
         if given["cycle_steps"] is not None and given["cycle_steps"] != given["total_steps"]:
             self.notes.append("steps: rows are served epoch by epoch, however many stages the run has")
-        given |= {"cycle_steps": None, "seed": reader.seed}
+        given |= {"cycle_steps": None, "seed": reader.seed, **reader.block}
+        if method is not None and method.kind == "selector":
+            return {**given, "selector": method, "warmup_steps": 0}
         if not every:
             self.notes.append("warmup_step, update_step: no effect where the order is known beforehand, as there")
             return {**given, "warmup_steps": 0, "interval_steps": None, "orderer": method}

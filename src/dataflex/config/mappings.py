@@ -207,6 +207,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(member) for member in members)
     (hint,) = members
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return "a value"
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in args)
     if origin in (tuple, list):

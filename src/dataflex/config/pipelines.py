@@ -86,6 +86,9 @@ def pipeline(reader: ComponentReader, name: str | None, interval: int) -> dict[s
                 told = f"boundaries are {interval} steps apart, so it decides every {every} steps, as there"
                 reader.notes.append(f"{place}.params.stages ({stage.component}): {told}")
             method = replace(method, every=every, warmup_steps=warmup)
+        if stage.family == "reorder" and method.kind != "orderer":
+            told = "a reorder of your own gives rows as a selector does; use it with train_type dynamic_reorder"
+            reader.problems.append(f"{place}.params.stages ({stage.component}): {told}")
         found[method.kind].append(method)
     if len(reader.problems) > before:
         return {}
@@ -156,6 +159,8 @@ def orderer(reader: ComponentReader, name: str | None) -> tuple[MethodConfig | N
     entry = reader.entry(name)
     if entry is None:
         return None, 0
+    if reader.own:
+        return reader.ported(*entry), 1
     given = {key: value for key, value in entry[1].items() if value is not None}
     for key in ("pattern_params", "score_params"):
         if not isinstance(given.get(key, {}), Mapping):

@@ -13,24 +13,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dataflex.config.data import WANTED_PART
+from dataflex.errors import DataError
+
 WEIGHTS = "dataflex_weights"
 """Column of tokenized rows: the weight of each token."""
 _WEIGHT = "dataflex_weight"
 _IGNORE = -100
 
 
+def joined_parts(content: Any) -> Any:
+    """Return the text of a content that is a list of parts, ``{"type": "text", "value": ...}``; any other as it is.
+
+    Raises:
+        DataError: A part is no text.
+    """
+    if not isinstance(content, list):
+        return content
+    if other := [part for part in content if part.get("type") != "text"]:
+        raise DataError(f"a message has a part of type {other[0].get('type')!r}; {WANTED_PART}")
+    return "".join(str(part["value"]) for part in content)
+
+
 class WeighedConverter:
-    """Converts an example as ``converter`` does and keeps its messages' weights ``name``, 1 where one has none."""
+    """Converts an example as ``converter`` does and keeps its messages' weights ``name``, 1 where one has none.
+
+    Messages may also be written as for LLaMA-Factory v1, whose contents are lists of parts.
+    """
 
     def __init__(self, converter: Any, name: str) -> None:
         self.converter, self.name = converter, name
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Return LLaMA-Factory's columns, with the weights in the messages."""
-        attr, made = self.converter.dataset_attr, self.converter(example)
+        attr = self.converter.dataset_attr
         messages = example.get(attr.messages) if attr.formatting in ("sharegpt", "openai") else None
-        weights = [1.0 if (given := each.get(self.name)) is None else given for each in messages or ()]
-        numbered = [{**each, attr.content_tag: str(k), "tool_calls": None} for k, each in enumerate(messages or ())]
+        messages = [{**each, attr.content_tag: joined_parts(each.get(attr.content_tag))} for each in messages or ()]
+        made = self.converter({**example, attr.messages: messages} if messages else example)
+        weights = [1.0 if (given := each.get(self.name)) is None else given for each in messages]
+        numbered = [{**each, attr.content_tag: str(k), "tool_calls": None} for k, each in enumerate(messages)]
         marks = self.converter({**example, attr.messages: numbered}) if messages else made
         for part in ("_prompt", "_response"):
             for place, message in enumerate(made[part]):

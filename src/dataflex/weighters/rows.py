@@ -26,9 +26,10 @@ class Column(Weighter):
     """Weigh each row, turn or token by a number of the data.
 
     - ``level: row``: a numeric column of the data set.
-    - ``level: turn``: a key of the messages (formats sharegpt and openai), 1 where a message has none. The weight of a
-      message is that of the tokens it becomes, through template, ``cutoff_len``, packing and ``mask_history``; the end
-      of an answer belongs to the answer. Messages that are not trained on have no effect, whatever they weigh.
+    - ``level: turn``: a key of the messages (formats sharegpt and openai, whose contents may be lists of text parts, as
+      LLaMA-Factory v1 has them), 1 where a message has none. The weight of a message is that of the tokens it becomes,
+      through template, ``cutoff_len``, packing and ``mask_history``; the end of an answer belongs to the answer.
+      Messages that are not trained on have no effect, whatever they weigh.
     - ``level: token``: a column of a tokenized copy (``tokenized_path``) with a number for each token of ``input_ids``.
 
     A weight of 0 trains nothing. It refuses to guess: a row without a weight, a negative one, or text in the column is
