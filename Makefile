@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-CODE := src tests benchmarks examples docs
+CODE := src tests benchmarks examples evidence docs
 
 # Nothing asks a hub, and started processes find compiled code. The rest is for machines with few cores: threads that
 # wait do not spin, and memory that each step frees and asks for again does not go back to the system in between.
@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick check lint types pytest format docs bench clean
+.PHONY: help demo test test-quick check lint types pytest format docs bench evidence evidence-quick clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,21 @@ docs: $(VENV)/.installed-dev  ## render docs/methods.md from the methods' classe
 
 bench: $(VENV)/.installed  ## all benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(TUNED) $(RUN) $$file; done
+
+SUITES := s1 s2 s3 m1 m3 w1
+COMPARE = $(TUNED) $(QUIET) OMP_NUM_THREADS=1 $(RUN) -m dataflex compare --jobs 2
+
+evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many hours), and render docs/results.md
+	$(RUN) evidence/data.py
+	test -f runs/evidence/w1_reference/config.json || \
+		$(TUNED) $(QUIET) $(RUN) -m dataflex train evidence/w1_reference.yaml
+	@set -e; for suite in $(SUITES); do $(COMPARE) evidence/$$suite.yaml; done
+	$(RUN) evidence/render.py
+
+evidence-quick: $(VENV)/.installed  ## one small suite of the same kind
+	$(RUN) evidence/data.py
+	$(COMPARE) evidence/quick.yaml
+	$(RUN) evidence/render.py
 
 clean:  ## remove the virtual environment, the runs and the caches
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The command line: ``dataflex train | plan | methods | score | query | select | eval | mix | rows | report | ...``.
+"""The command line: ``dataflex train | plan | methods | score | select | eval | compare | mix | rows | report | ...``.
 
 Each command imports what it needs when it is called. Exit codes: 2 for a mistake of the user's and a refused write,
 told in plain lines on stderr; 143 for SIGTERM; 1 for a run that fails otherwise (a defect of ours keeps its trace)
@@ -35,6 +35,7 @@ _EXAMPLES = {
     "query": "dataflex query index --target gsm8k_valid --out scores.parquet",
     "select": "dataflex select scores.parquet --score less --budget 0.1 --out subset.jsonl",
     "eval": "dataflex eval saves/run --data gsm8k_valid --choices mmlu.jsonl template=llama3",
+    "compare": "dataflex compare evidence/s1.yaml seeds=[1,2,3] --jobs 2",
     "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
     "rows": """dataflex rows saves/run2 --most --where 'domain == "gsm8k" and times_served > 3' --text""",
     "report": "dataflex report saves/run2 saves/plain --out report",
@@ -176,6 +177,10 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     _add_eval(
         add("eval", "Held-out loss and perplexity of a model, multiple choice, and exact match.", evaluate, _EVAL)
     )
+    compare = _calls("dataflex.commands.compare", "compare")
+    _add_compare(
+        add("compare", "Train a suite of arms over seeds, and say which differences are real.", compare, _COMPARE)
+    )
     mix = add("mix", "Find proportions of domains before the large run, step by step.", lambda _: mix.format_help())
     if steps_of_mix:
         from dataflex.commands.mix import add_mix_steps
@@ -215,6 +220,10 @@ _EVAL = (
     "\n\nMODEL is a model's folder or hub id, an adapter's folder, or a LLaMA-Factory configuration that names one of\n"
     'them. FILE holds a question a line: {"question": ..., "choices": [...], "answer": 0, "subject": ...}; a .csv is\n'
     "a table of MMLU's. FORCE_TORCHRUN=1 and NPROC_PER_NODE work as for 'train'."
+)
+_COMPARE = (
+    "\n\nSUITE is a YAML file: a base configuration, arms that change keys of it, seeds, steps, evaluations, and\n"
+    "claims fixed beforehand (docs/compare.md). A suite that was killed goes on; finished runs are not repeated."
 )
 _ROWS = (
     "\n\nCOND compares columns of the table (docs/report.md): 'domain == \"code\" and (score > 2 or weight < 0.1)';\n"
@@ -277,6 +286,14 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     add("--json", dest="as_json", action="store_true", help="print JSON")
     add("--out", type=Path, metavar="FILE", help="also write the JSON here")
     _add_overrides(command, "LLaMA-Factory's keys, such as template=llama3 or dataset_dir=data")
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("suite", type=Path, metavar="SUITE", help="a .yaml, .yml or .json file")
+    add("--jobs", type=int, default=1, metavar="N", help="runs that are trained at once (default: 1)")
+    add("--commands", action="store_true", help="print the commands that are left, and train nothing")
+    _add_overrides(command, "keys of the suite")
 
 
 def _add_rows(command: argparse.ArgumentParser) -> None:

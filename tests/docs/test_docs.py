@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from dataclasses import MISSING, fields, is_dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dataflex.compare.suite import read_suite
 from dataflex.config.build import parse_dynamic
 from dataflex.config.check import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
 from dataflex.config.mappings import describe, field_hints, plain, shown
@@ -61,9 +63,14 @@ def dynamic_blocks():
 
 
 @pytest.mark.parametrize(("page", "mapping"), dynamic_blocks())
-def test_every_yaml_block_is_valid(page, mapping):
-    """Strictly, as a configuration that lies in examples/ would be."""
-    if "dynamic" in mapping:
+def test_every_yaml_block_is_valid(page, mapping, tmp_path, monkeypatch):
+    """Strictly, as a configuration that lies in examples/ would be, or a suite beside the page."""
+    if "arms" in mapping:
+        monkeypatch.chdir(ROOT)
+        base, file = str((ROOT / page).parent / mapping["base"]), tmp_path / "suite.json"
+        file.write_text(json.dumps({**mapping, "base": base, "evaluate": None}))
+        assert read_suite(file, work=tmp_path).claims
+    elif "dynamic" in mapping:
         dynamic = parse_dynamic(mapping["dynamic"], EXAMPLES)
         assert dynamic.methods or dynamic.ledger or dynamic.average_weights or dynamic.stock
     else:

@@ -1,0 +1,223 @@
+"""Trains and evaluates the runs of a suite, each by the commands that a user would type.
+
+A run's folder is named by a fingerprint of its configuration, the bytes of its data and plugins, and the code, so that
+a run that finished is not repeated, and one of anything else is never taken for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dataflex.compare.suite import Evaluation, Run, Suite
+from dataflex.config.data import files_of, find_sources, target_data_sets
+from dataflex.mixing.runs import finished, write_configurations
+from dataflex.printable import redacted
+from dataflex.record.read import read_ending
+from dataflex.state import blake2b
+from dataflex.version import versions
+
+_ROOT = Path(__file__).resolve().parent.parent
+_NOT_TRAINING = ("commands", "compare", "mixing", "offline")
+_TOLD = 3  # last lines of a log that are told of a failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, where it lies, and the commands that make it."""
+
+    run: Run
+    folder: Path  # its output_dir
+    config: Path
+    log: Path
+    evaluation: Path | None  # JSON that the evaluation writes; None: nothing is evaluated beside the training
+    options: tuple[str, ...]  # of the evaluation
+
+    @property
+    def trained(self) -> bool:
+        """Whether the training has finished, and what follows it: the last evaluation, the final model."""
+        return finished(self.folder) and bool(read_ending(self.folder))
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The commands that are still to be run, without the program."""
+        left = [] if self.trained else [["train", str(self.config)]]
+        if self.evaluation is not None and not self.evaluation.is_file():
+            adapts = self.run.mapping.get("finetuning_type", "lora") != "full"
+            key = "adapter_name_or_path" if adapts else "model_name_or_path"
+            told = [f"{key}={self.folder}", "--out", str(self.evaluation)]
+            left.append(["eval", str(self.config), *self.options, *told])
+        return left
+
+    def line(self, command: Sequence[str]) -> str:
+        """Return a command as it is typed."""
+        return shlex.join(["dataflex", *command])
+
+
+def jobs_of(suite: Suite) -> list[Job]:
+    """Return the jobs of a suite in the order of its arms, seeds interleaved, and write their configurations."""
+    runs = sorted(suite.runs, key=lambda run: suite.seeds.index(run.seed))
+    jobs, configs = [], {}
+    for run in runs:
+        name = f"{run.arm}-{run.steps}steps-seed{run.seed}-{fingerprint(run)}"
+        folder = suite.out / "runs" / name
+        evaluation, options = None, list[str]()
+        if suite.evaluation is not None:
+            evaluation = folder.with_name(f"{name}.eval-{_evaluation_key(suite.evaluation)}.json")
+            options = suite.evaluation.options()
+        config = folder.with_name(f"{name}.yaml")
+        jobs.append(
+            Job(
+                run=run,
+                folder=folder,
+                config=config,
+                log=folder.with_name(f"{name}.log"),
+                evaluation=evaluation,
+                options=tuple(options),
+            )
+        )
+        configs[config] = {**run.mapping, "output_dir": str(folder)}
+    write_configurations(suite.out, configs)
+    return jobs
+
+
+def fingerprint(run: Run) -> str:
+    """Return a hash of all that a run is made of, eight hexadecimal digits."""
+    lf, dynamic = run.parts.lf, run.parts.dynamic
+    assert dynamic is not None
+    targets = [name for target in dynamic.targets for name in target_data_sets(target)]
+    names = [*dict.fromkeys([*lf.train_sets, *lf.eval_sets, *targets])]
+    sources, _ = find_sources(names, lf, "", Path())
+    data = {
+        source.name: [_bytes(file) for file in files_of(source.path)] if source.path is not None else None
+        for source in sources
+    }
+    made = [redacted(run.mapping), data, [_bytes(Path(plugin)) for plugin in dynamic.plugins if plugin.endswith(".py")]]
+    text = json.dumps([made, _code(_NOT_TRAINING), versions()], sort_keys=True, default=str)
+    return blake2b(text.encode()).hex()[:8]
+
+
+def changed(jobs: Sequence[Job]) -> list[str]:
+    """Return runs that would be made of something else now: data, plugins or code changed after they were begun."""
+    _bytes.cache_clear()
+    _code.cache_clear()
+    named = [job.run.title for job in jobs if not job.folder.name.endswith(fingerprint(job.run))]
+    return [f"data, plugins or code changed while the suite ran: {'; '.join(named)}"] if named else []
+
+
+def _evaluation_key(evaluation: Evaluation) -> str:
+    """Return a hash of what is evaluated, the bytes of its files, and the code."""
+    files = [part for given in (evaluation.choices, evaluation.answers) if given for part in given.split(",")]
+    made = [vars(evaluation), [_bytes(Path(file.strip())) for file in files], _code(("commands", "compare", "mixing"))]
+    return blake2b(json.dumps(made, sort_keys=True, default=str).encode()).hex()[:8]
+
+
+@cache
+def _bytes(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@cache
+def _code(left_out: tuple[str, ...]) -> str:
+    """Return a hash of the package's modules, except those in some rooms and the record's pages."""
+    files = sorted(
+        file for file in _ROOT.rglob("*.py") if file.relative_to(_ROOT).parts[0] not in (*left_out, "record", "cli.py")
+    )
+    recorder = _ROOT / "record" / "recorder.py"
+    return blake2b(*(file.read_bytes() for file in (*files, recorder))).hex()
+
+
+def run_all(jobs: Iterable[Job], parallel: int, say: Callable[[str], None]) -> dict[str, str]:
+    """Run what is not finished, ``parallel`` jobs at once; return why each failed one did, by its folder.
+
+    A job that fails does not stop the others. Where this process is ended, those that run are ended too.
+    """
+    failed: dict[str, str] = {}
+    running: list[subprocess.Popen[bytes]] = []
+    over = threading.Event()
+
+    def one(job: Job) -> None:
+        with _alone(job, over) as lock:
+            if not job.commands:
+                say(f"{job.run.title}: finished before ({job.folder})")
+            for command in job.commands:
+                if over.is_set():
+                    return
+                say(f"{job.run.title}: {job.line(command)}")
+                if command[0] == "train" and not any(job.folder.glob("checkpoint-*")):
+                    shutil.rmtree(job.folder, ignore_errors=True)  # left by a kill, with nothing to go on from
+                code = _called(job, command, running, lock)
+                if code != 0 and not over.is_set():
+                    failed[str(job.folder)] = f"exit code {code}: {_last_lines(job.log)} ({job.log})"
+                    say(f"{job.run.title}: FAILED, {failed[str(job.folder)]}")
+                    return
+            if not over.is_set() and job.commands:
+                failed[str(job.folder)] = f"ended with exit code 0, but is not finished ({job.log})"
+
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            for future in [pool.submit(one, job) for job in jobs]:
+                future.result()
+        except BaseException:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
+    return failed
+
+
+def _called(job: Job, command: Sequence[str], running: list[subprocess.Popen[bytes]], lock: int) -> int:
+    program = [sys.executable, "-m", "dataflex"]
+    with job.log.open("ab") as log:
+        process = subprocess.Popen([*program, *command], stdout=log, stderr=log, pass_fds=[lock])
+        running.append(process)
+        try:
+            return process.wait()
+        finally:
+            running.remove(process)
+
+
+@contextmanager
+def _alone(job: Job, over: threading.Event) -> Iterator[int]:
+    """Hold a run's lock while inside; its descriptor is given to the run, which may outlive this process."""
+    with job.folder.with_name(f"{job.folder.name}.lock").open("w") as file:
+        while not over.is_set():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                over.wait(1.0)
+        yield file.fileno()
+
+
+def _last_lines(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("dataflex:")]
+    return " | ".join((ours or lines)[-_TOLD:])
+
+
+def evaluated(job: Job) -> Mapping[str, Any] | None:
+    """Return what the evaluation of a run wrote; None without one."""
+    if job.evaluation is None or not job.evaluation.is_file():
+        return None
+    found: Mapping[str, Any] = json.loads(job.evaluation.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,221 @@
+"""A suite of the tiny model: trained, interrupted and continued, judged; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dataflex.cli import main
+from dataflex.compare import running
+from dataflex.compare.suite import patched, read_suite
+from dataflex.errors import ConfigError
+from tests.integration.conftest import base_settings
+
+ARMS = {
+    "plain": {},
+    "slow": {"learning_rate": 1.0e-9},
+    "again": {"dynamic": {"record": True}},
+    "loss": {"dynamic": {"interval_steps": 2, "selector": "loss"}},
+}
+CLAIM = {"metric": "eval_loss", "better": "less", "alpha": 0.4}
+
+
+@pytest.fixture
+def suite(tiny_model, data_dir, tmp_path, monkeypatch):
+    """Write a suite file; commands run in this process, and are listed in ``suite.called``."""
+
+    def write(**changes):
+        base = base_settings(tiny_model, data_dir) | {
+            "eval_dataset": "goal",
+            "learning_rate": 1.0e-2,
+            "disable_shuffling": False,
+        }
+        del base["num_train_epochs"], base["seed"]
+        base["lr_scheduler_type"] = "constant"
+        content = {"suite": "small", "base": base, "arms": {"plain": {}, "slow": ARMS["slow"]}, "seeds": 2, "steps": 3}
+        content["out"] = "out"
+        path = tmp_path / "suite.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+        return str(path)
+
+    def called(job, command, *_):
+        write.called.append((command[0], job.run.arm, job.run.seed))
+        return write.instead(job, command) if write.instead else main(command)
+
+    write.called, write.instead = [], None
+    monkeypatch.setattr(running, "_called", called)
+    monkeypatch.setattr(running, "ThreadPoolExecutor", InOrder)
+    return write
+
+
+class InOrder:
+    """Runs what is submitted at once."""
+
+    def __init__(self, _):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, job):
+        function(job)
+        return self
+
+    def result(self):
+        pass
+
+    def shutdown(self, **_):
+        pass
+
+
+def results():
+    return json.loads(Path("out/results.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_suite_is_trained_interrupted_continued_and_judged(suite, capsys):
+    questions = [{"question": "one two", "choices": ["three four", "five"], "answer": 0}]
+    Path("q.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    claims = [
+        {"claim": "slow is worse", **CLAIM, "arm": "slow", "better": "more"},
+        {"claim": "slow is better", **CLAIM, "arm": "slow"},
+        {"claim": "the same arm is better", **CLAIM, "arm": "again"},
+        {"claim": "slow is worse at equal compute", **CLAIM, "arm": "slow", "better": "more", "at": "compute"},
+        {"claim": "slow is worse by far", **CLAIM, "arm": "slow", "better": "more", "by": 9.0},
+    ]
+    path = suite(arms=ARMS, protocol=claims, evaluate={"choices": "q.jsonl"}, baseline_steps=[24])
+
+    def killed(job, command):
+        if len(suite.called) == 5:
+            Path(job.folder, "dataflex").mkdir(parents=True)
+            raise KeyboardInterrupt
+        return main(command)
+
+    suite.instead = killed
+    assert main(["compare", path]) == 1
+    assert [call[0] for call in suite.called] == ["train", "eval", "train", "eval", "train"]
+    suite.instead = None
+    assert main(["compare", path]) == 0
+    printed = capsys.readouterr().out
+    assert len([call for call in suite.called if call[0] == "train"]) == 5 * 2 + 1
+    assert main(["compare", path, "--jobs", "2"]) == 0
+    assert len([call for call in suite.called if call[0] == "train"]) == 5 * 2 + 1
+
+    found = results()
+    assert [line["verdict"] for line in found["claims"]] == ["held", "not held", "not held", "held", "not held"]
+    assert found["missing"] == []
+    assert any("again and plain are the same configuration" in note for note in found["notes"])
+    by_run = {(each["arm"], each["steps"], each["seed"]): each for each in found["runs"]}
+    losses = {key: each["metrics"]["eval_loss"] for key, each in by_run.items()}
+    lines = {(line["metric"], line["at"], line["arm"]): line for line in found["compared"]}
+    gaps = [losses["slow", 3, seed] - losses["plain", 3, seed] for seed in (1, 2)]
+    assert lines["eval_loss", "steps", "slow"]["difference"] == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert lines["eval_loss", "steps", "again"]["p"] == 1.0
+    assert lines["accuracy", "steps", "slow"]["runs"] == 2
+
+    # The loss selector's passes over the pool are in its compute; plain is taken from its longer run's curve there.
+    cost = {(line["arm"], line["steps"]): line for line in found["costs"]}
+    assert cost["plain", 24]["compute"] > cost["loss", 3]["compute"] > cost["plain", 3]["compute"]
+    assert cost["plain", 3]["deciding"] == 0.0
+    for seed in (1, 2):
+        ends = lines["eval_loss", "compute", "loss"]["values"][str(seed)]
+        curve = [losses["plain", steps, seed] for steps in (3, 24)]
+        assert ends[0] == pytest.approx(losses["loss", 3, seed], rel=1e-5)
+        assert min(curve) - 0.5 <= ends[1] <= max(curve) + 0.5
+        assert by_run["loss", 3, seed]["passes"].keys() >= {"decide/forward", "train/backward"}
+    for each in found["runs"]:
+        assert Path(each["folder"], "dataflex/events.jsonl").is_file()
+        assert each["command"].startswith("dataflex train out/runs/")
+    page = Path("out/report.html").read_text()
+    assert "NOT HELD" in page
+    assert "NOT HELD" in printed
+    assert {path.name for path in Path("out").glob("*.png")} == {"curves_0.png"}
+
+
+@pytest.mark.slow
+def test_a_failed_arm_does_not_lose_the_others(suite, capsys):
+    path = suite(protocol=[{"claim": "slow is worse", **CLAIM, "arm": "slow", "better": "more"}])
+
+    def fails(job, command):
+        job.log.write_text("something\ndataflex: out of memory\n")
+        return 1 if job.run.arm == "slow" and job.run.seed == 2 else main(command)
+
+    suite.instead = fails
+    assert main(["compare", path]) == 1
+    found = results()
+    (line,) = found["claims"]
+    assert (line["verdict"], line["pairs"], line["why"]) == ("not decided", 1, "fewer than two pairs of runs")
+    assert "slow, 3 steps, seed 2 failed: exit code 1: dataflex: out of memory" in found["missing"][0]
+    assert "failed" in Path("out/results.md").read_text()
+    suite.instead = None
+    assert main(["compare", path, "--commands"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith("dataflex train out/runs/slow-3steps-seed2-")
+
+
+def test_all_mistakes_at_once(suite, tmp_path):
+    path = suite(
+        step=4,
+        arms={
+            "plain": {},
+            "a": {"dynamic": {"selector": "los"}},
+            "b": {"template": "llama3", "seed": 3, "dataset": "onse"},
+        },
+        baseline="plan",
+        protocol=[
+            {"claim": "c", "metric": "eval_los", "better": "fewer", "arm": "aa"},
+            {"claim": "c", "metric": "accuracy", "better": "more", "arm": "a", "alfa": 0.1},
+        ],
+        seeds=[1, 1],
+        evaluate={"data": "gaol"},
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_suite(Path(path), work=tmp_path)
+    told = str(caught.value)
+    for each in (
+        "step: unknown key; did you mean 'steps'?",
+        "baseline: no arm 'plan'; did you mean 'plain'?",
+        "protocol[0].arm: no arm 'aa'; did you mean 'a'?",
+        "protocol[0].better: ",
+        "protocol[1].alfa: unknown key; did you mean 'alpha'?",
+        "protocol[1].metric: accuracy needs evaluate.choices",
+        "seeds: one is named twice",
+        "arms.b.template: decides what is measured",
+        "arms.b.seed: set by the suite",
+        "arms.a: dynamic.selector: unknown selector 'los'; did you mean 'loss'?",
+        "arms.b: dataset: 'onse' is not defined",
+    ):
+        assert each in told, told
+
+
+def test_evaluations_are_checked_too(suite, tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluate.data: 'gaol' is not defined.*did you mean 'goal'"):
+        read_suite(Path(suite(evaluate={"data": "gaol"})), work=tmp_path)
+
+
+def test_patches_reach_into_blocks():
+    base = {"a": 1, "dynamic": {"selector": "loss", "every": 2}}
+    patch = {"dynamic.selector.focus": "high", "dynamic.every": None, "b.c": 2}
+    assert patched(base, patch) == {"a": 1, "b": {"c": 2}, "dynamic": {"selector": {"name": "loss", "focus": "high"}}}
+    assert base == {"a": 1, "dynamic": {"selector": "loss", "every": 2}}
+
+
+def test_a_run_is_known_by_its_configuration_and_data(suite, tmp_path, data_dir):
+    path = suite()
+
+    def prints():
+        running._bytes.cache_clear()
+        return [running.fingerprint(run) for run in read_suite(Path(path), work=tmp_path).runs]
+
+    before = prints()
+    assert len(set(before)) == 4
+    assert prints() == before
+    path = suite(steps=4)
+    assert not set(prints()) & set(before)

@@ -1,0 +1,65 @@
+"""Against slow transcriptions with fixed numbers, and coverage and error rates by simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dataflex.compare.statistics import at_compute, difference, holm, resampled_means
+
+
+def test_against_scipy_and_a_loop():
+    ours, theirs = [2.1, 1.7, 2.6, 2.2, 2.0], [2.4, 2.3, 2.5, 2.9, 2.1]
+    found = difference(ours, theirs)
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    assert found.mean == pytest.approx(sum(gaps) / 5)
+    assert found.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    means = sorted(sum(draw) / 5 for draw in itertools.product(gaps, repeat=5))
+    place = stats.norm.cdf(-math.sqrt(5 / 4) * stats.t.ppf(0.975, 4)) * (len(means) - 1)
+    below, part = int(place), place - int(place)
+    low, high = (each[below] + (each[below + 1] - each[below]) * part for each in (means, means[::-1]))
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert sorted(resampled_means(np.array(gaps))) == pytest.approx(means)
+    few = difference(ours[:3], theirs[:3])
+    ends = stats.t.interval(0.95, 2, np.mean(gaps[:3]), stats.sem(gaps[:3]))
+    assert (few.low, few.high) == (pytest.approx(ends[0]), pytest.approx(ends[1]))
+
+
+def test_few_and_equal_pairs():
+    one = difference([1.0], [2.0])
+    assert (one.pairs, one.mean, one.low, one.p) == (1, -1.0, None, None)
+    assert math.isnan(difference([], []).mean)
+    same = difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (same.mean, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    alike = difference([1.5, 2.5], [1.0, 2.0])
+    assert (alike.mean, alike.low, alike.p) == (0.5, None, None)
+
+
+@pytest.mark.parametrize("n", [3, 5, 12])
+def test_nothing_is_found_where_nothing_is(n):
+    """Of A/A comparisons p <= .05 comes in about 5 %, and about as many intervals miss 0."""
+    rng = np.random.default_rng(8)
+    trials = 600 if n < 12 else 150
+    found = [difference(rng.normal(size=n), rng.normal(size=n)) for _ in range(trials)]
+    wrong = np.mean([one.p <= 0.05 for one in found])
+    missed = np.mean([not one.low <= 0 <= one.high for one in found])
+    assert wrong == pytest.approx(0.05, abs=0.03)
+    assert missed == pytest.approx(0.05, abs=0.05)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, None, 0.04, 0.03]) == [0.03, None, 0.06, 0.06]
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_curve_at_a_compute():
+    curve = [(0.0, 4.0), (10.0, 3.0), (30.0, 2.0)]
+    assert at_compute(curve, 20.0) == 2.5
+    assert at_compute(curve, 30.0) == 2.0
+    assert at_compute(curve, 30.1) is None
+    assert at_compute([], 1.0) is None
