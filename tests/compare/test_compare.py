@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,32 @@ ARMS = {
     "loss": {"dynamic": {"interval_steps": 2, "selector": "loss"}},
 }
 CLAIM = {"metric": "eval_loss", "better": "less", "alpha": 0.4}
+
+
+def test_commands_are_processes_with_a_log_and_a_lock(tmp_path):
+    """A command's exit code and last words are told; a run that another suite holds is waited for."""
+    folder = tmp_path / "run"
+    job = running.Job(run=None, folder=folder, config=tmp_path / "c", log=tmp_path / "log", evaluation=None, options=())
+    job.log.write_text("dataflex: an earlier failure\n")
+    begins, held, over = job.log.stat().st_size, threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with running._alone(job, over):
+            seen.append(held.is_set())
+
+    with running._alone(job, over) as lock:
+        thread = threading.Thread(target=other)
+        thread.start()
+        code = running._called(job, ["plan", "nothing.yaml"], [], lock)
+        held.set()
+    thread.join()
+    assert seen == [True]
+    assert code == 2
+    told = running._last_lines(job.log, begins)
+    assert told.startswith("dataflex: ")
+    assert "nothing.yaml" in told
+    assert "earlier" not in told
 
 
 @pytest.fixture

@@ -164,9 +164,10 @@ def run_all(jobs: Iterable[Job], parallel: int, say: Callable[[str], None]) -> d
                 say(f"{job.run.title}: {job.line(command)}")
                 if command[0] == "train" and not any(job.folder.glob("checkpoint-*")):
                     shutil.rmtree(job.folder, ignore_errors=True)  # left by a kill, with nothing to go on from
+                begins = job.log.stat().st_size if job.log.is_file() else 0
                 code = _called(job, command, running, lock)
                 if code != 0 and not over.is_set():
-                    failed[str(job.folder)] = f"exit code {code}: {_last_lines(job.log)} ({job.log})"
+                    failed[str(job.folder)] = f"exit code {code}: {_last_lines(job.log, begins)} ({job.log})"
                     say(f"{job.run.title}: FAILED, {failed[str(job.folder)]}")
                     return
             if not over.is_set() and job.commands:
@@ -209,8 +210,10 @@ def _alone(job: Job, over: threading.Event) -> Iterator[int]:
         yield file.fileno()
 
 
-def _last_lines(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_lines(log: Path, begins: int) -> str:
+    """Return the last lines of a log from a byte on, our own if there are any."""
+    text = log.read_bytes()[begins:].decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("dataflex:")]
     return " | ".join((ours or lines)[-_TOLD:])
 
