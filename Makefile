@@ -60,7 +60,7 @@ docs: $(VENV)/.installed-dev  ## render docs/methods.md from the methods' classe
 bench: $(VENV)/.installed  ## all benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(TUNED) $(RUN) $$file; done
 
-SUITES := s1 s2 s3 m1 m3 w1
+SUITES := aa s1 s2 s3 m1 m3 w1
 COMPARE = $(TUNED) $(QUIET) OMP_NUM_THREADS=1 $(RUN) -m dataflex compare --jobs 2
 
 evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many hours), and render docs/results.md

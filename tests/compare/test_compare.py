@@ -211,6 +211,7 @@ def test_all_mistakes_at_once(suite, tmp_path):
         "baseline: no arm 'plan'; did you mean 'plain'?",
         "protocol[0].arm: no arm 'aa'; did you mean 'a'?",
         "protocol[0].better: ",
+        "protocol[0].metric: unknown 'eval_los'; did you mean 'eval_loss'?",
         "protocol[1].alfa: unknown key; did you mean 'alpha'?",
         "protocol[1].metric: accuracy needs evaluate.choices",
         "seeds: one is named twice",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,18 +14,22 @@ from dataflex.compare.suite import read_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = sorted(
-    path.name for path in (ROOT / "evidence").glob("*.yaml") if path.read_text(encoding="utf-8").startswith("suite:")
+    path.name for path in (ROOT / "evidence").glob("*.yaml") if "\narms:" in path.read_text(encoding="utf-8")
 )
+
+
+def module_of(name):
+    spec = importlib.util.spec_from_file_location(f"evidence_{name}", ROOT / "evidence" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def data(tmp_path):
     for name in ("examples", "evidence"):
         (tmp_path / name).symlink_to(ROOT / name)
-    spec = importlib.util.spec_from_file_location("evidence_data", ROOT / "evidence" / "data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.main(Path("runs/evidence/data")) == 0
+    assert module_of("data").main(Path("runs/evidence/data")) == 0
     (tmp_path / "runs/evidence/w1_reference").symlink_to(ROOT / "examples/models/base-4m")
     return tmp_path / "runs/evidence/data"
 
@@ -34,7 +39,7 @@ def rows(data, name):
 
 
 def test_suites_and_pools(data, tmp_path):
-    assert SUITES == ["m1.yaml", "m3.yaml", "quick.yaml", "s1.yaml", "s2.yaml", "s3.yaml", "w1.yaml"]
+    assert SUITES == ["aa.yaml", "m1.yaml", "m3.yaml", "quick.yaml", "s1.yaml", "s2.yaml", "s3.yaml", "w1.yaml"]
     for name in SUITES:
         suite = read_suite(Path("evidence") / name, work=tmp_path)
         assert len(suite.runs) == len(suite.seeds) * (len(suite.arms) + len(suite.lengths) - 1), name
@@ -54,3 +59,14 @@ def test_suites_and_pools(data, tmp_path):
     assert 0.28 < 1 - len(right) / len(pool) <= 0.301
     held = {row["instruction"] for row in rows(data, "w1_held")}
     assert not held & {row["instruction"] for row in (*pool, *rows(data, "w1_clean"))}
+
+
+def test_results_are_rendered_between_their_marks(tmp_path):
+    """What a suite wrote takes the place of what stood there; a suite without results keeps its text."""
+    page = "a\n<!-- suite s1 -->\nold\n<!-- end of suite -->\nb\n<!-- suite s2 -->\nNot run\n<!-- end of suite -->\n"
+    (tmp_path / "s1").mkdir()
+    (tmp_path / "s1" / "results.md").write_text("### s1\n\nnew\n\n| a |\n")
+    rendered = module_of("render").rendered(page, tmp_path)
+    assert rendered == page.replace("old", "new\n\n| a |")
+    real = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"<!-- suite (\w+) -->", real)) == [name.removesuffix(".yaml") for name in SUITES]

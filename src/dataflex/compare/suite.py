@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.args import data_set_names
 from dataflex.config.load import load_mapping
 from dataflex.config.mappings import shown, values
 from dataflex.config.split import Split, resolve
@@ -225,10 +226,10 @@ def _seeds(found: Any, problems: list[str]) -> tuple[int, ...]:
 
 def _unmeasured(metric: str, measures: Mapping[str, str]) -> str:
     """Return why no run will have a metric, or ""; ``measures`` says why where there is no such evaluation."""
-    kind = "eval_" if metric.startswith("eval_") else metric.partition("/")[0]
-    if kind not in measures:
+    kind = metric if metric in measures else metric.partition("/")[0]
+    if kind not in measures and not (metric.startswith("eval_") and measures.get("eval_...") == ""):
         return f"unknown {metric!r}{did_you_mean(kind, list(measures))} (known: {', '.join(measures)})"
-    return f"{metric} {measures[kind]}" if measures[kind] else ""
+    return f"{metric} {measures[kind]}" if measures.get(kind) else ""
 
 
 def _measures(base: Mapping[str, Any], evaluation: Any) -> dict[str, str]:
@@ -238,7 +239,17 @@ def _measures(base: Mapping[str, Any], evaluation: Any) -> dict[str, str]:
     parts = {"data": ("loss", "macro_loss", "domain_loss"), "mix": ("mix_loss",), "answers": ("exact_match",)}
     parts["choices"] = ("accuracy", "margin", "bits_per_byte")
     found = {name: "" if asked.get(key) else f"needs evaluate.{key}" for key, names in parts.items() for name in names}
-    return {"eval_": trainer, **found}
+    held = ["eval_loss", "eval_token_loss", "eval_perplexity"]
+    sets = data_set_names(base.get("eval_dataset"))
+    if len(sets) > 1:
+        held += ["eval_macro_loss", "eval_micro_loss", "eval_macro_perplexity", "eval_micro_perplexity"]
+        held += [f"eval_{name}_{what}" for name in sets for what in ("loss", "token_loss", "perplexity")]
+    block = base.get("dynamic")
+    others = base.get("stage", "sft") not in ("sft", "pt") or (
+        isinstance(block, Mapping) and block.get("eval_by_domain")
+    )
+    others = others or base.get("compute_accuracy") or base.get("predict_with_generate")
+    return {**dict.fromkeys(held, trainer), **found, **({"eval_...": trainer} if others else {})}
 
 
 def _claims(
