@@ -99,6 +99,7 @@ Configuration
       store_gb: 10.0
     plugins: []
     leakage: warn
+    on_bad_shard: error
     resume_plan: strict
     on_change: strict
     checkpoint_hash: size

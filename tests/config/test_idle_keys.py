@@ -42,6 +42,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "signals.store_gb": {"dynamic": {**RANDOM, "signals": {"store_gb": 1.0}}},
     "leakage": {"dynamic": {**RANDOM, "leakage": "drop"}},
     "on_change": {"dynamic": {**RANDOM, "on_change": "extend", "resume_plan": "ignore"}},
+    "on_bad_shard": {"dynamic": {**RANDOM, "on_bad_shard": "skip"}},
     "record": {"dynamic": {**RANDOM, "record": True}},
 }
 NOTED: dict[str, dict[str, Any]] = {

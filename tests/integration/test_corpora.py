@@ -175,3 +175,114 @@ def test_what_does_not_go_together_is_told(run, changes, message):
     base = {"dataset": "alpha,beta", "max_steps": 3, "streaming": True, "dynamic": MIX}
     with pytest.raises(ConfigError, match=message):
         run("refused", **{**base, **changes})
+
+
+@pytest.fixture
+def hub(corpus):
+    """A repository in the hub's layout, shards of JSON lines (compressed) or Parquet, with a card that counts rows."""
+    import gzip
+
+    def make(kind, card=True):
+        folder = corpus / f"hub-{kind}"
+        (folder / "data").mkdir(parents=True)
+        paths = []
+        for shard, file in enumerate(sorted((corpus / "parquet").iterdir())):
+            path = folder / "data" / f"train-{shard:05d}-of-00003.{kind}"
+            if kind == "parquet":
+                path.write_bytes(file.read_bytes())
+            else:
+                import pandas as pd
+
+                lines = pd.read_parquet(file).to_json(orient="records", lines=True)
+                path.write_bytes(gzip.compress(lines.encode()))
+            paths.append(path)
+        told = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
+        if kind == "parquet":
+            told += "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  splits:\n  - name: train\n"
+            told += "    num_examples: 27\n    num_bytes: 9999\n"
+        (folder / "README.md").write_text(f"---\n{told}---\n" if card else "---\nlicense: mit\n---\n")
+        info = json.loads((corpus / "dataset_info.json").read_text())
+        info["hub"] = {"hf_hub_url": str(folder), "columns": {"prompt": "text"}}
+        (corpus / "dataset_info.json").write_text(json.dumps(info))
+        return paths
+
+    return make
+
+
+BROKEN = {
+    "truncated parquet": ("parquet", lambda path: path.write_bytes(path.read_bytes()[:-20]), "cannot be read: Arrow"),
+    "corrupt parquet": (
+        "parquet",
+        lambda path: path.write_bytes((whole := path.read_bytes())[:4] + b"\xff" * 200 + whole[204:]),
+        "cannot be read: ",
+    ),
+    "truncated gzip": ("jsonl.gz", lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot be read: EOFError"),
+    "not gzip": ("jsonl.gz", lambda path: path.write_bytes(b"{" * 100), "cannot be read: "),
+    "missing": ("parquet", lambda path: path.unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_shard_that_fails_is_told_and_left_out_only_where_the_user_said_so(run, corpus, hub, case, caplog):
+    """The second of three shards of nine documents; a run that is resumed when it was repaired is told."""
+    from dataflex.errors import CheckpointError, DataError
+
+    kind, destroy, reason = BROKEN[case]
+    paths = hub(kind)
+    base = settings(corpus, dataset="json,hub", packing=False, streaming=True)
+    base |= {"save_strategy": "steps", "save_steps": 4}
+    sound = paths[1].read_bytes()
+    destroy(paths[1])
+    with pytest.raises(DataError, match=rf"dataset: 'hub' cannot be loaded: shard \S*{paths[1].name} {reason}") as told:
+        run("refused", **base, dynamic=MIX)
+    assert "'dynamic.on_bad_shard: skip'" in str(told.value)
+    assert not any(path.name in str(told.value) for path in (paths[0], paths[2]))
+    skipping = {**MIX, "on_bad_shard": "skip"}
+    left = run("skipped", **base, dynamic=skipping)
+    assert f"data set 'hub': shard {paths[1]} {reason}" in caplog.text
+    space = left.events[0]["row_space"]
+    assert space["sources"] == {"json": 75, "hub": 18}
+    ((name, (line,)),) = space["bad_shards"].items()
+    assert name == "hub"
+    assert line.startswith(f"shard {paths[1]} {reason}")
+    checkpoint = str(left.folder / "checkpoint-4")
+    again = run("again", **base, dynamic=skipping, resume_from_checkpoint=checkpoint)
+    assert again.series()[-4:] == left.series()[-4:]
+    if case == "missing":
+        paths[1].write_bytes(sound)
+        with pytest.raises(CheckpointError, match=r"left out: shard \S* is missing -> none"):
+            run("repaired", **base, dynamic=skipping, resume_from_checkpoint=checkpoint)
+        whole = run("whole", **base, dynamic=MIX)
+        assert whole.events[0]["row_space"]["sources"] == {"json": 75, "hub": 27}
+
+
+def test_bad_files_of_a_folder_are_told_by_plan_and_have_no_place(run, corpus, unsorted):
+    """Rows after a file that was left out have their own files, and domains by path are those of the others."""
+    from dataflex.config.split import resolve
+    from dataflex.errors import ConfigError
+    from dataflex.record.chosen import chosen_table
+
+    bad = corpus / "json" / "web-1.jsonl"
+    bad.write_text(bad.read_text()[:-9])
+    base = settings(corpus, dataset="json", packing=False, streaming=True)
+    with pytest.raises(ConfigError, match=r"cannot be read: \S*web-1.jsonl is malformed JSON.*dynamic.on_bad_shard"):
+        resolve(run.mapping("x", **base, dynamic=MIX), corpus)
+    dynamic = {"mixer": "uniform", "domain_path": "json/*-*.jsonl", "on_bad_shard": "skip"}
+    notes = resolve(run.mapping("x", **base, dynamic=dynamic), corpus).notes
+    assert any("web-1.jsonl is malformed JSON" in note and "left out" in note for note in notes)
+    left = run("left", **base, dynamic=dynamic)
+    assert left.events[0]["row_space"]["domains"] == {"web": 42, "math": 12}
+    files = chosen_table(left.folder).column("file").to_pylist()
+    names = ("web-0.jsonl", "web-2.jsonl", "math-0.jsonl")
+    assert [files.count(str(corpus / "json" / name)) for name in names] == [20, 22, 12]
+    for path in (corpus / "json").iterdir():
+        path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run("none", **base, dynamic=dynamic)
+
+
+def test_two_shards_of_which_one_number_is_missing():
+    from dataflex.config.data import missing_shards
+
+    assert missing_shards(["a/x-0-of-3.json", "a/x-2-of-3.json", "b/x-0-of-1.json", "c.json"]) == ["a/x-1-of-3.json"]
+    assert missing_shards(["t-00001-of-00002.parquet", "t-00002-of-00002.parquet"]) == []  # counted from 1

@@ -79,10 +79,11 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         if not lf.do_train:
             return []  # evaluation and prediction are LLaMA-Factory's own business
         return told_once(lf, [*model_problems(lf), *data_sets(lf, base_dir)[1]])
+    skip = dynamic.on_bad_shard == "skip"
     of_stage = [*stage_problems(dynamic, lf)]
     # One mistake is reported once: with a wrong stage, data sets are not compared with the stage.
     staged = lf.of_any_stage() if of_stage or "stage" in lf.problems else lf
-    sources, of_data = data_sets(staged, base_dir)
+    sources, of_data = data_sets(staged, base_dir, skip=skip)
     found = [
         *of_stage,
         *setting_problems(dynamic, lf),
@@ -92,6 +93,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         *of_data,
         *target_problems(dynamic, staged, base_dir),
         *_by_domain_problems(dynamic, lf),
+        *_shard_problems(dynamic, lf, base_dir),
         *_domain_problems(dynamic, lf, sources, replace(facts_of(dynamic, lf, sources), stage=staged.stage or None)),
     ]
     return told_once(lf, found)
@@ -200,6 +202,26 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
         yield "dynamic.leakage: rows that are tokenized when they are served are not compared with targets; remove it"
 
 
+def _shard_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
+    """Yield why no shard could be left out."""
+    if dynamic.on_bad_shard != "skip":
+        return
+    key = "dynamic.on_bad_shard"
+    if lf.tokenized_path:
+        yield f"{key}: a tokenized copy (tokenized_path) is made of whole data sets; remove one of the two"
+        return
+    sources = _all_sources(dynamic, lf, base_dir)
+    if sources and all(source.path is not None and source.path.is_file() for source in sources):
+        yield f"{key}: has no effect, since each data set is one file; remove it"
+
+
+def _all_sources(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> list[Source]:
+    """Return the data sets to train on, those to evaluate and the targets, without bad shards."""
+    targets = [name for target in dynamic.targets for name in target_data_sets(target)]
+    names = list(dict.fromkeys([*lf.train_sets, *lf.eval_sets, *targets]))
+    return find_sources(names, lf, "dataset", base_dir, skip=True)[0]
+
+
 def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
     """Return a method for which the training loss is made here: it weighs losses, or they tell it of its data."""
     weighter, mixer = dynamic.weighter, dynamic.mixer
@@ -251,10 +273,13 @@ def _output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
 # -- data sets ------------------------------------------------------------------------------------
 
 
-def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[str]]:
-    """Return the data sets to train on (none if one of them is missing), and the problems of all that are named."""
+def data_sets(lf: LlamaFactoryArgs, base_dir: Path, *, skip: bool = False) -> tuple[list[Source], list[str]]:
+    """Return the data sets to train on (none if one of them is missing), and the problems of all that are named.
+
+    ``skip``: whether shards that cannot be read are left out.
+    """
     problems = [f"{key}: {told}" for key in ("dataset", "eval_dataset") if (told := _empty_name(getattr(lf, key)))]
-    problems += _held_out_problems(lf, base_dir)
+    problems += _held_out_problems(lf, base_dir, skip)
     names = lf.train_sets
     if lf.tokenized:
         return [Source(name=name) for name in names], [*problems, *stale(lf, base_dir)]
@@ -264,7 +289,7 @@ def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         problems.append(f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs")
-    sources, missing = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir)
+    sources, missing = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir, skip=skip)
     problems += [*missing, *_without_rows(sources, lf, "dataset")]
     if missing:
         return [], problems
@@ -292,14 +317,14 @@ def _without_rows(sources: Sequence[Source], lf: LlamaFactoryArgs, key: str) -> 
             yield f"{key}: {source.name!r} has no rows ({source.path})"
 
 
-def _held_out_problems(lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
+def _held_out_problems(lf: LlamaFactoryArgs, base_dir: Path, skip: bool) -> Iterator[str]:
     """Yield problems of the held-out rows, and keys that need held-out rows where there are none."""
     named, share = lf.eval_sets, lf.val_size
     if named and share > _NOT_HELD_OUT:
         yield "val_size: cannot be given together with eval_dataset; remove one of the two"
     if share < 0 or (share >= 1 and share != int(share)):
         yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf.val_size)}"
-    sources, problems = find_sources(named, lf, "eval_dataset", base_dir) if named else ([], [])
+    sources, problems = find_sources(named, lf, "eval_dataset", base_dir, skip=skip) if named else ([], [])
     yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or lf.tokenized)
     yield from _without_rows(sources, lf, "eval_dataset")
     if lf.eval_dataset or share > _NOT_HELD_OUT or lf.tokenized:
@@ -332,7 +357,8 @@ def _by_domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
 def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
     """Yield the targets that are not defined, whose files are missing, or that have no rows."""
     for key, targets in dynamic.targets_by_key.items():
-        sources, problems = find_sources(_data_sets_of(key, targets, dynamic), lf, key, base_dir)
+        named, skip = _data_sets_of(key, targets, dynamic), dynamic.on_bad_shard == "skip"
+        sources, problems = find_sources(named, lf, key, base_dir, skip=skip)
         # That there is no dataset_dir is told once, for the training data.
         yield from (problem for problem in problems if not problem.startswith("dataset_dir:"))
         yield from _without_rows(sources, LlamaFactoryArgs(), key)
@@ -641,6 +667,8 @@ def _notes_on_data(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path)
     for key, name, other in _targets_in_training(dynamic, lf, base_dir):
         same = "" if name == other else f" (its file is that of {other!r})"
         yield f"{key}: {name!r} is also trained on{same}; {then}"
+    for source in _all_sources(dynamic, lf, base_dir) if dynamic.on_bad_shard == "skip" else ():
+        yield from (f"dataset: {source.name!r} {bad}; it is left out" for bad in source.bad)
     names = lf.train_sets
     for name in lf.eval_sets:
         if name in names:

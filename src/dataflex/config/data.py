@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -62,6 +62,24 @@ def files_of(path: Path) -> list[Path]:
     That is the order of ``os.listdir``, by no name: rows are known by their place in the files one after the other.
     """
     return [path / name for name in os.listdir(path)] if path.is_dir() else [path]
+
+
+_NUMBERED = re.compile(r"(.*-)(\d+)(-of-)(\d+)(.*)", re.DOTALL)
+
+
+def missing_shards(files: Iterable[str]) -> list[str]:
+    """Return the shards that are not among files named ``...-00001-of-00003...``, where another of the same is."""
+    found: dict[tuple[str, ...], set[int]] = {}
+    for file in files:
+        if match := _NUMBERED.fullmatch(file):
+            head, number, of, total, tail = match.groups()
+            found.setdefault((head, of, total, tail), set()).add(int(number))
+    return [
+        f"{head}{number:0{len(total)}d}{of}{total}{tail}"
+        for (head, of, total, tail), there in found.items()
+        for number in range(int(total))
+        if number not in there and max(there) < int(total)
+    ]
 
 
 @lru_cache(maxsize=256)
@@ -216,7 +234,7 @@ _LENIENT = ("system", "tools")
 
 
 def _file_problem(path: Path) -> str:
-    """Return the first reason why the file or the folder of a data set cannot be read, as a predicate."""
+    """Return the first reason why the file or the folder of a data set is none that is read, as a predicate."""
     files = files_of(path)
     if path.is_dir() and any((path / mark).is_file() for mark in _MARKS_OF_SAVED):
         return (
@@ -232,8 +250,15 @@ def _file_problem(path: Path) -> str:
     kinds = {_KINDS.get(file.suffix, file.suffix): file.name for file in files}
     if len(kinds) > 1:
         return f"lies in {path}, which holds files of several types ({', '.join(sorted(kinds.values()))}); keep one"
-    wrong = ((file, found.problem) for file, found in contents_of(path).items() if found.problem)
-    return next((f"cannot be read: {file} {problem}" for file, problem in wrong), "")
+    return ""
+
+
+def _bad_files(path: Path) -> list[str]:
+    """Return what is wrong with each file of a data set that cannot be read, or is missing, as predicates."""
+    missing = [f"is missing: {file}" for file in missing_shards(map(str, files_of(path)))]
+    return missing + [
+        f"cannot be read: {file} {found.problem}" for file, found in contents_of(path).items() if found.problem
+    ]
 
 
 def _entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | None) -> Iterator[str]:
@@ -310,6 +335,7 @@ class Source:
     num_samples: int | None = None  # rows that dataset_info.json asks to be drawn from it
     split: str = "train"  # part of it that dataset_info.json names, such as "train[:10%]"
     entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what dataset_info.json says
+    bad: tuple[str, ...] = ()  # what is wrong with shards that are left out
 
 
 def target_data_sets(target: str) -> tuple[str, ...]:
@@ -318,11 +344,12 @@ def target_data_sets(target: str) -> tuple[str, ...]:
 
 
 def find_sources(
-    names: Sequence[str], lf: LlamaFactoryArgs, key: str, base_dir: Path
+    names: Sequence[str], lf: LlamaFactoryArgs, key: str, base_dir: Path, *, skip: bool = False
 ) -> tuple[list[Source], list[str]]:
     """Return the data sets of these names that could be found, and one line per problem.
 
-    ``key`` is told in messages; ``base_dir`` is the configuration's folder, where a misplaced ``dataset_dir`` may be.
+    ``key`` is told in messages; ``base_dir`` is the configuration's folder, where a misplaced ``dataset_dir`` may be;
+    ``skip``: whether shards that cannot be read are left out, and no problem.
     """
     folder: Any = lf.dataset_dir
     if str(folder) == "ONLINE" or str(folder).startswith("REMOTE:"):
@@ -336,7 +363,7 @@ def find_sources(
     for name in names:
         found: Source | list[str] = [f"{name!r} is not defined in {file}{did_you_mean(name, list(info))}"]
         if name in info:
-            found = _source(name, info[name], file, lf.stage or None)
+            found = _source(name, info[name], file, lf.stage or None, skip)
         if isinstance(found, Source):
             sources.append(found)
         else:
@@ -367,7 +394,7 @@ def _info(file: Path, base_dir: Path) -> tuple[Any, str]:
     return info, ""
 
 
-def _source(name: str, entry: Any, file: Path, stage: str | None) -> Source | list[str]:
+def _source(name: str, entry: Any, file: Path, stage: str | None, skip: bool) -> Source | list[str]:
     """Return the data set that an entry of ``file`` describes, or its problems."""
     if not isinstance(entry, Mapping):
         return [f"{name!r} in {file} must be a mapping with 'file_name' or a hub's address"]
@@ -385,7 +412,12 @@ def _source(name: str, entry: Any, file: Path, stage: str | None) -> Source | li
         if not files_of(path):
             return [f"the folder of {name!r} is empty: {path}"]
         split, unreadable = str(entry.get("split") or "train"), _file_problem(path)
-        found = made(path=path, num_samples=samples, split=split)
+        bad = [] if unreadable else _bad_files(path)
+        some = path.is_dir() and len(files_of(path)) > sum(each.startswith("cannot") for each in bad)
+        found = made(path=path, num_samples=samples, split=split, bad=tuple(bad) if skip and some else ())
+        if bad and not found.bad:
+            way = "; repair it, or set 'dynamic.on_bad_shard: skip' to train without" if some else ""
+            unreadable = f"{bad[0]}{way}"
         problems = [unreadable] if unreadable else [*_entry_problems(entry, path, stage)]
     return [f"{name!r} {problem}" for problem in problems] or found
 
@@ -493,7 +525,7 @@ def turn_weights(source: Source, name: str) -> tuple[bool | None, str]:
 
     None where that is not quick to read, or the data set is of another kind.
     """
-    if source.path is None:
+    if source.path is None or source.bad:
         return None, ""
     there = False
     for file in files_of(source.path):

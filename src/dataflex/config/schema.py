@@ -217,6 +217,11 @@ class DynamicConfig:
     leakage: Literal["warn", "error", "drop"] = param(
         "warn", "what happens to training rows that are also rows of a target", resume="rows"
     )
+    on_bad_shard: Literal["error", "skip"] = param(
+        "error",
+        "whether a file of a data set of several that is missing or cannot be read ends the run, or is left out",
+        resume="rows",
+    )
     resume_plan: Literal["strict", "ignore"] = param(
         "strict", "whether a resumed run must find the data of the saved plan", resume="free"
     )

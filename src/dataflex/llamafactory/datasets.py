@@ -111,6 +111,7 @@ class DataLoading:
             token_weights=of_tokens,
             targets=targets,
             leaks=leaks,
+            bad_shards={name: [shard.tell() for shard in bad] for name, bad in loader.bad_shards.items()},
             origins=origins,
         )
         if not config.stock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,9 +31,12 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.data import find_sources, target_data_sets
 from dataflex.config.mappings import shown
 from dataflex.errors import ConfigError, DataError, DataFlexError
+from dataflex.llamafactory.shards import BadShard, BadShards, bottom, load_sound, told
 from dataflex.llamafactory.streaming import serve
 from dataflex.llamafactory.turns import WeighedConverter, WeighedProcessor
 from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
+
+logger = logging.getLogger(__name__)
 
 _OF_TRAINING: dict[str, Any] = {
     "buffer_size": 16384,
@@ -141,6 +145,8 @@ class Loader:
     by_file: bool = False  # whether training rows carry the number of their file, see ``files``
     origins: list[Origin] = field(default_factory=list)  # data sets read: to train on, to evaluate, targets
     files: list[str] = field(default_factory=list)  # paths of the files that were numbered
+    skip_bad_shards: bool = False  # whether files that cannot be read are left out
+    bad_shards: dict[str, list[BadShard]] = field(default_factory=dict)  # those that were, by data set
     turns: str = ""  # key of the messages' weights, which training rows then have as ``turns.WEIGHTS``
     numbers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """For ``train`` and ``test``, the position of each tokenized row in the raw rows that ``numbered`` read."""
@@ -238,10 +244,21 @@ class Loader:
 
         ``named``: the data sets by the key that names them, in the order of loading.
         """
-        places = [f"{key}: {name!r}" for key, names in named.items() for name in names or ()]
-        before = len(self.origins)
+        listed = [(key, name) for key, names in named.items() for name in names or ()]
+        places = [f"{key}: {name!r}" for key, name in listed]
+        before, load = len(self.origins), lf_loader.load_dataset
+
+        def load_sound_shards(**given: Any) -> Any:
+            rows, bad = load_sound(load, skip=self.skip_bad_shards, **given)
+            if bad:
+                _, name = listed[len(self.origins) - before]
+                self.bad_shards[name] = bad
+                for shard in bad:
+                    logger.warning("data set %r: %s; it is left out", name, shard.tell())
+            return rows
+
         try:
-            with watched_origins(self.stage, self.origins):
+            with watched_origins(self.stage, self.origins), replaced((lf_loader, "load_dataset", load_sound_shards)):
                 module: dict[str, Any] = lf_get_dataset(
                     self.template, self.model_args, args, self.training_args, self.stage, **self.tokenizer_module
                 )
@@ -273,14 +290,14 @@ _load_dataset = lf_loader.load_dataset
 
 def _reason(error: BaseException) -> str:
     """Return the error at the bottom of a chain in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = bottom(error)
+    if isinstance(error, BadShards):
+        return str(error)
     if isinstance(error, StopIteration):
         return "it has no rows"
     if isinstance(error, KeyError):
         return f"{error} is missing in its rows; is it what 'columns' or 'tags' of dataset_info.json say?"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return told(error)
 
 
 def split_rows(total: int, size: int | float, seed: int) -> dict[str, NDArray[np.int64]]:

@@ -37,12 +37,14 @@ def origins_of(loader: Loader, names: Sequence[str], source_of: NDArray[np.int32
     parts = loader.origins[: len(names)]
     if loader.written.tokenized or len(parts) < len(names) or list(names) != list(loader.data_args.dataset):
         return Origins(sources=[Source(name=name) for name in names], source_of=source_of, position=unknown)
-    found, _ = find_sources(names, loader.written, "dataset", Path())
+    found, _ = find_sources(names, loader.written, "dataset", Path(), skip=loader.skip_bad_shards)
     known, entries = {source.name: source for source in found}, find_entries(names, loader.written)
     sources, places = [], []
     for name, part in zip(names, parts, strict=True):
         path, whole = (known[name].path, known[name].split == "train") if name in known else (None, False)
         files = [] if path is None or not whole else files_of(path.absolute())
+        left_out = {Path(shard.path).absolute() for shard in loader.bad_shards.get(name, ())}
+        files = [file for file in files if file not in left_out]
         drawn = part.raw._indices
         sources.append(
             Source(

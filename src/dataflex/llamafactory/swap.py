@@ -73,7 +73,13 @@ def swapped(
             given = (template, model_args, data_args, training_args, stage, tokenizer_module)
             level, name = config.requires.token_weights or ("", "")
             turns = name if level == "turn" else ""
-            loader = Loader(*given, written=written, by_file=config.domain_path is not None, turns=turns)
+            loader = Loader(
+                *given,
+                written=written,
+                by_file=config.domain_path is not None,
+                skip_bad_shards=config.on_bad_shard == "skip",
+                turns=turns,
+            )
             module, setup.space = DataLoading(config, loader, clock).load()
         return module
 

@@ -53,6 +53,14 @@ def _leaks(view: Recorded) -> Iterator[str]:
             yield f"Leak: {rows} of the {of} rows of the target {middle(name, 40)} also lie in the training pool."
 
 
+def _shards(view: Recorded) -> Iterator[str]:
+    bad = (view.run.started.get("row_space") or {}).get("bad_shards")
+    for name, lines in bad.items() if isinstance(bad, dict) else ():
+        if isinstance(lines, list) and lines:
+            told = f"the first: {middle(str(lines[0]), 200)}"
+            yield f"{len(lines):,} shards of {middle(name, 40)} were left out ({told})."
+
+
 def _labels(view: Recorded) -> Iterator[str]:
     rows = (view.run.started.get("row_space") or {}).get("rows_without_labels")
     if isinstance(rows, int) and rows > 0:
@@ -195,6 +203,7 @@ LOOKS: tuple[Callable[[Recorded], Iterator[str]], ...] = (
     _version,
     _unfinished,
     _leaks,
+    _shards,
     _labels,
     _losses,
     _mixture,

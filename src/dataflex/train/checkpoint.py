@@ -173,6 +173,10 @@ def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> str:
         for name in dict.fromkeys([*sources, *found])
         if sources.get(name) != found.get(name)
     ]
+    lines = ([line for bad in space.get("bad_shards", {}).values() for line in bad] for space in (before, now))
+    was, is_now = (", ".join(each) or "none" for each in lines)
+    if was != is_now:
+        changes.append(f"left out: {was} -> {is_now}")
     if not changes and list(sources) != list(found):
         return f"the data sets are in another order: {', '.join(sources)} -> {', '.join(found)}"
     return "; ".join(changes) or "same numbers of rows, other content or another tokenizer"

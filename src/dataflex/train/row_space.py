@@ -203,6 +203,7 @@ class RowSpace:
     token_weights: TokenColumn | None = None  # weights of tokens that the data gives, where a method asked for them
     targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
     leaks: Mapping[str, Leak] = field(default_factory=dict)  # target rows that also lie in the training pool, by target
+    bad_shards: Mapping[str, list[str]] = field(default_factory=dict)  # files that were left out, by data set
     origins: Origins | None = None  # where the rows come from; None: their domains are all that is known
 
     @classmethod
@@ -291,6 +292,7 @@ class RowSpace:
             "tokens": int(self.lengths.sum()),
             "rows_without_labels": int((self.supervised == 0).sum()),
             **({"leaks": {name: leak.describe() for name, leak in self.leaks.items()}} if self.leaks else {}),
+            **({"bad_shards": dict(self.bad_shards)} if self.bad_shards else {}),
         }
 
 
