@@ -84,6 +84,7 @@ def space_of(sources: dict[str, int]) -> SimpleNamespace:
         domains=domains,
         lengths=lengths,
         supervised=lengths // 2,
+        keys=np.arange(size),
         num_rows=size,
         fingerprint=FINGERPRINT,
         columns={},

@@ -57,6 +57,7 @@ def space(folder, size=SIZE, **changes):
         "lengths": np.arange(1, size + 1),
         "supervised": np.ones(size, dtype=np.int64),
         "num_rows": size,
+        "keys": np.arange(size) % (size - 2),
         "fingerprint": "f" * 16,
         "columns": {"grade": np.arange(size) / 4, "score_3": np.arange(size)},
         "origins": origins,

@@ -263,6 +263,77 @@ def test_warnings_say_what_the_record_shows(tmp_path):
     assert warnings([report_module.recorded(quiet)]) == []
 
 
+def test_repeats_that_are_memorized_and_a_pool_used_up_are_told(tmp_path):
+    start = line("run_started", row_space={"domains": {"a": 10, "b": 90}})
+    reason = "loss: high; 3 rows are unseen and 9 are wanted: every row is in the pool again"
+    plans = [plan(0, {"a": 15, "b": 9}), plan(1, {"a": 15, "b": 9}, reason=reason)]
+    logs = [
+        json.dumps({"event": "stepped", "step": at, "time": 1.7e9, "dataflex/loss/a": 2 - at / 10}) for at in (9, 19)
+    ]
+    evals = [
+        json.dumps({"event": "evaluated", "step": at, "time": 1.7e9, "metrics": {"eval_a_token_loss": loss}})
+        for at, loss in ((5, 2.0), (10, 1.5), (20, 1.8))
+    ]
+    folder = lines_of(
+        tmp_path, start, *plans, *(each.encode() for each in (*logs, *evals)), line("finished", metrics={})
+    )
+    assert [told for told in warnings([report_module.recorded(folder)]) if "rose" not in told] == [
+        "The pool is exhausted: at step 10 too few rows were left that had not been served, "
+        "and every row may be chosen again.",
+        "Memorized repeats: a was served 3.0 times over; its training loss is 0.600, the held-out loss "
+        "(eval_a_token_loss) 1.800, up from 1.500.",
+    ]
+
+
+def test_a_domain_whose_loss_is_noisy_is_not_judged(tmp_path):
+    start = line("run_started", row_space={"domains": {"a": 50, "b": 50}})
+    plans = [plan(at, {"a": 10 - 3 * at, "b": 3 * at}) for at in range(3)]
+    logs = [
+        json.dumps(
+            {"event": "stepped", "step": at, "time": 1.7e9, "dataflex/loss/b": 2.0 + at % 2, "dataflex/loss/a": 1}
+        )
+        for at in range(1, 31)
+    ]
+    folder = lines_of(tmp_path, start, *plans, *(each.encode() for each in logs), line("finished", metrics={}))
+    assert warnings([report_module.recorded(folder)]) == []
+
+
+def test_what_was_forecast_is_beside_what_it_took(tmp_path):
+    passes = {"training": {"forward": 160, "backward": 160}, "selector loss": {"forward": 240, "backward": 0.0}}
+    start = line(
+        "run_started",
+        row_space={"domains": {"a": 99}},
+        forecast=passes,
+        config={"dynamic": {"selector": {"name": "loss"}}},
+    )
+    spent = {"train": 4.0, "signals": 1.5, "decide": 0.5}
+    folder = lines_of(
+        tmp_path, start, plan(0, {"a": 80}, scores={"scored": 99}), line("finished", step=10, spent=spent)
+    )
+    _, told = page_of(folder)
+    cost = next(section for section in told["sections"] if section["id"] == "cost")
+    assert cost["notes"][1] == (
+        "Forecast: passes beside training come to 50 % of those of training, a B counted as two F; "
+        "in seconds it was 50 %."
+    )
+    assert [row[:5] for row in cost["tables"][1]["rows"]] == [
+        ["training", 160, 160, 80, 80],
+        ["selector loss", 240, 0, 99, 0],
+    ]
+
+
+def test_loss_by_domain_is_told_in_numbers(tmp_path):
+    start = line("run_started", row_space={"domains": {"a": 50, "b": 50}})
+    logs = [
+        json.dumps({"event": "stepped", "step": at, "time": 1.7e9, "dataflex/loss/b": 3.0 - at, "dataflex/loss/a": 1.0})
+        for at in range(1, 4)
+    ]
+    _, told = page_of(lines_of(tmp_path, start, plan(0, {"a": 3, "b": 7}), *(each.encode() for each in logs)))
+    found = next(each for each in told["sections"][0]["tables"] if each["caption"] == "Training loss by domain")
+    assert [column["name"] for column in found["columns"]][:4] == ["domain", "first", "last", "change"]
+    assert [row[:6] for row in found["rows"]] == [["b", 2.0, 0.0, -2.0, 0.0, 2.0], ["a", 1.0, 1.0, 0.0, 1.0, 1.0]]
+
+
 def test_a_domain_that_does_not_learn_while_its_share_rises_is_told(tmp_path):
     recorder = RunRecorder(tmp_path / "dataflex", clock=Spent(train=3.0))
     started(recorder, dynamic={}, sources={"a": 50, "b": 50}, schedule={"total_steps": 30})
@@ -305,7 +376,7 @@ def test_a_configuration_that_is_none_is_shown_as_it_stands(tmp_path, dynamic):
     start = line("run_started", config={"dynamic": dynamic}, row_space={"domains": {"a": 9}})
     _, told = page_of(lines_of(tmp_path, start, plan(0, {"a": 9}, scores={"scored": 9}, spent={"train": 1.0})))
     assert "dynamic" in told["sections"][7]["texts"][0]["text"]
-    assert told["sections"][5]["tables"][1]["rows"][0][:2] == ["training", 1]
+    assert told["sections"][5]["tables"][1]["rows"][0][:4] == ["training", None, None, 1]
 
 
 @pytest.mark.slow

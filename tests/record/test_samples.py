@@ -95,6 +95,27 @@ def test_a_selection_by_length_is_warned_of_and_the_cut_is_drawn(tmp_path):
     assert {each["aria-label"] for each in page.all("select")} >= {"checked", "domain"}
 
 
+def test_duplicates_and_a_choice_by_length_without_scores_are_warned_of(tmp_path):
+    told = "Duplicates: 2 of 40 rows (5.0 %) have the tokens and labels of an earlier row; they are 33.3 % of what was"
+    assert told in "\n".join(warnings([planted(tmp_path)]))
+    (tmp_path / "other").mkdir()
+    recorder = RunRecorder(tmp_path / "other" / "run" / "dataflex")
+    recorder.run_started(config={}, schedule={"total_steps": 2}, row_space={"fingerprint": "f" * 16}, global_batch=25)
+    recorder.rows_known(space(tmp_path / "other", 60, keys=np.arange(60)))
+    kept = np.arange(59, 34, -1)
+    kept[-3:] = 1, 3, 5
+    plan(recorder, 0, (0, 2), [*kept, *kept], kept=kept)
+    recorder.stepped(2, {"loss": 1.0})
+    (found,) = (each for each in warnings([recorded(tmp_path / "other" / "run")]) if "had not" not in each)
+    pairs = sum((a > b) for a in kept + 1 for b in range(1, 61) if b - 1 not in kept) / (25 * 35)
+    assert (
+        found
+        == f"Rows are chosen by length: of a kept row and another one the longer is kept in {pairs:.0%}.".replace(
+            "%", " %"
+        )
+    )
+
+
 def test_hostile_texts_stay_text(tmp_path):
     planted(tmp_path)
     content = (tmp_path / "b.json").read_text()

@@ -1,4 +1,4 @@
-"""A chart as data: curves, bars or cells, and a headline that states the finding.
+"""A chart as data: curves, bars or cells, and a headline that states the finding. A table as data.
 
 The page and the PNG files draw the same charts. Curves are thinned so that a chart has some 1,600 points however long
 the run was; the extremes stay.
@@ -17,12 +17,14 @@ from dataflex.record.digest import Curve, Run
 from dataflex.record.recorded import spaced
 from dataflex.record.text import without_prefix
 
+Json = dict[str, Any]
 Points = Sequence[float | None]
 
 MOST_IN_ONE = 8
 """Lines in one panel; more have a panel each."""
 PANELS = 24
 POINTS = 1600
+LISTED = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +130,14 @@ def corners(
         xs += [start, stop]
         ys += [value, value]
     return xs, ys
+
+
+def table(caption: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[Any]], note: str = "") -> Json:
+    """Return a table; a column is a name and what is in it.
+
+    That is text, count, number, share, seconds, signed, choice (a text to filter by) or trend (numbers in order).
+    """
+    names = [{"name": name, "kind": kind} for name, kind in columns]
+    left = len(rows) - LISTED
+    note = f"{note} The first {LISTED} of {len(rows):,} lines." if left > 0 else note
+    return {"caption": caption, "note": note.strip(), "columns": names, "rows": [list(row) for row in rows[:LISTED]]}

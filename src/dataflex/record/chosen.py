@@ -38,7 +38,7 @@ _DECISIONS = 256  # decisions that have columns of their own
 _POSITIONS = 1 << 25  # served rows up to which the steps of each are listed
 _NOTES = 20
 
-_KNOWN = ("dataset", "file", "line", "position", "id", "domain", "tokens", "supervised_tokens")
+_KNOWN = ("dataset", "file", "line", "position", "id", "domain", "tokens", "supervised_tokens", "same_as")
 FIXED = (
     "row",
     *_KNOWN,
@@ -105,6 +105,10 @@ class Pool(Protocol):
         """Raw columns that were asked for."""
 
     @property
+    def keys(self) -> NDArray[np.uint64]:
+        """A hash of the tokens and labels of each."""
+
+    @property
     def fingerprint(self) -> str:
         """Hash of all tokens and labels."""
 
@@ -132,6 +136,7 @@ def write_rows(folder: Path, space: Pool) -> None:
         "domain": _named(domains.names, domains.domain_of),
         "tokens": pa.array(space.lengths),
         "supervised_tokens": pa.array(space.supervised),
+        "same_as": _whole(_same_as(space.keys)),
     }
     for name, values in space.columns.items():
         arrays[f"raw_{name}" if name in FIXED or name.startswith(_PREFIXES) else name] = pa.array(values)
@@ -150,6 +155,12 @@ def write_rows(folder: Path, space: Pool) -> None:
         ],
     }
     _write(folder / ROWS, pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(plain(told), sort_keys=True)}))
+
+
+def _same_as(keys: NDArray[np.uint64]) -> Rows:
+    """Return the first row with the key of each row [N], -1 where that is the row itself."""
+    _, first, of = np.unique(keys, return_index=True, return_inverse=True)
+    return np.where(first[of] == np.arange(len(keys)), -1, first[of])
 
 
 def _places(origins: Origins) -> tuple[NDArray[np.int32], NDArray[np.int64], list[str]]:
@@ -270,6 +281,8 @@ def _known(folder: Path, fingerprint: Any) -> tuple[pa.Table, dict[str, Any]]:
         told = json.loads((table.schema.metadata or {})[_KEY])
         version = told["format"]
         if version == _FORMAT:
+            if "same_as" not in table.column_names:  # written before it was there
+                table = table.append_column("same_as", pa.nulls(table.num_rows, pa.int64()))
             missing = [name for name in _KNOWN if name not in table.column_names]
             if missing or not isinstance(told["sources"], list) or not all(_is_source(one) for one in told["sources"]):
                 raise ValueError(f"it lacks {', '.join(missing) or 'the data sets of the rows'}")

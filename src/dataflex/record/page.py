@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex.record.chart import Chart, Panel
+from dataflex.record.chart import Chart, Json, Panel
 from dataflex.record.plots import COLOURS, GREY
-from dataflex.record.sections import Json
 from dataflex.record.text import duration, middle, number, percent, signed
 
 if TYPE_CHECKING:

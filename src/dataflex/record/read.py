@@ -87,6 +87,7 @@ _OPTIONAL: dict[str, dict[str, Check]] = {
         "schedule": _with(total_steps=_count),
         "row_space": _with(domains=_counts, sources=_counts, fingerprint=_text, tokens=_tokens),
         "versions": _with(),
+        "forecast": _each(_with(forward=_real, backward=_real)),
         "world": _count,
         "global_batch": _count,
     },

@@ -24,8 +24,7 @@ from dataflex.record.text import without_prefix
 from dataflex.state import replacing
 
 if TYPE_CHECKING:
-    from dataflex.record.chart import Chart
-    from dataflex.record.sections import Json
+    from dataflex.record.chart import Chart, Json
 
 PAGE, DATA, TEXT = "report.html", "report.json", "summary.txt"
 _EVERY = 10.0

@@ -10,14 +10,14 @@ import pyarrow as pa
 
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
+from dataflex.record.chart import Json, table
 from dataflex.record.chosen import FIXED, chosen_notes, row_texts
 from dataflex.record.order import By, floats, order
 from dataflex.record.recorded import Recorded, spaced
-from dataflex.record.sections import Json, table
 from dataflex.record.text import number
 
 _ROWS = 30
-_TEXT = 600
+_TEXT, _END = 600, 250  # characters of a text, and those of its end where it is longer
 _TREND = 24
 _VALUES = 12
 """Distinct values up to which a raw column is told of value by value."""
@@ -65,12 +65,15 @@ def _raw(found: pa.Table) -> list[str]:
 
 
 def _texts(found: pa.Table, rows: Rows) -> tuple[dict[int, str], str]:
-    """Return the beginning of the text of rows, and a note where it is not looked up."""
+    """Return beginning and end of the text of rows, where answers are, and a note where it is not looked up."""
     size = sum(file.get("size") or 0 for one in chosen_notes(found)["sources"] for file in one["files"])
     if size > _READ_BYTES:
         return {}, f"Texts are not looked up in files of {size / 2**30:.1f} GiB; 'dataflex rows RUN --text' reads them."
-    texts = {row: text[: _TEXT + 1] for row, text in row_texts(found, rows).items()}
-    return {row: text if len(text) <= _TEXT else text[: _TEXT - 2] + ".." for row, text in texts.items()}, ""
+    texts = row_texts(found, rows)
+    return {
+        row: text if len(text) <= _TEXT else f"{text[: _TEXT - _END]} [..] {text[-_END:]}"
+        for row, text in texts.items()
+    }, ""
 
 
 def _table(caption: str, found: pa.Table, rows: Rows, texts: dict[int, str]) -> Json:

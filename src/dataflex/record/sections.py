@@ -14,12 +14,12 @@ from typing import Any
 
 from dataflex.config.mappings import as_yaml
 from dataflex.printable import printable, redacted
-from dataflex.record.chart import Chart
-from dataflex.record.clock import PHASES
+from dataflex.record.chart import LISTED, Chart, Json, table
+from dataflex.record.cost import cost_section, cost_sentence
 from dataflex.record.curves import AGGREGATES, held_out, seconds_at, tokens_at
-from dataflex.record.digest import DECIDING, Run, domain_groups, domain_rows, higher_is_better
+from dataflex.record.digest import Run, domain_groups, domain_rows, higher_is_better
 from dataflex.record.recorded import Recorded
-from dataflex.record.text import duration, middle, number, percent, signed
+from dataflex.record.text import middle, number, percent, signed
 from dataflex.record.warnings import warnings
 from dataflex.version import __version__
 
@@ -27,22 +27,8 @@ FORMAT = 1
 """Version of the mapping; keys are added without a new one."""
 _TEXT = 2000
 _YAML = 60_000
-_ROWS = 200
 _DIGITS = 6
 _SMALL = 0.005
-
-Json = dict[str, Any]
-
-
-def table(caption: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[Any]], note: str = "") -> Json:
-    """Return a table; a column is a name and what is in it.
-
-    That is text, count, number, share, seconds, signed, choice (a text to filter by) or trend (numbers in order).
-    """
-    names = [{"name": name, "kind": kind} for name, kind in columns]
-    left = len(rows) - _ROWS
-    note = f"{note} The first {_ROWS} of {len(rows):,} lines." if left > 0 else note
-    return {"caption": caption, "note": note.strip(), "columns": names, "rows": [list(row) for row in rows[:_ROWS]]}
 
 
 def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json) -> Json:
@@ -55,7 +41,7 @@ def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json)
         ("rows", "Rows", (), rows),
         ("scores", "Scores", ("scores", "histogram", "ranking", "overlap", "coverage", "repeats"), _decisions(view)),
         ("weights", "Weights, ledger and signals", ("weights", "ledger", "signals"), _accounts(view)),
-        ("cost", "Cost", ("seconds",), _cost(runs)),
+        ("cost", "Cost", ("seconds",), cost_section(view.run)),
         ("warnings", "Warnings", (), {"notes": told or ["Nothing that this report looks for was found."]}),
         ("repeat", "How to repeat it", (), _repeat(runs)),
     )
@@ -72,7 +58,7 @@ def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json)
             "dataflex": __version__,
             "title": view.title,
             "runs": [_identity(each) for each in runs],
-            "sentences": [_decided(view), _costs(view.run), _helped(runs)],
+            "sentences": [_decided(view), cost_sentence(view.run), _helped(runs)],
             "missing": [f"{each.title}: {line}" if len(runs) > 1 else line for each in runs for line in each.left_out],
             "sections": sections,
         }
@@ -141,29 +127,6 @@ def _decided(view: Recorded) -> str:
     return told + "."
 
 
-_ASIDE = ("ledger", "reference")  # phases that are neither training nor a decision
-
-
-def steps_bought(run: Run) -> float | None:
-    """Return the training steps that the seconds beside training would have bought; None where that is not known."""
-    spent = run.phase_seconds()
-    training, beside = spent.get("training", 0.0), sum(spent.get(phase, 0.0) for phase in (*DECIDING, *_ASIDE))
-    return beside * run.steps_done / training if training and run.steps_done else None
-
-
-def _costs(run: Run) -> str:
-    spent = run.phase_seconds()
-    if not spent:
-        return "What it cost: the record has no times."
-    deciding, bought = sum(spent.get(phase, 0.0) for phase in DECIDING), steps_bought(run)
-    told = f"What it cost: deciding took {duration(deciding)}, {percent(deciding / run.wall_seconds)} of the run's "
-    told += duration(run.wall_seconds)
-    told += "".join(f", the {phase} {duration(spent[phase])}" for phase in _ASIDE if phase in spent)
-    if bought is not None:
-        told += f"; that would have bought {bought:.0f} more training steps beside the {run.steps_done} done"
-    return told + "."
-
-
 def _helped(runs: Sequence[Recorded]) -> str:
     run = runs[0].run
     key = held_out([run])
@@ -219,7 +182,24 @@ def _losses(runs: Sequence[Recorded]) -> Json:
         for what, known in (("tokens", tokens_at(view.run)), ("seconds", seconds_at(view.run))):
             if not known:
                 notes.append(f"{view.title} has no {what} in its record, so that it is not compared at equal {what}.")
-    return {"tables": [table("Losses and metrics", columns, rows)] if rows else [], "notes": notes}
+    tables = [table("Losses and metrics", columns, rows)] if rows else []
+    return {"tables": [*tables, *_domain_losses(runs)], "notes": notes}
+
+
+def _domain_losses(runs: Sequence[Recorded]) -> list[Json]:
+    """Return the training loss of each domain as numbers, the most served first."""
+    found = [(view, view.run.by_domain("loss"), view.run.served) for view in runs]
+    rows = []
+    for view, curves, served in found:
+        for name, curve in sorted(curves.items(), key=lambda item: -served.get(item[0], 0.0)):
+            values = [value for _, value in curve]
+            numbers = [values[0], values[-1], values[-1] - values[0], min(values), max(values), len(values)]
+            rows.append([*([view.title] if len(runs) > 1 else []), name, *numbers, round(served.get(name, 0.0))])
+    columns = [*([("run", "choice")] if len(runs) > 1 else []), ("domain", "text"), ("first", "number")]
+    columns += [("last", "number"), ("change", "signed"), ("lowest", "number"), ("highest", "number")]
+    columns += [("logs", "count"), ("rows served", "count")]
+    note = "Mean token loss between two logs, before any weights."
+    return [table("Training loss by domain", columns, rows, note)] if rows else []
 
 
 def _domains(view: Recorded) -> Json:
@@ -230,7 +210,7 @@ def _domains(view: Recorded) -> Json:
     logged = run.stepped[-1] if run.stepped else {}
     all_tokens = sum(value or 0.0 for key, value in logged.items() if key.startswith("dataflex/tokens/"))
     rows = []
-    for (name, count, size), (_, members) in zip(domain_rows(run, _ROWS), domain_groups(run, _ROWS), strict=True):
+    for (name, count, size), (_, members) in zip(domain_rows(run, LISTED), domain_groups(run, LISTED), strict=True):
         share, fair = count / served, size / pool if pool else None
         tokens = [logged.get(f"dataflex/tokens/{each}") for each in members]
         known = sum(tokens) if tokens and None not in tokens else None  # type: ignore[arg-type]
@@ -261,8 +241,8 @@ def _decisions(view: Recorded) -> Json:
         reason = event.get("reason")
         rows.append([event["interval"], event["kind"], event["start_step"] + 1, event["stop_step"], event["rows"]])
         rows[-1] += [*medians, reason[:300] if isinstance(reason, str) else ""]
-    if len(rows) > _ROWS:
-        rows = [*rows[: _ROWS // 2], *rows[-(_ROWS // 2) :]]
+    if len(rows) > LISTED:
+        rows = [*rows[: LISTED // 2], *rows[-(LISTED // 2) :]]
     return {"tables": [table(f"Decisions: {len(planned)} intervals, with the methods' own words", columns, rows)]}
 
 
@@ -298,64 +278,6 @@ def _accounts(view: Recorded) -> Json:
         columns = [("", "text"), ("row", "count"), ("weight", "number"), ("times", "count"), ("domain", "text")]
         tables.append(table("Rows that weighed most and least", [*columns, ("text", "text")], rows))
     return {"tables": tables}
-
-
-def _cost(runs: Sequence[Recorded]) -> Json:
-    run = runs[0].run
-    spent = run.phase_seconds()
-    if not spent:
-        return {}
-    meant = {"training": PHASES["train"], "evaluation": PHASES["evaluate"]}
-    rows = [
-        [name, seconds, seconds / run.wall_seconds, meant.get(name, PHASES.get(name, ""))]
-        for name, seconds in spent.items()
-    ]
-    rows.append(["all", run.wall_seconds, 1.0, "the phases add up to it"])
-    columns = [("phase", "text"), ("seconds", "seconds"), ("share", "share"), ("what it is", "text")]
-    notes = []
-    if (bought := steps_bought(run)) is not None:
-        each = spent["training"] / run.steps_done
-        notes.append(
-            f"Deciding would have bought {bought:.1f} training steps at {each:.3g} s each, "
-            f"{percent(bought / run.steps_done)} of the {run.steps_done} that were done."
-        )
-    tables = [table("Seconds by phase", columns, rows)]
-    passes = _passes(run)
-    if passes:
-        columns = [
-            ("passes over", "text"),
-            ("sequences", "count"),
-            ("F", "count"),
-            ("B", "count"),
-            ("how counted", "text"),
-        ]
-        tables.append(table("Passes of single sequences (F forward, B backward)", columns, passes))
-    return {"notes": notes, "tables": tables}
-
-
-def _passes(run: Run) -> list[list[Any]]:
-    """Return the forward and backward passes of training and, where a pool was scored, of the selector."""
-    from dataflex.config.build import method_block
-
-    served = round(sum(run.served.values()))
-    if not served:
-        return []
-    rows: list[list[Any]] = [["training", served, served, served, "each sequence served"]]
-    scored = sum(round((event.get("scores") or {}).get("scored") or 0) for event in run.planned)
-    selector, signals = run.dynamic.get("selector"), run.dynamic.get("signals")
-    budget = signals.get("budget") if isinstance(signals, Mapping) else None
-    if not scored or not isinstance(selector, Mapping):
-        return rows
-    if budget is not None:
-        return [*rows, [f"selector {selector.get('name')}", None, None, None, f"within {budget} of the training's own"]]
-    problems: list[str] = []
-    given = {key: value for key, value in selector.items() if value is not None}
-    method = method_block("selector", given, "selector", problems)
-    if problems or method is None:
-        return [*rows, [f"selector {selector.get('name')}", scored, None, None, "rows that were given a score"]]
-    forward, backward = method.requires.passes.over_pool(len(method.targets))
-    told = f"rows that were given a score; {method.cost}"
-    return [*rows, [f"selector {method.name}", scored, round(scored * forward), round(scored * backward), told]]
 
 
 def _repeat(runs: Sequence[Recorded]) -> Json:

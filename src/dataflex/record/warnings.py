@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from dataflex.record.choices import signal_quality, times_served
 from dataflex.record.curves import held_out, over_time
 from dataflex.record.digest import Run
+from dataflex.record.order import floats
 from dataflex.record.recorded import Recorded
 from dataflex.record.text import middle, number, percent
 from dataflex.version import __version__
@@ -18,10 +19,13 @@ from dataflex.version import __version__
 _COLLAPSED = 0.95
 _FEW_EFFECTIVE = 0.1
 _MANY_EPOCHS = 4.0
+_REPEATS, _MEMORIZED = 2.0, 0.7  # times over; training loss relative to the held-out one
 _WEAK = 0.1
-_BY_LENGTH = 0.6
+_BY_LENGTH, _BY_LENGTH_PAIRS = 0.6, 0.85
+_ALIKE = 0.01
 _FEW, _RANKED = 20, 50_000
 _NAMED = 5
+_TOLD_APART = 0.03  # standard error of a change of the loss, relative to it, that is small enough to judge by
 _REPEATED = re.compile(r"[0-9]+% of the rows were served more than [0-9]+ times by now, up to [0-9]+")
 
 
@@ -129,10 +133,50 @@ def _repeats(view: Recorded) -> Iterator[str]:
     if told:
         yield f"Repeats: {told[-1]} (at most, over the run: {max(told, key=_first)})."
     times = times_served(view)
-    if times is not None and view.run.methods.get("selector") and len(view.run.planned) > 1:
-        never = float((times == 0).mean())
-        if never == 0:
-            yield "The pool is exhausted: every row has been served, so that selection only orders and repeats."
+    again = [each for each in view.run.planned if "every row is in the pool again" in str(each.get("reason"))]
+    if again:
+        at = f"at step {again[0]['start_step']} too few rows were left that had not been served"
+        yield f"The pool is exhausted: {at}, and every row may be chosen again."
+    elif times is not None and view.run.methods.get("selector") and len(view.run.planned) > 1 and (times > 0).all():
+        yield "The pool is exhausted: every row has been served, so that selection only orders and repeats."
+
+
+def _duplicates(view: Recorded) -> Iterator[str]:
+    """Tell rows that are the same as an earlier one, where they are many in the pool or in what was served."""
+    if view.rows is None or not view.rows.num_rows:
+        return
+    alike = view.rows.column("same_as").is_valid().to_numpy()
+    times = floats(view.rows, "times_served")
+    of_pool, of_served = float(alike.mean()), float(times[alike].sum() / max(float(times.sum()), 1.0))
+    if of_pool >= _ALIKE or of_served >= _ALIKE:
+        told = (
+            f"Duplicates: {int(alike.sum()):,} of {len(alike):,} rows ({percent(of_pool)}) have the tokens and labels "
+        )
+        told += "of an earlier row"
+        yield f"{told}; they are {percent(of_served)} of what was served." if of_served > 0 else f"{told}."
+
+
+def _memorized(view: Recorded) -> Iterator[str]:
+    """Tell repeated rows whose training loss falls away from a held-out loss that rises."""
+    run = view.run
+    metrics, times = run.metrics(), times_served(view)
+    key, losses = held_out([run]), run.by_domain("loss")
+    served = None if times is None or not (times > 0).any() else times[times > 0]
+    looked_at = [] if key is None or served is None else [("What was served", served.mean(), run.logged("loss"), key)]
+    for name, rows in run.served.items():
+        own = next((each for end in ("token_loss", "loss") if (each := f"eval_{name}_{end}") in metrics), None)
+        if own is not None and run.pool.get(name):
+            looked_at.append((middle(name, 40), rows / run.pool[name], losses.get(name, []), own))
+    for what, epochs, train, held in looked_at:
+        curve, last = [value for _, value in metrics[held]], [value for _, value in train[-5:]]
+        if epochs < _REPEATS or len(curve) < 3 or not last:
+            continue
+        least, mean = min(curve), sum(last) / len(last)
+        if curve[-1] > 1.01 * least > 0 and mean < _MEMORIZED * curve[-1]:
+            told = (
+                f"Memorized repeats: {what} was served {epochs:.1f} times over; its training loss is {number(mean, 3)}"
+            )
+            yield f"{told}, the held-out loss ({middle(held, 40)}) {number(curve[-1], 3)}, up from {number(least, 3)}."
 
 
 def _first(text: str) -> int:
@@ -140,18 +184,25 @@ def _first(text: str) -> int:
 
 
 def _lengths(view: Recorded) -> Iterator[str]:
-    """Tell a selection that the length of rows tells."""
+    """Tell scores, or a choice without any, that the length of rows tells."""
     if view.rows is None:
         return
-    scores, tokens = (view.rows.column(name).to_numpy().astype(float) for name in ("score", "tokens"))
-    known = np.isfinite(scores)
-    scores, tokens = scores[known][:_RANKED], tokens[known][:_RANKED]
-    if len(scores) < _FEW or np.ptp(scores) == 0 or np.ptp(tokens) == 0:
-        return
-    alike = float(spearmanr(scores, tokens).statistic)
-    if abs(alike) > _BY_LENGTH:
-        side = "longer" if alike > 0 else "shorter"
-        yield f"Scores are told by length: {side} rows have higher ones (rank correlation with tokens {alike:.2f})."
+    scores, tokens = floats(view.rows, "score"), floats(view.rows, "tokens")
+    known = np.flatnonzero(np.isfinite(scores))[:_RANKED]
+    if len(known) >= _FEW and np.ptp(scores[known]) > 0 and np.ptp(tokens[known]) > 0:
+        alike = float(spearmanr(scores[known], tokens[known]).statistic)
+        if abs(alike) > _BY_LENGTH:
+            side = "longer" if alike > 0 else "shorter"
+            yield f"Scores are told by length: {side} rows have higher ones (rank correlation with tokens {alike:.2f})."
+            return
+    chosen = floats(view.rows, "chosen")
+    kept, left = tokens[chosen == 1][:_RANKED], tokens[chosen == 0][:_RANKED]
+    if min(len(kept), len(left)) >= _FEW:
+        ranks = rankdata(np.concatenate([kept, left]))[: len(kept)]
+        longer = float((ranks.mean() - (len(kept) + 1) / 2) / len(left))  # of all pairs, ties as halves
+        if not 1 - _BY_LENGTH_PAIRS < longer < _BY_LENGTH_PAIRS:
+            side, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
+            yield f"Rows are chosen by length: of a kept row and another one the {side} is kept in {percent(share, 0)}."
 
 
 def _weights(view: Recorded) -> Iterator[str]:
@@ -184,8 +235,10 @@ def _idle_domains(view: Recorded) -> Iterator[str]:
         third = len(curve) // 3
         if third < 2 or shares[-1, at] < 1.2 * shares[0, at] or shares[-1, at] < 0.02:
             continue
-        first, last = sum(curve[:third]) / third, sum(curve[-third:]) / third
-        if last > 0.99 * first:
+        ends = np.array(curve[:third]), np.array(curve[-third:])
+        first, last = (float(end.mean()) for end in ends)
+        error = float(np.sqrt(sum(end.var() / third for end in ends)))
+        if last > 0.99 * first and error < _TOLD_APART * first:
             yield (
                 f"{middle(name, 40)} does not learn while its share rises: share {percent(shares[0, at], 0)} -> "
                 f"{percent(shares[-1, at], 0)}, training loss {number(first, 3)} -> {number(last, 3)}."
@@ -209,6 +262,8 @@ LOOKS: tuple[Callable[[Recorded], Iterator[str]], ...] = (
     _mixture,
     _caps,
     _repeats,
+    _duplicates,
+    _memorized,
     _lengths,
     _weights,
     _signals,

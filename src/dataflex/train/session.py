@@ -18,6 +18,7 @@ import torch
 
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
+from dataflex.config.costs import passes_by_label
 from dataflex.config.forecast import Forecast
 from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
@@ -357,6 +358,7 @@ class Session:
             world=controller.shape.world,
             global_batch=controller.shape.global_batch,
             run=self._run,
+            forecast=passes_by_label(_forecast(self.setup, self.loop)),
         )
         if resumed is not None:
             self.recorder.resumed(step=step, checkpoint=str(resumed), **self._extended)
@@ -677,6 +679,20 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
     return SignalRunner(access=access, cache=kept)
 
 
+def _forecast(setup: Setup, loop: Loop) -> Forecast:
+    """Return what is known of the run now that its rows are."""
+    space = setup.rows
+    return Forecast(
+        dynamic=setup.config,
+        batch=loop.shape,
+        counts=dict(zip(space.domains.names, space.domains.num_rows.tolist(), strict=True)),
+        packs=False,
+        rows=space.num_rows,
+        steps=loop.total_steps,
+        targets={name: len(target.lengths) for name, target in space.targets.items()},
+    )
+
+
 def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
     """Return the reference model's token losses, or None when no method asks for them (collective)."""
     reference = setup.config.requires.reference
@@ -684,16 +700,7 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
         return None
     from dataflex.train.reference import ReferenceLosses
 
-    space = setup.rows
-    forecast = Forecast(
-        dynamic=setup.config,
-        batch=loop.shape,
-        counts=dict(zip(space.domains.names, space.domains.num_rows.tolist(), strict=True)),
-        packs=False,
-        rows=space.num_rows,
-        steps=loop.total_steps,
-    )
-    store, whole = loop.output_dir / checkpoints.FOLDER / "reference", forecast.serves_all_again
+    store, whole = loop.output_dir / checkpoints.FOLDER / "reference", _forecast(setup, loop).serves_all_again
     with setup.clock.phase("reference"):
         return ReferenceLosses(reference.folder, access, store=store, cached=reference.cached, whole=whole)
 
