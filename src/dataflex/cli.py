@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataflex.console import tell
+from dataflex.console import VERBOSE, others_aside, tell
 from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
-from dataflex.printable import shown
+from dataflex.printable import Answer, plain, shown
 from dataflex.storage import storage_problem
 
 _FAILED = 1
@@ -112,6 +114,9 @@ def _run(arguments: list[str]) -> int:
     if command not in _EXAMPLES and not command.startswith("-"):
         known = list(_EXAMPLES)
         raise ConfigError(f"unknown command {command!r}{did_you_mean(command, known)} (commands: {', '.join(known)})")
+    if command == "train" and "--verbose" in rest:
+        os.environ[VERBOSE] = "1"
+        rest = [text for text in rest if text != "--verbose"]
     if command == "train" and rest[:1] not in (["-h"], ["--help"]):
         # Everything is handed on untouched, so that LLaMA-Factory's own flags pass through.
         if not rest:
@@ -126,7 +131,13 @@ def _run(arguments: list[str]) -> int:
             return 0
         if command in ("score", "query", "eval"):
             options.arguments = rest
-        told = options.handler(options)
+        as_json = getattr(options, "as_json", False)
+        with others_aside() if as_json else nullcontext():
+            told = options.handler(options)
+        if as_json and isinstance(told, Answer) and told:  # ranks other than 0 have nothing to say
+            # ASCII that no terminal obeys; what is made of messages would change the data.
+            sys.stdout.write(json.dumps(plain(told.values), indent=1, allow_nan=False) + "\n")
+            return 0
     if isinstance(told, int):
         return told if told in _CODES else _FAILED
     if told:
@@ -138,7 +149,7 @@ def _calls(module: str, function: str) -> _Handler:
     """Return a handler that imports a command's function and calls it with the options of its parser."""
 
     def handle(options: argparse.Namespace) -> str | int:
-        of_parser = ("command", "handler", "version")
+        of_parser = ("command", "handler", "version", "as_json")
         given = {key: value for key, value in vars(options).items() if key not in of_parser}
         told: str | int = getattr(importlib.import_module(module), function)(**given)
         return told
@@ -160,6 +171,8 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
         epilog = f"example:\n  {_EXAMPLES[name]}"
         command: _Parser = commands.add_parser(name, help=told, description=f"{told}{more}", epilog=epilog)
         command.set_defaults(handler=handler)
+        if name not in ("train", "mix"):
+            command.add_argument("--json", dest="as_json", action="store_true", help="print JSON (docs/json.md)")
         return command
 
     version = _calls("dataflex.version", "version_lines")
@@ -194,7 +207,6 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     told = "the output_dir of a run; the first one is told of, the others are what it is compared with"
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help=told)
     report.add_argument("--out", type=Path, default=None, help="folder for all files (default: inside the first RUN)")
-    report.add_argument("--json", dest="as_json", action="store_true", help="print the page's values as JSON")
     told = "renew the page while the first RUN goes on, until it has ended or Ctrl-C"
     report.add_argument("--watch", dest="watched", action="store_true", help=told)
     add("version", "Print the versions of dataflex and what it stands on.", version)
@@ -204,6 +216,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
 _TRAIN = (
     "\n\nAny LLaMA-Factory configuration works unchanged; a 'dynamic' block turns methods on.\n"
     "LLaMA-Factory's own flags (--stage sft ...) are accepted instead of a file.\n"
+    "--verbose tells more: the methods' reasons, and the numbers of single domains.\n"
     "FORCE_TORCHRUN=1, NPROC_PER_NODE, NNODES, NODE_RANK and USE_RAY=1 work as there."
 )
 _SCORE = (
@@ -283,7 +296,6 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest generated answer (default: 256)")
     add("--after", default="", metavar="TEXT", help="compare what follows the last TEXT of an answer, such as '####'")
     add("--mix", metavar="NAME=SHARE,...", help="also the loss under these shares of domains")
-    add("--json", dest="as_json", action="store_true", help="print JSON")
     add("--out", type=Path, metavar="FILE", help="also write the JSON here")
     _add_overrides(command, "LLaMA-Factory's keys, such as template=llama3 or dataset_dir=data")
 
@@ -311,7 +323,6 @@ def _add_rows(command: argparse.ArgumentParser) -> None:
     add("--where", metavar="COND", help="only rows that fulfil a condition on columns")
     add("--limit", type=int, metavar="N", help="most rows (default: 20 printed, all exported)")
     add("--text", action="store_true", help="print each row's text, read from its file")
-    add("--json", dest="as_json", action="store_true", help="print JSON")
     told = "write the rows, in the format of their file, instead; without an ending, a folder with a file for each set"
     add("--export", type=Path, metavar="FILE", help=told)
     add("--overwrite", action="store_true", help="replace what no earlier export wrote")

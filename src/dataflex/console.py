@@ -12,11 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from typing import IO
 
 from dataflex.printable import shown
 
 logger = logging.getLogger(__name__)
 
+VERBOSE = "DATAFLEX_VERBOSE"
+"""Environment variable that makes the log of every rank tell more; ``dataflex train --verbose`` sets it."""
 _LINE_SECONDS = 30.0
 _BAR_AFTER_SECONDS = 1.0
 
@@ -37,6 +40,11 @@ def others_aside() -> AbstractContextManager[object]:
     return redirect_stdout(sys.stderr)
 
 
+def child_stdout() -> IO[str] | None:
+    """Return where a child's stdout goes: stderr inside ``others_aside``, else None, which is the same as ours."""
+    return sys.stderr if sys.stdout is sys.stderr else None
+
+
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -45,15 +53,21 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
 
+def verbose() -> bool:
+    """Whether more than the short lines is asked for."""
+    return os.environ.get(VERBOSE, "0") not in ("", "0")
+
+
 def show_log() -> None:
-    """Show our own log lines on stderr, on rank 0; of other ranks warnings."""
+    """Show our own log lines on stderr, on rank 0, with details if asked for; of other ranks warnings."""
     ours = logging.getLogger("dataflex")
     if not any(isinstance(handler, _Lines) for handler in ours.handlers):
         handler = _Lines()
         handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
         ours.addHandler(handler)
         ours.propagate = False
-    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    level = logging.DEBUG if verbose() else logging.INFO
+    ours.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, FunctionType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that SIGTERM ended."""
@@ -108,8 +108,10 @@ class TermWish:
         return _on_term(note)
 
 
-def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, out: IO[str] | None = None) -> int:
     """Run a command to its end and return its exit code; signals that end this process are passed on to it.
+
+    ``out``: where its stdout goes; None: that of this process.
 
     Raises:
         Terminated: SIGTERM or SIGHUP came, and the command failed.
@@ -125,7 +127,7 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> i
                 child.send_signal(number)
 
     with _handled(pass_on, "SIGINT", "SIGTERM", "SIGHUP"):
-        child = subprocess.Popen(command, env=env)
+        child = subprocess.Popen(command, env=env, stdout=out)
         for number in list(received):  # while it was started
             child.send_signal(number)
         code = child.wait()

@@ -54,6 +54,18 @@ _LOGIN = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#@:]*:)?[
 _BEARER = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[\w.~+/=-]{6,}")
 
 
+class Answer(str):
+    """What a command prints, and the same as ``values`` for ``--json``; docs/json.md lists their keys."""
+
+    values: Mapping[str, Any]
+
+    def __new__(cls, text: str, values: Mapping[str, Any]) -> Answer:
+        """Return the text with its values."""
+        answer = super().__new__(cls, text)
+        answer.values = values
+        return answer
+
+
 def plain(value: Any, path: str = "", nonfinite: list[str] | None = None) -> Any:
     """Return a value as JSON can hold it; the dotted keys of NaN and infinities are added to ``nonfinite``.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 
+from dataflex.printable import Answer
+
 __version__ = "0.1.0"
 
 
@@ -23,8 +25,8 @@ def versions() -> dict[str, str]:
     return {"dataflex": __version__, **{package: version_of(package) or "missing" for package in packages}}
 
 
-def version_lines() -> str:
+def version_lines() -> Answer:
     """Return one ``name version`` line for dataflex, Python and the packages that it stands on."""
     packages = {name: version_of(name) or "is not installed" for name in ("llamafactory", "transformers", "torch")}
     found = {"dataflex": __version__, "python": platform.python_version(), **packages}
-    return "\n".join(f"{name} {version}" for name, version in found.items())
+    return Answer("\n".join(f"{name} {version}" for name, version in found.items()), {**found, **versions()})

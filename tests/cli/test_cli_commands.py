@@ -14,6 +14,7 @@ import pytest
 
 from dataflex.cli import main
 from dataflex.errors import ConfigError
+from dataflex.registry import KINDS, names
 
 Config = Callable[..., dict[str, Any]]
 
@@ -125,19 +126,16 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_report_prints_the_summary(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import dataflex.record.report
 
-    seen: list[tuple[list[Path], Path | None, bool, bool]] = []
+    seen: list[tuple[list[Path], Path | None, bool]] = []
 
-    def report(run_dirs: list[Path], out: Path | None, as_json: bool, watched: bool) -> str:
-        seen.append((run_dirs, out, as_json, watched))
+    def report(run_dirs: list[Path], out: Path | None, watched: bool) -> str:
+        seen.append((run_dirs, out, watched))
         return "summary"
 
     monkeypatch.setattr(dataflex.record.report, "report", report)
     assert main(["report", "saves/run"]) == 0
-    assert main(["report", "saves/run", "b", "--out", "plots", "--json", "--watch"]) == 0
-    assert seen == [
-        ([Path("saves/run")], None, False, False),
-        ([Path("saves/run"), Path("b")], Path("plots"), True, True),
-    ]
+    assert main(["report", "saves/run", "b", "--out", "plots", "--watch"]) == 0
+    assert seen == [([Path("saves/run")], None, False), ([Path("saves/run"), Path("b")], Path("plots"), True)]
     assert capsys.readouterr().out == "summary\nsummary\n"
 
 
@@ -151,6 +149,24 @@ def test_version_names_what_it_stands_on(capsys: pytest.CaptureFixture[str]) -> 
     assert lines[0] == f"dataflex {__version__}"
     assert [line.split()[0] for line in lines] == ["dataflex", "python", "llamafactory", "transformers", "torch"]
     assert lines[2] == f"llamafactory {version('llamafactory')}"
+
+
+def test_json_of_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> dict[str, Any]:
+        assert main([*arguments, "--json"]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    assert {"dataflex", "python", "torch", "numpy"} <= set(told("version"))
+    every = told("methods")
+    assert every["not_available"] == []
+    assert [(each["kind"], each["name"]) for each in every["methods"]] == [
+        (kind, name) for kind in KINDS for name in names(kind)
+    ]
+    assert {each["kind"] for each in told("methods", "mixer")["methods"]} == {"mixer"}
+    (loss,) = told("methods", "selector/loss")["methods"]
+    assert loss in every["methods"]
+    assert next(each for each in loss["parameters"] if each["name"] == "focus")["required"] is False
+    assert loss["example"]["dynamic"]["selector"] == "loss"
 
 
 PROGRAM = """

@@ -144,6 +144,22 @@ def test_selection_and_weights(plan: Plan, project: Path) -> None:
     assert text == EXPECTED
 
 
+def test_json_has_the_numbers(plan: Plan, project: Path) -> None:
+    told = json.loads(
+        plan("--json", dynamic={"selector": "loss", "interval_steps": 10, "warmup_steps": 10}, max_steps=30)
+    )
+    assert told["config"]["dynamic"]["selector"]["name"] == "loss"
+    assert told["steps"] == 30
+    assert told["sequences"] == 30 * told["global_batch"]
+    assert told["decisions"] == {"selector": 2}
+    assert told["pool"] == dict.fromkeys(("rows", "drawn", "left"), told["rows"])
+    assert told["passes"] == {
+        "training": {"forward": told["sequences"], "backward": told["sequences"]},
+        "selector loss": {"forward": 2 * told["rows"], "backward": 0},
+    }
+    assert json.loads(plan("--json", dynamic=None, do_train=False))["trains"] is False
+
+
 def test_the_printed_block_gives_the_same_run(plan: Plan, project: Path) -> None:
     import textwrap
 

@@ -197,7 +197,8 @@ def test_mistakes_are_told_and_nothing_is_written(project, config, capsys, optio
 def test_runs_are_run_once_and_a_failure_stops_until_the_next_time(base, project, capsys, monkeypatch):
     trained = []
 
-    def train(command):
+    def train(command, out):
+        assert out is (sys.stderr if trained[2:] else None)
         assert command[:4] == [sys.executable, "-m", "dataflex", "train"]
         name = command[4].split("/")[-1].removesuffix(".yaml")
         trained.append(name)
@@ -212,11 +213,15 @@ def test_runs_are_run_once_and_a_failure_stops_until_the_next_time(base, project
     assert main(command) == 1
     assert "run-0002: ended with exit code -9" in capsys.readouterr().out
     assert trained == ["run-0001", "run-0002"]
+    trained.append("json")
+    assert main([*command, "--json"]) == 0
+    told = capsys.readouterr()
+    assert "run-0001: finished before" in told.err
+    values = json.loads(told.out)
+    assert [run["finished"] for run in values["runs"]] == [True] * 3
+    assert trained == ["run-0001", "run-0002", "json", "run-0002", "run-0003"]
     assert main(command) == 0
-    told = capsys.readouterr().out
-    assert "run-0001: finished before" in told
-    assert "all runs are finished; next: dataflex mix fit swarm" in told
-    assert trained == ["run-0001", "run-0002", "run-0002", "run-0003"]
+    assert "all runs are finished; next: dataflex mix fit swarm" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- fit and propose
@@ -229,6 +234,9 @@ def test_from_records_to_a_mixture_that_static_takes(base, project, capsys):
     told = run("fit", "swarm", capsys=capsys)
     assert "log_linear on 9 runs; quality by leave-one-out" in told
     assert "note:" not in told
+    values = json.loads(run("fit", "swarm", "--json", capsys=capsys))
+    assert (values["method"], len(values["runs"]), set(values["quality"])) == ("log_linear", 9, {"a", "b"})
+    assert set(values["quality"]["a"]) == {"spearman", "error", "spread"}
     Path("mixture.json").write_text("notes of somebody's own")
     told = run("propose", "swarm", "--kl", 0.2, "--out", "mixture.json", code=2, capsys=capsys)
     assert "--out: mixture.json is there and holds no proportions" in told
@@ -239,6 +247,9 @@ def test_from_records_to_a_mixture_that_static_takes(base, project, capsys):
     assert "note: no --budget (in rows)" in told
     content = read_proportions("mixture.json")
     assert content.method == "log_linear"
+    values = json.loads(run("propose", "swarm", "--kl", 0.2, "--out", "mixture.json", "--json", capsys=capsys))
+    assert (values["out"], values["proportions"]) == ("mixture.json", content.by_name)
+    assert "no --budget (in rows)" in values["notes"][0]
     grid = np.linspace(0.0005, 0.9995, 20_000)
     losses = [np.mean(list(law((x, 1 - x)).values())) for x in grid]
     divergence = grid * np.log(grid / (2 / 3)) + (1 - grid) * np.log((1 - grid) / (1 / 3))
@@ -430,6 +441,9 @@ def test_mixmin_from_a_matrix(project, capsys):
     content = read_proportions("mix.json")
     assert content.names == ("web", "code")
     assert content.by_name["code"] > 0.5
+    values = json.loads(run("mixmin", "--matrix", "m.csv", "--out", "mix.json", "--json", capsys=capsys))
+    assert set(values) == {"out", "method", "proportions", "details"}
+    assert values["proportions"] == content.by_name
     assert content.details["fitted"]["mixmin"] <= content.details["fitted"]["equal"]
     assert list(content.provenance["inputs"]) == ["m.csv"]
     assert "give one of the two" in run("mixmin", "--out", "x.json", code=2, capsys=capsys)

@@ -80,7 +80,12 @@ def test_losses_positions_and_subset(scoring, capsys):
     assert again == [second[table.position[i]] for i in sorted(best) if i >= 21]
     # What was written is a data set that can be scored in its turn, with the same losses.
     subset = scoring.config(dataset="pool", dataset_dir=str(scoring.folder / "best"))
-    assert scoring.run("score", subset, "--method", "loss", "--out", "again.parquet") == 0
+    capsys.readouterr()
+    assert scoring.run("score", subset, "--method", "loss", "--out", "again.parquet", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["out"], told["datasets"]) == ("again.parquet", ["pool"])
+    assert set(told["columns"]) == {"loss", "loss.rank"}
+    assert told["columns"]["loss"]["values"] == told["rows"] == len(wanted)
     found = read_scores(scoring.folder / "again.parquet").columns["loss"]
     np.testing.assert_allclose(found, [expected[i] for i in sorted(best) if i < 21], rtol=2e-5)
 

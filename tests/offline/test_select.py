@@ -85,13 +85,15 @@ def test_best_rows_byte_for_byte(tmp_path, lines):
     assert told["files"][0]["tokens"] == 11 + 14 + 15 + 16
 
 
-def test_order_of_preference_and_low_scores(tmp_path, lines):
+def test_order_of_preference_and_low_scores(tmp_path, lines, capsys):
     write(tmp_path, loss=SCORES)
     command = ["select", "scores.parquet", "--budget", "3", "--out", "low.jsonl", "--order", "preference"]
     scores = SCORES.copy()
     scores[10:] = np.nan  # one data set only
     write(tmp_path, loss=scores)
-    assert main([*command, "--prefer", "low"]) == 0
+    assert main([*command, "--prefer", "low", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["files"] == [{**told["files"][0], "dataset": "pool", "rows": told["rows"]}]
     # 0.0 (table row 8 = file row 10), 1.0 (3 = 4), 2.0 (7 = 9)
     assert (tmp_path / "low.jsonl").read_text().splitlines() == [lines[i] for i in (10, 4, 9)]
 

@@ -254,3 +254,14 @@ def test_weights_of_turns_follow_conversions_and_encodings():
         assert source.count("self._encode_data_example(") == 1
         assert "                prompt=examples" in source  # given by name
     assert "list[tuple[list[int], list[int]]]" in inspect.getsource(Template.encode_multiturn)
+
+
+def test_trackers_look_up_how_numbers_are_named():
+    from transformers.integrations import integration_utils as trackers
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    assert list(inspect.signature(trackers.rewrite_logs).parameters) == ["d"]
+    for name in ("TensorBoardCallback", "WandbCallback", "SwanLabCallback", "TrackioCallback"):
+        assert "rewrite_logs(logs)" in inspect.getsource(getattr(trackers, name).on_log).replace("non_scalar_", "")
+    for callback in (PrinterCallback, ProgressCallback):
+        assert list(inspect.signature(callback.on_log).parameters) == "self args state control logs kwargs".split()

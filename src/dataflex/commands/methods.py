@@ -10,6 +10,7 @@ from dataflex.config.build import half_read, method_class
 from dataflex.config.mappings import as_yaml, describe, field_hints, key_of, plain, shown
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import STAGES, Method, Requires
+from dataflex.printable import Answer
 from dataflex.record.text import columns, rows_of
 from dataflex.registry import KINDS, names
 
@@ -35,7 +36,7 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
 _WIDTH = 110
 
 
-def methods(name: str | None = None) -> str:
+def methods(name: str | None = None) -> Answer:
     """Return a table of all methods, or everything about those called ``name``.
 
     Args:
@@ -46,9 +47,9 @@ def methods(name: str | None = None) -> str:
     """
     known = [(kind, each) for kind in KINDS for each in names(kind)]
     if name is None:
-        return "\n".join(_table(known))
+        return _table(known)
     if (only := name.removesuffix("s").removesuffix("/")) in KINDS:
-        return "\n".join(_table([each for each in known if each[0] == only]))
+        return _table([each for each in known if each[0] == only])
     kind, wanted = name.split("/", 1) if "/" in name else (None, name)
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"methods: {kind!r} is not a kind{did_you_mean(kind, KINDS)} (kinds: {', '.join(KINDS)})")
@@ -62,22 +63,46 @@ def methods(name: str | None = None) -> str:
     classes = [method_class(*each, "/".join(each), problems) for each in found]
     if problems:
         raise ConfigError(problems)
-    return "\n\n".join("\n".join(_page(cls)) for cls in classes if cls is not None)
+    shown = [cls for cls in classes if cls is not None]
+    return Answer("\n\n".join("\n".join(_page(cls)) for cls in shown), {"methods": [_values(cls) for cls in shown]})
 
 
-def _table(known: list[tuple[str, str]]) -> list[str]:
+def _table(known: list[tuple[str, str]]) -> Answer:
     lines: list[str] = []
+    every: list[dict[str, Any]] = []
     broken: list[str] = []
     for kind in dict.fromkeys(kind for kind, _ in known):
         classes = [method_class(kind, name, f"{kind}/{name}", broken) for k, name in known if k == kind]
-        rows = [
-            [cls.name, cls.card.summary, _needs(cls, requirements(cls)) or "-", cls.card.cost]
-            for cls in classes
-            if cls is not None
-        ]
+        there = [cls for cls in classes if cls is not None]
+        rows = [[cls.name, cls.card.summary, _needs(cls, requirements(cls)) or "-", cls.card.cost] for cls in there]
+        every += [_values(cls) for cls in there]
         lines += [*([""] if lines else []), f"{kind}s", *columns([["name", "what it does", "needs", "cost"], *rows])]
     lines += ["", "F, B: forward and backward passes. 'dataflex methods NAME' tells more about one."]
-    return lines + [f"not available: {problem}" for problem in broken]
+    told = lines + [f"not available: {problem}" for problem in broken]
+    return Answer("\n".join(told), {"methods": every, "not_available": broken})
+
+
+def _values(cls: type[Method]) -> dict[str, Any]:
+    """Return what there is to know of a method, for JSON."""
+    hints, needs = field_hints(cls.Params), requirements(cls)
+    return {
+        "kind": cls.kind,
+        "name": cls.name,
+        **{key: getattr(cls.card, key) for key in ("summary", "paper", "cost", "note")},
+        "needs": _needs(cls, needs),
+        "targets": needs.targets,
+        "parameters": [
+            {
+                "name": key_of(field),
+                "type": describe(hints[field.name]),
+                "required": not default_of(field),
+                "default": default_of(field),
+                "help": meaning(field),
+            }
+            for field in dataclasses.fields(cls.Params)
+        ],
+        "example": example(cls),
+    }
 
 
 def requirements(cls: type[Method]) -> Requires:

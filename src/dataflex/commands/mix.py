@@ -156,6 +156,7 @@ def add_mix_steps(command: argparse.ArgumentParser, handler: Callable[[argparse.
             name, help=step.told, description=step.told + more, epilog=f"example:\n  {step.example}"
         )
         parser.set_defaults(handler=handler)
+        parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON (docs/json.md)")
         for flag, settings in step.options.items():
             parser.add_argument(flag, **settings)
     command.epilog = "examples:\n" + "\n".join(f"  {step.example}" for step in MIX_STEPS.values())

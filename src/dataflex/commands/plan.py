@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
-from dataflex.config.costs import costs, leaves_targets_out
+from dataflex.config.costs import costs, leaves_targets_out, passes_by_label
 from dataflex.config.data import find_sources
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
@@ -17,7 +19,7 @@ from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Orderer
 from dataflex.plan.schedule import Schedule, wanted_rows
-from dataflex.printable import redacted
+from dataflex.printable import Answer, redacted
 from dataflex.record.text import duration, rows_of
 
 Lines = list[tuple[str, str]]
@@ -30,7 +32,7 @@ _LF_KEYS = (
 """Keys of LLaMA-Factory's that are shown, with its defaults."""
 
 
-def plan(config: Path, overrides: Sequence[str] = ()) -> str:
+def plan(config: Path, overrides: Sequence[str] = ()) -> Answer:
     """Return the resolved configuration, the schedule and the cost of a run.
 
     Args:
@@ -44,27 +46,51 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
     parts = resolve(load_mapping(config, overrides), base_dir, check_stock=True)
     lines = [f"note: {note}" for note in parts.notes]
     lines += ["", "Configuration"] if lines else ["Configuration"]
-    lines += [f"  {line}" for line in _configuration(parts).splitlines()]
+    lines += [f"  {line}" for line in as_yaml(_mapping(parts)).splitlines()]
+    values: dict[str, Any] = {"config": _mapping(parts), "notes": list(parts.notes)}
     if parts.dynamic is None or parts.dynamic.stock:
         recorded = " It is recorded." if parts.dynamic is not None else ""
         lines += ["", f"No method is named, so this is a stock LLaMA-Factory run.{recorded}"]
         if not parts.lf.do_train:
-            return "\n".join([*lines, "Nothing is trained (do_train is not on)."])
+            told = "\n".join([*lines, "Nothing is trained (do_train is not on)."])
+            return Answer(told, {**values, "trains": False})
     sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)
     dynamic = parts.dynamic or DynamicConfig()
     targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
     lines += ["", "Schedule", *rows_of(_schedule_lines(view, parts.lf))]
-    cost_lines = _cost_lines(view, _seconds_per_step(parts.lf.output_dir, view))
+    step_seconds = _seconds_per_step(parts.lf.output_dir, view)
+    cost_lines = _cost_lines(view, step_seconds)
     lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines)]
-    return "\n".join(lines)
+    return Answer("\n".join(lines), {**values, "trains": True, **_values(view, step_seconds)})
 
 
-def _configuration(parts: Split) -> str:
+def _values(view: Forecast, step_seconds: float | None) -> dict[str, Any]:
+    """Return schedule and cost for JSON; null for what is not known before the data are loaded."""
+    schedule, pool = view.schedule, view.pool
+    passes = passes_by_label(view)
+    return {
+        "rows": view.rows,
+        "steps": view.steps,
+        "sequences": view.sequences,
+        "global_batch": view.batch.global_batch,
+        "world": view.batch.world,
+        "datasets": dict(view.counts),
+        "targets": dict(view.targets),
+        "warmup_steps": None if schedule is None else schedule.all_warmup_steps,
+        "decisions": {each.kind: view.num_decisions(each.kind) for each in view.dynamic.methods if each.decides},
+        "pool": None if pool is None else asdict(pool),
+        "passes": passes,
+        "seconds_per_step": step_seconds,
+    }
+
+
+def _mapping(parts: Split) -> dict[str, Any]:
     lf = {key: getattr(parts.lf, key) for key in _LF_KEYS}
     del lf["num_train_epochs" if parts.lf.max_steps > 0 else "max_steps"]
     ours = {} if parts.dynamic is None else {"dynamic": as_mapping(parts.dynamic)}
-    return as_yaml(redacted({**{key: value for key, value in lf.items() if value is not None}, **ours}))
+    shown: dict[str, Any] = redacted({**{key: value for key, value in lf.items() if value is not None}, **ours})
+    return shown
 
 
 def _schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.method import Rows
 from dataflex.offline.subset import write_subset
 from dataflex.offline.table import ScoreTable
-from dataflex.printable import on_one_line, plain
+from dataflex.printable import Answer, on_one_line
 from dataflex.record.chosen import chosen_notes, chosen_table, row_texts
 from dataflex.record.order import By, floats, order
 from dataflex.record.text import WIDTH, cut, number, table, width
@@ -40,11 +38,10 @@ def rows(
     where: str | None = None,
     limit: int | None = None,
     text: bool = False,
-    as_json: bool = False,
     export: Path | None = None,
     overwrite: bool = False,
-) -> str:
-    """Return what ``dataflex rows`` prints: the rows that a condition and an order ask for; JSON is printed here.
+) -> Answer:
+    """Return what ``dataflex rows`` prints: the rows that a condition and an order ask for.
 
     Args:
         run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
@@ -52,7 +49,6 @@ def rows(
         where: A condition on columns, see ``record.where``.
         limit: Most rows; None: 20 to print, all to export.
         text: Whether the rows' text is read from their files.
-        as_json: Whether JSON is printed.
         export: File, or folder for several data sets, to write the rows to as they stand in their files.
         overwrite: Whether files that no earlier export wrote are replaced.
 
@@ -75,15 +71,12 @@ def rows(
     if export is not None:
         return _exported(found, about, chosen, export, {"by": by, "where": where, "limit": limit}, overwrite)
     texts = row_texts(found, chosen) if text else None
-    if as_json:
-        # ASCII that no terminal obeys; what the command line makes of messages would change the data.
-        sys.stdout.write(_as_json(found, about, run_dir, chosen, len(ordered), texts))
-        return ""
     that = [f"fulfil {on_one_line(where)}"] if where else []
     that += ["were never served"] if by == "never" else []
     told = f"{len(chosen):,} of {len(ordered):,} rows{' that ' * bool(that)}{' and '.join(that)}{_TOLD[by or 'most']}:"
     lines = [*_head(found, about), told, *_lines(found, chosen, texts)]
-    return "\n".join([*lines, *(f"note: {note}" for note in about["notes"])])
+    values = _values(found, about, run_dir, chosen, len(ordered), texts)
+    return Answer("\n".join([*lines, *(f"note: {note}" for note in about["notes"])]), values)
 
 
 # ---- what is printed
@@ -158,15 +151,14 @@ def _or_dash(value: Any) -> str:
     return "-" if value is None else f"{value}"
 
 
-def _as_json(
+def _values(
     found: pa.Table, about: dict[str, Any], run_dir: Path, chosen: Rows, matching: int, texts: dict[int, str] | None
-) -> str:
+) -> dict[str, Any]:
     lines = found.take(pa.array(chosen)).to_pylist()
     if texts is not None:
         lines = [{**line, "text": texts.get(line["row"])} for line in lines]
     told = {key: about[key] for key in ("step", "decisions", "notes")}
-    body = {"run": str(run_dir), "pool": found.num_rows, "matching": matching, **told, "rows": lines}
-    return json.dumps(plain(body), indent=1, allow_nan=False) + "\n"
+    return {"run": str(run_dir), "pool": found.num_rows, "matching": matching, **told, "rows": lines}
 
 
 # ---- what is written
@@ -174,7 +166,7 @@ def _as_json(
 
 def _exported(
     found: pa.Table, about: dict[str, Any], chosen: Rows, out: Path, asked: dict[str, Any], overwrite: bool
-) -> str:
+) -> Answer:
     """Write rows as they stand in their files, and return one line for each file."""
     part = found.take(pa.array(chosen))
     lost = part.column("position").null_count
@@ -207,9 +199,7 @@ def _exported(
         "dataflex": __version__,
     }
     parts = write_subset(everything, chosen, out, order="preference", provenance=provenance, overwrite=overwrite)
-    return "\n".join(
-        f"{len(part.rows):,} rows ({part.tokens:,} tokens) of {part.name} -> {part.path}" for part in parts
-    )
+    return Answer("\n".join(part.tell() for part in parts), {"files": [part.told() for part in parts]})
 
 
 def _index(found: pa.Table, name: str, names: Iterable[str]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +14,7 @@ from dataflex.errors import DataError, UnsupportedError
 from dataflex.offline.evaluation import as_text, eval_request, evaluated, generated
 from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
+from dataflex.printable import Answer
 from dataflex.state import refusals, write_json
 
 
@@ -31,7 +31,8 @@ def score(*, methods: str, arguments: list[str], **options: Any) -> str | int:
     from dataflex.offline.scoring import run_score
 
     show_log()
-    told = run_score(request) if request.precision is None else run_index(request)
+    with others_aside():
+        told = run_score(request) if request.precision is None else run_index(request)
     release_groups()
     return told
 
@@ -45,15 +46,14 @@ def query(*, index: Path, arguments: list[str], **options: Any) -> str | int:
     from dataflex.offline.querying import run_query
 
     show_log()
-    told = run_query(request)
+    with others_aside():
+        told = run_query(request)
     release_groups()
     return told
 
 
-def evaluate(
-    *, model: str, overrides: list[str], out: Path | None, as_json: bool, arguments: list[str], **options: Any
-) -> str | int:
-    """Evaluate a model; ``options`` as ``eval_request`` takes them. Print tables, or JSON, and write it to ``out``."""
+def evaluate(*, model: str, overrides: list[str], out: Path | None, arguments: list[str], **options: Any) -> str | int:
+    """Evaluate a model, and write the values to ``out``; ``options`` are those of ``eval_request``."""
     with TemporaryDirectory(prefix="dataflex-eval-") as work:
         request = eval_request(model, overrides, work=Path(work), out=out, **options)
         # LLaMA-Factory prints an example and logs to the stdout that it finds; here stdout is for what was asked.
@@ -73,7 +73,7 @@ def evaluate(
                 with refusals(out, DataError, key="--out"):
                     out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(out, found)
-            told = json.dumps(found, indent=1) if as_json else as_text(found)
+            told = Answer(as_text(found), found)
         comm.barrier()
     release_groups()
     return told

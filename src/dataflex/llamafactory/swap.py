@@ -20,6 +20,7 @@ from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
 from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.loading import Loader, replaced
+from dataflex.llamafactory.trackers import shown_apart
 from dataflex.llamafactory.trainer import TrainerMixin
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.train.session import Setup
@@ -90,7 +91,8 @@ def swapped(
             return load_model(*args, **kwargs)
 
     ours = type(f"Dynamic{name}", (mixin, getattr(home, name)), {"dataflex_setup": setup})
-    with replaced((workflow, "get_dataset", load_data), (workflow, "load_model", load_timed), (home, name, ours)):
+    changes = ((workflow, "get_dataset", load_data), (workflow, "load_model", load_timed), (home, name, ours))
+    with shown_apart(), replaced(*changes):
         yield setup
     setup.recorder.ended()
 

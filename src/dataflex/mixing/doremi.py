@@ -37,7 +37,7 @@ from dataflex.plan.proportions import (
     read_proportions,
     write_proportions,
 )
-from dataflex.printable import left_out_note, passing_on, redacted
+from dataflex.printable import Answer, left_out_note, passing_on, redacted
 from dataflex.record.text import table
 from dataflex.state import write_json
 
@@ -341,7 +341,7 @@ def _model(folder: Path) -> dict[str, Any]:
     }
 
 
-def doremi_step(options: argparse.Namespace) -> str | int:
+def doremi_step(options: argparse.Namespace) -> Answer | int:
     """Run the steps that are not done yet and return what to print, or the exit code of a run that failed."""
     if options.rounds < 1:
         raise ConfigError(f"--rounds: must be at least 1, found {options.rounds}")
@@ -364,7 +364,8 @@ def doremi_step(options: argparse.Namespace) -> str | int:
             lines.append(f"dataflex train {at.folder / 'proxy.yaml'}")
         lines.append("(after each proxy: the same command with --step proportions --round N instead of --write)")
         lines.append(f"dataflex train {runs.folder / 'final.yaml'}")
-        return "\n".join([*lines, *left_out_note(mapping)])
+        configs = [line.removeprefix("dataflex train ") for line in lines if line.startswith("dataflex train ")]
+        return Answer("\n".join([*lines, *left_out_note(mapping)]), {"out": runs.folder, "configs": configs})
     with passing_on({**mapping, **small}):
         code = runs.all() if options.part is None else runs.one(options.part, number)
     if code or options.part is not None:
@@ -373,4 +374,6 @@ def doremi_step(options: argparse.Namespace) -> str | int:
         f"the final model is in {runs.final}, its proportions in {runs.proportions_file}",
         f"  use them with 'mixer: {{name: static, from: {runs.proportions_file}}}'",
     ]
-    return "\n".join([*lines, *_table(read_proportions(runs.proportions_file))])
+    found = read_proportions(runs.proportions_file)
+    values = {"out": runs.folder, "final": runs.final, "file": runs.proportions_file, "proportions": found.by_name}
+    return Answer("\n".join([*lines, *_table(found)]), values)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +21,7 @@ from dataflex.mixing.runs import RATIOS, Table, losses_of_run, read_table
 from dataflex.mixing.swarm import SWARM, Swarm, few_runs_note, read_swarm
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import provenance
-from dataflex.printable import plain, redacted
+from dataflex.printable import Answer, plain, redacted
 from dataflex.record.text import columns
 from dataflex.rng import stream
 from dataflex.state import replacing, write_json
@@ -400,7 +400,7 @@ def _quality_notes(fit: Fit) -> list[str]:
     return lines
 
 
-def fit_step(options: argparse.Namespace) -> str:
+def fit_step(options: argparse.Namespace) -> Answer:
     """Fit losses to mixtures, write ``fit.json`` and return what to print."""
     if options.folds < 0 or options.folds == 1:
         raise ConfigError(f"--folds: must be 0 (leave one out) or at least 2, found {options.folds}")
@@ -433,11 +433,12 @@ def fit_step(options: argparse.Namespace) -> str:
         error = f"{quality.error:.4f}" if quality.error < 1e4 else f"{quality.error:.3g}"
         table.append([task, f"{quality.spearman:.3f}", error, f"{quality.spread:.4f}"])
     notes += [*_quality_notes(found), *warnings_of(found.method, len(found.runs), len(found.names))]
-    return "\n".join(
-        [
-            f"{found.method} on {len(found.runs)} runs; quality by {how}, on runs that the fit has not seen",
-            *columns(table),
-            *(f"note: {note}" for note in notes),
-            f"written: {path}; next: dataflex mix propose {options.folder}",
-        ]
-    )
+    lines = [
+        f"{found.method} on {len(found.runs)} runs; quality by {how}, on runs that the fit has not seen",
+        *columns(table),
+        *(f"note: {note}" for note in notes),
+        f"written: {path}; next: dataflex mix propose {options.folder}",
+    ]
+    told = {task: asdict(each) for task, each in found.quality.items()}
+    values = {"out": path, "method": found.method, "runs": found.runs, "quality": told, "notes": notes}
+    return Answer("\n".join(lines), values)

@@ -24,6 +24,7 @@ from dataflex.mixing.options import Solution, by_name, given, write_result
 from dataflex.mixing.runs import read_csv
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import provenance, softmax
+from dataflex.printable import Answer
 from dataflex.rng import stream
 from dataflex.state import replacing
 
@@ -377,7 +378,7 @@ def _by_domain(text: str, key: str) -> dict[str, str]:
     return found
 
 
-def mixmin_step(options: argparse.Namespace) -> str:
+def mixmin_step(options: argparse.Namespace) -> Answer:
     """Write proportions by MixMin and return what to print."""
     if (options.matrix is None) == (options.models is None):
         raise ConfigError("--models and --matrix: give one of the two (models with --target)")
@@ -417,15 +418,15 @@ def mixmin_step(options: argparse.Namespace) -> str:
     keys = ("models", "target", "column", "piece_tokens", "most_texts", "rate", "steps", "test_share", "seed")
     source = provenance("dataflex mix mixmin", inputs=inputs, settings=given(options, *keys))
     details = {"pieces": len(loglik), **told, "gap": found.gap, "steps": found.steps}
-    lines = write_result(options.out, names, found.proportions, method="mixmin", source=source, details=details)
-    lines.append(f"nats per token on {'held-out pieces' if len(tested) else 'the fitted pieces'}:")
+    told_first = write_result(options.out, names, found.proportions, method="mixmin", source=source, details=details)
+    lines = [told_first, f"nats per token on {'held-out pieces' if len(tested) else 'the fitted pieces'}:"]
     lines += [f"  {name:<20} {value:.4f}" for name, value in told.get("tested", told["fitted"]).items()]
     if found.gap > _TOLERANCE:
         lines.append(f"note: after {found.steps} steps still up to {found.gap:.2g} above the minimum; raise --steps")
-    return "\n".join(lines)
+    return Answer("\n".join(lines), told_first.values)
 
 
-def chameleon_step(options: argparse.Namespace) -> str:
+def chameleon_step(options: argparse.Namespace) -> Answer:
     """Write proportions by Chameleon and return what to print."""
     if (options.embeddings is None) == (options.model is None):
         raise ConfigError("--model and --embeddings: give one of the two (a model with --domains)")
@@ -452,4 +453,4 @@ def chameleon_step(options: argparse.Namespace) -> str:
     source = provenance("dataflex mix chameleon", inputs=inputs, settings=given(options, *keys))
     details = {"scores": dict(zip(names, scores.tolist(), strict=True)), "purpose": options.purpose}
     method = f"chameleon ({options.purpose})"
-    return "\n".join(write_result(options.out, names, shares, method=method, source=source, details=details))
+    return write_result(options.out, names, shares, method=method, source=source, details=details)

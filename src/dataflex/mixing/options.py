@@ -15,6 +15,7 @@ import numpy as np
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import ProportionsFile, collapsed, read_proportions, write_proportions
+from dataflex.printable import Answer
 from dataflex.record.text import columns
 
 
@@ -78,8 +79,8 @@ def write_result(
     details: dict[str, Any],
     natural: Floats | None = None,
     caps: Floats | None = None,
-) -> list[str]:
-    """Write proportions [K] of domains [K] and return the lines to print, with natural shares [K] and caps [K]."""
+) -> Answer:
+    """Write proportions [K] of domains [K] and return what to print, with natural shares [K] and caps [K]."""
     if os.path.lexists(path):
         try:
             read_proportions(path, "--out")
@@ -97,4 +98,4 @@ def write_result(
     most = collapsed(content.by_name)
     if most is not None:
         lines.append(f"warning: {most[0]} has {most[1]:.1%} of the proportions, and the others are hardly served")
-    return lines
+    return Answer("\n".join(lines), {"out": path, "method": method, "proportions": content.by_name, "details": details})

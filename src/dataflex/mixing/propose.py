@@ -21,6 +21,7 @@ from dataflex.mixing.options import Solution, check_names, given, numbers_by_nam
 from dataflex.mixing.swarm import SWARM, dirichlet, given_sizes, prior_of, read_swarm
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import provenance
+from dataflex.printable import Answer
 from dataflex.record.text import columns
 from dataflex.rng import stream
 
@@ -289,7 +290,7 @@ def _caps(options: argparse.Namespace, sizes: Floats, unit: str, names: Sequence
     return caps, notes
 
 
-def propose_step(options: argparse.Namespace) -> str:
+def propose_step(options: argparse.Namespace) -> Answer:
     """Write the proportions file of a fit and return what to print."""
     fit = read_fit(options.folder)
     if fit.method == "lightgbm" and options.kl is not None:
@@ -306,7 +307,7 @@ def propose_step(options: argparse.Namespace) -> str:
         packages=("scipy",),
         config_digest=fit.provenance.get("config_digest"),
     )
-    lines = write_result(
+    told = write_result(
         options.out or options.folder / "proportions.json",
         fit.names,
         shares,
@@ -324,4 +325,5 @@ def propose_step(options: argparse.Namespace) -> str:
         notes.append(
             f"left out, as unseen runs are not predicted at all (see 'mix fit'): {', '.join(details['left_out'])}"
         )
-    return "\n".join([*lines, "predicted losses", *columns(table), *(f"note: {note}" for note in notes)])
+    lines = [told, "predicted losses", *columns(table), *(f"note: {note}" for note in notes)]
+    return Answer("\n".join(lines), {**told.values, "notes": notes})

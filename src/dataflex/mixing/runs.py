@@ -16,6 +16,7 @@ import numpy as np
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.split import split
+from dataflex.console import child_stdout
 from dataflex.ending import run_child
 from dataflex.errors import ConfigError, DataError
 from dataflex.plan.domains import Floats
@@ -77,7 +78,7 @@ def say(line: str) -> None:
 
 def train(config: Path) -> int:
     """Train one configuration in a process of its own, so that no run inherits anything from another."""
-    return run_child([sys.executable, "-m", "dataflex", "train", str(config)])
+    return run_child([sys.executable, "-m", "dataflex", "train", str(config)], out=child_stdout())
 
 
 def train_unfinished(what: str, config: Path, output_dir: Path, is_finished: Callable[[], bool]) -> int:

@@ -37,7 +37,7 @@ from dataflex.mixing.runs import (
 )
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import digest_of, provenance, read_proportions
-from dataflex.printable import file_name_problem, left_out_note, passing_on, plain, redacted
+from dataflex.printable import Answer, file_name_problem, left_out_note, passing_on, plain, redacted
 from dataflex.record.read import read_events
 from dataflex.record.text import columns
 from dataflex.rng import stream
@@ -383,7 +383,7 @@ def _strengths(text: str | None) -> dict[str, float]:
         raise ConfigError(f"--strengths: expected LEAST,MOST,COUNT such as 0.1,5,15, found {text!r}") from error
 
 
-def swarm_step(options: argparse.Namespace) -> str | int:
+def swarm_step(options: argparse.Namespace) -> Answer | int:
     """Write a swarm, run it if asked to, and return what to print or an exit code."""
     mapping = load_mapping(options.config, options.overrides)
     settings = settings_of(
@@ -416,11 +416,27 @@ def swarm_step(options: argparse.Namespace) -> str | int:
             "on, on any machine, or the same command with --run",
             f"then: dataflex mix fit {swarm.folder}",
         ]
-        return "\n".join(lines)
+        return Answer("\n".join(lines), _values(swarm))
     say("\n".join(lines))
     with passing_on(mapping):
         for run in swarm.runs:
             code = train_unfinished(run, swarm.config(run), swarm.output_dir(run), partial(swarm.finished, run))
             if code:
                 return code
-    return f"all runs are finished; next: dataflex mix fit {swarm.folder}"
+    return Answer(f"all runs are finished; next: dataflex mix fit {swarm.folder}", _values(swarm))
+
+
+def _values(swarm: Swarm) -> dict[str, Any]:
+    """Return what was written for JSON."""
+    runs = [
+        {
+            "run": run,
+            "config": swarm.config(run),
+            "output_dir": swarm.output_dir(run),
+            "finished": swarm.finished(run),
+            "proportions": dict(zip(swarm.names, shares.tolist(), strict=True)),
+        }
+        for run, shares in zip(swarm.runs, swarm.mixtures, strict=True)
+    ]
+    natural = dict(zip(swarm.names, (swarm.sizes / swarm.sizes.sum()).tolist(), strict=True))
+    return {"out": swarm.folder, "natural": natural, "unit": swarm.unit, "runs": runs}

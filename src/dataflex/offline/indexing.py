@@ -24,9 +24,9 @@ from dataflex.errors import CheckpointError
 from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, ROWS, SAMPLE, STORE, TOLD, Index, Part, write_told
 from dataflex.offline.request import ScoreRequest
-from dataflex.offline.scoring import Scored, WorkflowMixin, run_workflow, take_checkpoint
+from dataflex.offline.scoring import Scored, WorkflowMixin, run_workflow, take_checkpoint, written
 from dataflex.offline.table import write_scores
-from dataflex.printable import without_secrets
+from dataflex.printable import Answer, without_secrets
 from dataflex.rng import uniforms
 from dataflex.signals.gradients.consumers import Sketch
 from dataflex.signals.gradients.projection import fitted, packed, row_type
@@ -235,11 +235,11 @@ def rate_of(checkpoint: Path) -> float:
         raise CheckpointError(f"resume_from_checkpoint: {checkpoint} has no readable optimizer.pt") from error
 
 
-def run_index(request: ScoreRequest) -> str:
+def run_index(request: ScoreRequest) -> Answer:
     """Sketch on this rank, write the index on rank 0, and return what to print ("" on other ranks)."""
     mixin = type("IndexingMixin", (_IndexingMixin,), {"dataflex_request": request})
     ended, space, table = run_workflow(request, mixin, _Indexed)
-    lines = []
+    lines, values = [], {}
     if comm.rank() == 0:
         folder, method = request.out, request.config.scorers[0]
         params = plain(method)
@@ -262,8 +262,9 @@ def run_index(request: ScoreRequest) -> str:
         shutil.rmtree(request.work, ignore_errors=True)
         kept = f"{params['sketch_size']} {request.precision} numbers a row, {len(ended.parts)} checkpoint(s)"
         lines.append(f"{table.num_rows:,} rows of {', '.join(table.datasets)} -> {folder} ({kept})")
+        values = {**written(folder, table, []), "numbers": params["sketch_size"], "checkpoints": len(ended.parts)}
     comm.barrier()
-    return "\n".join(lines)
+    return Answer("\n".join(lines), values)
 
 
 def _write_sample(space: RowSpace, rows: Rows, folder: Path) -> None:

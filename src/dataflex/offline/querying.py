@@ -27,10 +27,10 @@ from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, SAMPLE, Agreement, Index, agreement, told_agreement
 from dataflex.offline.query import QueryRequest
-from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, left_by, take_checkpoint
+from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, left_by, take_checkpoint, written
 from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.domains import Domains
-from dataflex.printable import redacted
+from dataflex.printable import Answer, redacted
 from dataflex.selectors.influence import Less, lr_weighted
 from dataflex.signals.gradients.projection import products
 from dataflex.signals.gradients.scorers import GradientScorers
@@ -160,11 +160,11 @@ class _Indexed:
         return self._scores[rows][:, [self._places[name] for name in signal.targets]]
 
 
-def run_query(request: QueryRequest) -> str:
+def run_query(request: QueryRequest) -> Answer:
     """Ask the model on this rank, write the scores on rank 0, and return what to print ("" on other ranks)."""
     mixin = type("QueryMixin", (_QueryMixin,), {"dataflex_request": request})
     answers = left_by(_Answered, request.config, request.lf, mixin)[0].answers
-    lines = []
+    lines, values = [], {}
     if comm.rank() == 0:
         index, names = request.index, request.method.targets
         table, began = index.table(), time.perf_counter()
@@ -181,8 +181,9 @@ def run_query(request: QueryRequest) -> str:
         for name in names if answers.exact else ():
             one = found[name]
             lines.append(f"  {name}: {'too few rows of the sample have a score' if one is None else one.tell()}")
+        values = {**written(request.out, table, columns), "agreement": told_agreement(found, names)}
     comm.barrier()
-    return "\n".join(lines)
+    return Answer("\n".join(lines), values)
 
 
 def columns_of(method: MethodConfig, table: ScoreTable, scores: NDArray[np.float32], *, seed: int) -> list[Column]:

@@ -13,7 +13,7 @@ import importlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
@@ -36,7 +36,7 @@ from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
 from dataflex.plan.validate import check_selection
-from dataflex.printable import redacted
+from dataflex.printable import Answer, redacted
 from dataflex.select.scoring import PoolSelector
 from dataflex.signals.identity import model_identity
 from dataflex.signals.kinds import GradientScores, Signal
@@ -67,8 +67,12 @@ class Column(NamedTuple):
 
     def tell(self) -> str:
         """Return it as one line."""
-        there = int((self.values >= 0).sum() if self.name.endswith(".rank") else np.isfinite(self.values).sum())
-        return f"  {self.name}: {there:,} values; {self.told}"
+        return f"  {self.name}: {self.known:,} values; {self.told}"
+
+    @property
+    def known(self) -> int:
+        """Number of rows that have a value."""
+        return int((self.values >= 0).sum() if self.name.endswith(".rank") else np.isfinite(self.values).sum())
 
 
 class _Remembering:
@@ -248,17 +252,24 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:
     return optimizer
 
 
-def run_score(request: ScoreRequest) -> str:
+def run_score(request: ScoreRequest) -> Answer:
     """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks)."""
     scored, table = scored_table(request)
-    lines = []
+    lines, values = [], {}
     if comm.rank() == 0:
         write_scores(request.out, table)
         shutil.rmtree(request.work, ignore_errors=True)
         lines.append(f"{table.num_rows:,} rows of {', '.join(table.datasets)} -> {request.out}")
         lines += [column.tell() for column in scored.columns]
+        values = written(request.out, table, scored.columns)
     comm.barrier()
-    return "\n".join(lines)
+    return Answer("\n".join(lines), values)
+
+
+def written(out: Path, table: ScoreTable, columns: Sequence[Column]) -> dict[str, Any]:
+    """Return what was written as JSON values."""
+    told = {column.name: {"values": column.known, "told": column.told} for column in columns}
+    return {"out": str(out), "rows": table.num_rows, "datasets": list(table.datasets), "columns": told}
 
 
 def scored_table(

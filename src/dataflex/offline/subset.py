@@ -19,7 +19,7 @@ from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_me
 from dataflex.method import Rows
 from dataflex.offline.files import FileRecord, SourceRows
 from dataflex.offline.table import ScoreTable, read_scores
-from dataflex.printable import file_name_problem, on_one_line, redacted
+from dataflex.printable import Answer, file_name_problem, on_one_line, redacted
 from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
 from dataflex.state import aside, replacing
@@ -153,6 +153,14 @@ class Part:
     path: Path  # the file to write
     source: SourceRows  # the rows of the data set's files
     entry: dict[str, Any]  # the file's entry for dataset_info.json
+
+    def tell(self) -> str:
+        """Return it as one line."""
+        return f"{len(self.rows):,} rows ({self.tokens:,} tokens) of {self.name} -> {self.path}"
+
+    def told(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"dataset": self.name, "rows": len(self.rows), "tokens": self.tokens, "path": str(self.path)}
 
 
 def write_subset(
@@ -316,7 +324,7 @@ def select(
     seed: int,
     out: Path,
     overwrite: bool,
-) -> str:
+) -> Answer:
     """Write the subset that the options of ``dataflex select`` describe and return what to print.
 
     Raises:
@@ -339,10 +347,11 @@ def select(
         "scored": dict(table.provenance),
     }
     parts = write_subset(table, rows, out, order=order, provenance=redacted(provenance), overwrite=overwrite)
-    lines = [f"{len(part.rows):,} rows ({part.tokens:,} tokens) of {part.name} -> {part.path}" for part in parts]
+    lines = [part.tell() for part in parts]
     if wanted.rows is not None and len(rows) < wanted.rows:
         lines.append(f"{how.name} chose {len(rows):,} rows of the {wanted.rows:,} wanted")
     repeated = len(rows) - len(np.unique(rows))
     if repeated:
         lines.append(f"{repeated:,} rows are there more than once (drawn with replacement)")
-    return "\n".join(lines)
+    values = {"files": [part.told() for part in parts], "rows": len(rows), "wanted": wanted.rows, "repeated": repeated}
+    return Answer("\n".join(lines), values)

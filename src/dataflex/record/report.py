@@ -7,7 +7,6 @@ report can be renewed while somebody looks at it, which ``watch`` does.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dataflex.console import tell
 from dataflex.errors import DataError
-from dataflex.printable import printable
+from dataflex.printable import Answer, printable
 from dataflex.record.read import ENDING, EVENTS
 from dataflex.record.recorded import Recorded, recorded
 from dataflex.record.summary import summary
@@ -31,9 +30,7 @@ _EVERY = 10.0
 """Seconds between two looks at a run that goes on; longer where a page takes more than a tenth of that."""
 
 
-def report(
-    run_dirs: Sequence[Path | str], out: Path | None = None, *, as_json: bool = False, watched: bool = False
-) -> str | int:
+def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, watched: bool = False) -> Answer:
     """Write the page and, in the folder ``report``, the summary, the page's values and its pictures.
 
     Pictures of an earlier report that have no data any more are removed. The first run is the one that is told of;
@@ -42,11 +39,10 @@ def report(
     Args:
         run_dirs: The runs' ``output_dir``, or the ``dataflex`` folders in them.
         out: Folder for all files; None: the page in the first run's ``<output_dir>/dataflex``, the rest in ``report``.
-        as_json: Print the values instead of the summary.
         watched: Renew the page while the first run goes on, and write the rest once it has ended.
 
     Returns:
-        The summary and the files' paths; 0 after JSON was printed.
+        The summary and the files' paths, and what the page says.
 
     Raises:
         DataError: A folder has neither a record nor logs, nothing of it can be read, or ``out`` cannot be written.
@@ -79,10 +75,7 @@ def report(
     for path, content in {**contents, folder / TEXT: text.encode("utf-8", "backslashreplace")}.items():
         with replacing(path) as file:
             file.write(content)
-    if not as_json:
-        return text
-    sys.stdout.write(values)
-    return 0
+    return Answer(text, told)
 
 
 def _page(

@@ -40,6 +40,7 @@ from dataflex.plan.validate import check_mix, check_selection, check_state, quot
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
+from dataflex.record.text import middle
 from dataflex.rng import stream
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
@@ -494,16 +495,17 @@ class Controller:
         )
         told = plan.interval.kind == "dynamic" or plan.interval.index == 0
         if told and thinned(plan.interval.index, _LOGGED_INTERVALS):
-            top, total = sorted(counts.items(), key=lambda item: -item[1])[:4], sum(counts.values())
+            top, total = sorted(counts.items(), key=lambda item: -item[1])[:5], sum(counts.values())
             logger.info(
                 "interval %d (steps %d to %d): %d rows; %s%s",
                 plan.interval.index,
                 plan.interval.start_step,
                 plan.interval.stop_step,
                 total,
-                ", ".join(f"{name} {count / total:.1%}" for name, count in top),
-                f"; {reason}" if reason else "",
+                ", ".join(f"{middle(name, 24)} {count / total:.0%}" for name, count in top if count),
+                ", .." if sum(map(bool, counts.values())) > len(top) else "",
             )
+            logger.debug("interval %d: %s", plan.interval.index, reason)
 
     def scalars(self, step: int, known: Collection[str] = ()) -> dict[str, float]:
         """Return numbers for the training log after ``step`` optimizer steps.
