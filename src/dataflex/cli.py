@@ -171,7 +171,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
         epilog = f"example:\n  {_EXAMPLES[name]}"
         command: _Parser = commands.add_parser(name, help=told, description=f"{told}{more}", epilog=epilog)
         command.set_defaults(handler=handler)
-        if name not in ("train", "mix"):
+        if name not in ("train", "mix", "compare"):
             command.add_argument("--json", dest="as_json", action="store_true", help="print JSON (docs/json.md)")
         return command
 
