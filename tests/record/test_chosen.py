@@ -15,6 +15,7 @@ import pytest
 from dataflex.errors import DataError
 from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
+from dataflex.record import chosen as chosen_module
 from dataflex.record import recorder as recorder_module
 from dataflex.record.chosen import (
     CHOSEN,
@@ -373,3 +374,29 @@ def test_folders_that_are_no_runs_are_told(tmp_path):
     shutil.rmtree(folder)
     with pytest.raises(DataError, match=r"has no dataflex/events\.jsonl"):
         chosen_table(tmp_path / "half")
+
+
+def cut_by_sorting(scores, kept):
+    """Sort the rows by score, first ones first, and count."""
+    order = sorted(range(len(scores)), key=lambda row: -scores[row])
+    count, flags = int(kept.sum()), [bool(kept[row]) for row in order]
+    if not 0 < count < len(order):
+        return None, None, 0
+    high, low = count - sum(flags[:count]), count - sum(flags[-count:])
+    if 2 * min(high, low) * len(order) >= count * (len(order) - count):
+        return None, None, min(high, low)
+    return (scores[order[count - 1]], "high", high) if high <= low else (scores[order[-count]], "low", low)
+
+
+def test_the_cut_is_that_of_sorted_scores_with_equal_ones_too():
+    rng = np.random.default_rng(0)
+    for turn in range(600):
+        size = int(rng.integers(1, 30))
+        scores = rng.integers(-2, int(rng.integers(-1, 9)), size).astype(np.float32)
+        kept = rng.random(size) < rng.random()
+        if turn % 2:
+            kept[:] = False
+            kept[np.argsort(scores if turn % 4 == 1 else -scores, kind="stable")[: int(rng.integers(0, size + 1))]] = (
+                True
+            )
+        assert chosen_module._cut(scores, kept) == cut_by_sorting(scores, kept)

@@ -22,7 +22,7 @@ from dataflex.errors import DataError
 from dataflex.offline.files import MOST_READ_BYTES, FileRecord, row_lines
 from dataflex.plan.domains import Domains, Rows
 from dataflex.printable import on_one_line, plain
-from dataflex.record.digest import digest
+from dataflex.record.digest import Event, digest
 from dataflex.record.read import LEDGER, ROW_WEIGHTS, THINNED, StoredPlan, load_plan, read_record, record_dir
 from dataflex.state import blake2b, replacing
 
@@ -37,6 +37,7 @@ _CELLS = 1 << 24  # values of the columns of single decisions together
 _DECISIONS = 256  # decisions that have columns of their own
 _POSITIONS = 1 << 25  # served rows up to which the steps of each are listed
 _NOTES = 20
+_UNRANKED = 8
 
 _KNOWN = ("dataset", "file", "line", "position", "id", "domain", "tokens", "supervised_tokens", "same_as")
 FIXED = (
@@ -207,17 +208,22 @@ def write_chosen(folder: Path) -> None:
     _write(folder / CHOSEN, chosen_table(folder))
 
 
-def chosen_table(run_dir: Path | str) -> pa.Table:
+def chosen_table(run_dir: Path | str, read: tuple[Sequence[Event], Sequence[str]] | None = None) -> pa.Table:
     """Return one line for each row of the pool, from the record of a run that goes on, has ended or was killed.
 
     Columns are those of docs/report.md, "chosen.parquet". ``chosen_notes`` gives what the metadata hold.
+
+    Args:
+        run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
+        read: What ``read_record`` gives, where it was asked before.
 
     Raises:
         DataError: No record, one without rows, or of a newer version. Parts that are damaged are left out and told in
             the notes.
     """
     folder = record_dir(run_dir)
-    events, notes = read_record(folder)
+    events, left_out = read or read_record(folder)
+    notes = list(left_out)
     if not events:
         raise DataError(f"{folder} holds no event that can be read; the run had not begun to train")
     run = digest(events)
@@ -477,6 +483,7 @@ class _Decided:
         self._place, self._rank = np.full(size, -1, dtype=np.int64), np.full(size, -1, dtype=np.int64)
         self._target, self._target_row = np.full(size, -1, dtype=np.int32), np.full(size, -1, dtype=np.int64)
         self._times_chosen, self._times_scored = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        self._to_rank: list[tuple[int, Rows, NDArray[np.float32]]] = []  # decisions whose ranks are not counted yet
         self._every = 1  # of the decisions, each second, fourth, ... has columns of its own, so that they stay few
         self._most = int(np.clip(_CELLS // max(size, 1), 4, _DECISIONS))
         self._own: dict[int, tuple[int, NDArray[np.float32], NDArray[np.int32]]] = {}
@@ -509,17 +516,20 @@ class _Decided:
             scores = plan.scores.astype(np.float32)
             known = np.flatnonzero(np.isfinite(scores))
             rows = pool[known]
-            order = np.argsort(-scores[known], kind="stable")
-            rank = np.empty(len(known), dtype=np.int32)
-            rank[order] = np.arange(1, len(known) + 1, dtype=np.int32)
-            cut, prefers, exceptions = _cut(scores[known][order], is_kept[rows[order]])
+            cut, prefers, exceptions = _cut(scores[known], is_kept[rows])
             told |= {"scored": len(known), "cut": cut, "prefers": prefers, "exceptions": exceptions}
-            self._score[rows], self._rank[rows] = scores[known], rank
+            self._score[rows] = scores[known]
+            # Ranks of a decision over the whole pool are those of no row once another one has come.
+            if len(pool) == size:
+                self._to_rank = []
+            elif len(self._to_rank) == _UNRANKED:
+                self._rank_rows()
+            self._to_rank.append((event["interval"], rows, scores[known]))
             self._cut[rows] = np.nan if cut is None else cut
             self._times_scored[rows] += 1
             if len(self.told) % self._every == 0:
                 own_scores, own_ranks = np.full(size, np.nan, dtype=np.float32), np.zeros(size, dtype=np.int32)
-                own_scores[rows], own_ranks[rows] = scores[known], rank
+                own_scores[rows], own_ranks[rows] = scores[known], _ranks(scores[known])
                 self._own[event["interval"]] = (len(self.told), own_scores, own_ranks)
                 if len(self._own) > self._most:
                     self._every *= 2
@@ -529,8 +539,15 @@ class _Decided:
             self._target_row[pool] = plan.target_row
         self.told.append(told)
 
+    def _rank_rows(self) -> None:
+        for interval, rows, scores in self._to_rank:
+            latest = self._decision[rows] == interval
+            self._rank[rows[latest]] = _ranks(scores)[latest]
+        self._to_rank = []
+
     def columns(self) -> dict[str, pa.Array]:
         """Return the columns of the latest decision of each row."""
+        self._rank_rows()
         return {
             "decision": _whole(self._decision),
             "chosen": pa.array(self._chosen, mask=self._decision < 0),
@@ -552,20 +569,35 @@ class _Decided:
         return found
 
 
+def _ranks(scores: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Return the place of each score [n], 1 for the highest; of equal ones the first comes first."""
+    ranks = np.empty(len(scores), dtype=np.int32)
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1, dtype=np.int32)
+    return ranks
+
+
 def _cut(scores: NDArray[np.float32], kept: NDArray[np.bool_]) -> tuple[float | None, str | None, int]:
     """Return the score of the last row kept, the side that was kept ("high" or "low"), and how many rows it misplaces.
 
-    ``scores`` [n] are descending, ``kept`` [n] says which rows were kept; the cut is that of as many rows as were kept.
-    None where the choice does not follow the scores: where that misplaces half as many rows as chance would.
+    ``kept`` [n] says which rows were kept; the cut is that of as many rows as were kept. None where the choice does not
+    follow the scores: where that misplaces half as many rows as chance would.
     """
     count, size = int(kept.sum()), len(kept)
     if not 0 < count < size:
         return None, None, 0
-    high, low = count - int(kept[:count].sum()), count - int(kept[size - count :].sum())
+    (highest, high), (lowest, low) = _ends(scores, kept, count), _ends(-scores[::-1], kept[::-1], count)
     exceptions = min(high, low)
     if 2 * exceptions * size >= count * (size - count):
         return None, None, exceptions
-    return (float(scores[count - 1]), "high", high) if high <= low else (float(scores[size - count]), "low", low)
+    return (highest, "high", high) if high <= low else (-lowest, "low", low)
+
+
+def _ends(scores: NDArray[np.float32], kept: NDArray[np.bool_], count: int) -> tuple[float, int]:
+    """Return the lowest of the ``count`` highest scores, and how many of their rows were not kept; first ones first."""
+    last = np.partition(scores, len(scores) - count)[len(scores) - count]
+    above, equal = scores > last, scores == last
+    found = int(kept[above].sum()) + int(kept[equal][: count - int(above.sum())].sum())
+    return float(last), count - found
 
 
 def _of_rows(

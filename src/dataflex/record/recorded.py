@@ -53,6 +53,8 @@ class Recorded:
     found: ProportionsFile | None = None
     left_out: list[str] = field(default_factory=list)
     """What is missing or cannot be read, one line each."""
+    read: tuple[list[Event], list[str]] | None = None
+    """What ``read_record`` gave."""
     no_rows: list[str] = field(default_factory=list)
     """Why there is no table of chosen rows."""
 
@@ -87,7 +89,7 @@ class Recorded:
         from dataflex.record.chosen import chosen_notes, chosen_table
 
         try:
-            found = chosen_table(self.folder)
+            found = chosen_table(self.folder, self.read)
         except DataError as error:
             self.no_rows.append(str(error).removeprefix(f"{self.folder}/"))
             return None
@@ -139,6 +141,7 @@ def recorded(run_dir: Path | str) -> Recorded:
             return _without_record(run_dir)
         raise
     events, left_out = read_record(folder)
+    read = events, list(left_out)
     if left_out and not events:
         raise DataError(f"{folder / EVENTS} is damaged: none of its lines is an event, such as {left_out[0]}")
 
@@ -157,6 +160,7 @@ def recorded(run_dir: Path | str) -> Recorded:
         weighed=readable(read_weights),
         found=readable(read_found, run.methods["mixer"][0]) if "mixer" in run.methods else None,
         left_out=left_out,
+        read=read,
     )
 
 
