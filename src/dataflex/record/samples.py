@@ -19,7 +19,7 @@ from dataflex.record.text import number
 _ROWS = 30
 _TEXT, _END = 600, 250  # characters of a text, and those of its end where it is longer
 _TREND = 24
-_VALUES = 12
+_VALUES = 24
 """Distinct values up to which a raw column is told of value by value."""
 _READ_BYTES = 2**30
 """Size of the files up to which texts are looked up."""

@@ -114,12 +114,15 @@ def _decided(view: Recorded) -> str:
         if served and pool
     ]
     if len(shares) > 1:
-        most, least = max(shares), min(shares)
-        if most[0] < _SMALL:
+        ordered = sorted(shares, reverse=True)
+        if ordered[0][0] < _SMALL:
             told += ", every domain in its share of the pool"
         else:
-            told += f"; {middle(most[1], 40)} got {percent(most[2], 0)} instead of {percent(most[3], 0)}"
-            told += f", {middle(least[1], 40)} {percent(least[2], 0)} instead of {percent(least[3], 0)}"
+            named = [each for each in ordered[:-1][:2] if each[0] >= _SMALL] + ordered[-1:]
+            told += "; " + ", ".join(
+                f"{middle(name, 40)}{'' if at else ' got'} {percent(now, 0)} instead of {percent(fair, 0)}"
+                for at, (_, name, now, fair) in enumerate(named)
+            )
     if "weighter" in run.methods:
         ess = run.weight_curve("ess")
         told += f"; weighter {run.methods['weighter'][0]} weighed them"
