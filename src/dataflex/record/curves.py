@@ -97,8 +97,9 @@ def domain_loss_chart(runs: Sequence[Recorded]) -> Chart | None:
         return None
     change = {name: curve[-1][1] - curve[0][1] for name, curve in curves.items()}
     best, worst = min(change, key=lambda name: change[name]), max(change, key=lambda name: change[name])
-    told = f"In training the loss of {middle(best, 28)} changed by {change[best]:+.3f}"
-    told += f", of {middle(worst, 28)} by {change[worst]:+.3f}" if worst != best else ""
+    labels = dict(zip(curves, without_prefix(list(curves)), strict=True))
+    told = f"In training the loss of {middle(labels[best], 28)} changed by {change[best]:+.3f}"
+    told += f", of {middle(labels[worst], 28)} by {change[worst]:+.3f}" if worst != best else ""
     beside = [
         (each.title, {name: curve for name in curves if (curve := each.run.logged(f"dataflex/loss/{name}"))})
         for each in runs

@@ -19,7 +19,7 @@ from dataflex.record.cost import cost_section, cost_sentence
 from dataflex.record.curves import AGGREGATES, held_out, seconds_at, tokens_at
 from dataflex.record.digest import Run, domain_groups, domain_rows, higher_is_better
 from dataflex.record.recorded import Recorded
-from dataflex.record.text import middle, number, percent, signed
+from dataflex.record.text import middle, number, percent, signed, without_prefix
 from dataflex.record.warnings import warnings
 from dataflex.version import __version__
 
@@ -42,7 +42,12 @@ def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json)
         ("scores", "Scores", ("scores", "histogram", "ranking", "overlap", "coverage", "repeats"), _decisions(view)),
         ("weights", "Weights, ledger and signals", ("weights", "ledger", "signals"), _accounts(view)),
         ("cost", "Cost", ("seconds",), cost_section(view.run)),
-        ("warnings", "Warnings", (), {"notes": told or ["Nothing that this report looks for was found."]}),
+        (
+            "warnings",
+            f"Warnings ({len(told)})" if told else "Warnings",
+            (),
+            {"notes": told or ["Nothing that this report looks for was found."]},
+        ),
         ("repeat", "How to repeat it", (), _repeat(runs)),
     )
     sections = []
@@ -108,10 +113,10 @@ def _decided(view: Recorded) -> str:
     told = f"What was decided: {names} decided {len(decisions)} times, and" if names else "What was decided: no rows;"
     told += f" {served:,.0f} sequences"
     told += f" were served out of {pool:,} rows" if pool else " were served"
+    domains = domain_rows(run, 10**9) if served and pool else []
     shares = [
         (rows / served - size / pool, name, rows / served, size / pool)
-        for name, rows, size in domain_rows(run, 10**9)
-        if served and pool
+        for name, (_, rows, size) in zip(without_prefix([name for name, _, _ in domains]), domains, strict=True)
     ]
     if len(shares) > 1:
         ordered = sorted(shares, reverse=True)
