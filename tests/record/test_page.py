@@ -186,6 +186,23 @@ def test_several_runs_are_compared_and_one_without_a_record_has_its_losses(tmp_p
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
 
 
+def test_a_run_that_is_better_at_equal_steps_alone_is_told_so(tmp_path):
+    for run, seconds, losses in (("slow", 10.0, (3.0, 2.0, 1.0)), ("quick", 1.0, (3.0, 2.5, 1.5))):
+        events = [line("run_started", row_space={"domains": {"x": 9}}), plan(0, {"x": 9})]
+        for at, loss in enumerate(losses):
+            told = {"event": "evaluated", "metrics": {"eval_loss": loss}, "spent": {"train": 5 * at * seconds}}
+            events.append(json.dumps({"step": 5 * at, "time": 1.7e9 + at, **told}).encode())
+        lines_of(tmp_path / run, *events)
+    _, told = page_of(tmp_path / "slow", tmp_path / "quick")
+    (compared, *_) = told["sections"][0]["charts"]
+    assert compared["headline"] == (
+        "eval_loss ends lowest in slow, at 1.000; at equal compute (10.0 s) it is lowest in quick, at 1.500"
+    )
+    assert told["sentences"][2].endswith(
+        "quick ended at 1.5000 (step 10), so this run is 0.5000 lower, at equal compute (10.0 s) 1.3000 higher."
+    )
+
+
 def test_a_baseline_is_beside_each_set_and_domain(tmp_path):
     for run, offset in (("a", 0.0), ("b", 0.5)):
         start = line("run_started", row_space={"domains": {"x": 9, "y": 9}})

@@ -83,7 +83,7 @@ def thin(curve: Sequence[tuple[float, float]], most: int) -> list[tuple[float, f
     return [curve[at] for at in sorted(kept)]
 
 
-def line(name: str, curve: Curve, colour: int, many: int = 1, look: str = "line") -> Series:
+def line(name: str, curve: Sequence[tuple[float, float]], colour: int, many: int = 1, look: str = "line") -> Series:
     """Return one curve, thinned to its share of the points of a chart with ``many`` of them."""
     points = thin(curve, max(POINTS // max(many, 1), 40))
     return Series(name=name, x=[x for x, _ in points], y=[y for _, y in points], look=look, colour=colour)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dataflex.record.chart import PANELS, Chart, Panel, Series, corners, line, lines, over_steps
 from dataflex.record.digest import DECIDING, Curve, Run, domain_groups, domain_rows, running_mean
 from dataflex.record.recorded import Recorded, spaced
-from dataflex.record.text import middle, number, percent, without_prefix
+from dataflex.record.text import duration, middle, number, percent, without_prefix
 
 _BLOCKS = 60
 _BARS = 24
@@ -143,26 +143,46 @@ def compared_chart(runs: Sequence[Recorded]) -> Chart | None:
     if key is None:
         return None
     panels = []
-    scales: dict[str, tuple[str, Callable[[Run], Curve] | None]] = {
-        "steps": ("optimizer step", None),
-        "tokens": ("tokens served", tokens_at),
-        "compute": ("seconds of training and deciding", seconds_at),
-    }
-    for what, (label, scale) in scales.items():
-        series = []
-        for at, each in enumerate(runs):
-            curve = each.run.metrics()[key]
-            if scale is not None:
-                known = scale(each.run)
-                if not known:
-                    continue
-                xs, ys = zip(*known, strict=True)
-                curve = [(float(np.interp(step, [0, *xs], [0.0, *ys])), value) for step, value in curve]  # type: ignore[misc]
-            series.append(line(each.title, curve, at, 3 * len(runs)))
-        if len(series) > 1:
+    for what, (label, scale) in _SCALES.items():
+        found = [(at, each.title, curve) for at, each in enumerate(runs) if (curve := scaled(each.run, key, scale))]
+        if len(found) > 1:
+            series = [line(title, curve, at, 3 * len(runs)) for at, title, curve in found]
             panels.append(Panel(title=f"at equal {what}", x=label, y=_unit(runs[0].run), series=series))
     last = [(each.run.metrics()[key][-1][1], each.title) for each in runs]
-    return Chart(headline=f"{key} ends lowest in {min(last)[1]}, at {number(min(last)[0], 3)}", panels=panels)
+    told = f"{key} ends lowest in {min(last)[1]}, at {number(min(last)[0], 3)}"
+    if (equal := at_equal_compute(runs, key)) is not None:
+        where, values = equal
+        best = min((value, title) for value, title in zip(values, (each.title for each in runs), strict=True))
+        told += f"; at equal compute ({duration(where)}) it is lowest in {best[1]}, at {number(best[0], 3)}"
+    return Chart(headline=told, panels=panels)
+
+
+_SCALES: dict[str, tuple[str, Callable[[Run], Curve] | None]] = {
+    "steps": ("optimizer step", None),
+    "tokens": ("tokens served", tokens_at),
+    "compute": ("seconds of training and deciding", seconds_at),
+}
+
+
+def scaled(run: Run, key: str, scale: Callable[[Run], Curve] | None) -> list[tuple[float, float]]:
+    """Return the curve of a metric over what ``scale`` gives at each step; empty where that is not known."""
+    curve = run.metrics()[key]
+    if scale is None:
+        return [(float(step), value) for step, value in curve]
+    known = scale(run)
+    if not known:
+        return []
+    steps, spent = [0.0, *(float(step) for step, _ in known)], [0.0, *(each for _, each in known)]
+    return [(float(np.interp(step, steps, spent)), value) for step, value in curve]
+
+
+def at_equal_compute(runs: Sequence[Recorded], key: str) -> tuple[float, list[float]] | None:
+    """Return the seconds that the quickest of the runs took, and the metric of each by then; None where not known."""
+    curves = [scaled(each.run, key, seconds_at) for each in runs]
+    if not all(curves) or min(curve[-1][0] for curve in curves) <= 0:
+        return None
+    where = min(curve[-1][0] for curve in curves)
+    return where, [float(np.interp(where, [x for x, _ in curve], [y for _, y in curve])) for curve in curves]
 
 
 def over_time(

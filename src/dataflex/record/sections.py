@@ -16,10 +16,10 @@ from dataflex.config.mappings import as_yaml
 from dataflex.printable import printable, redacted
 from dataflex.record.chart import LISTED, Chart, Json, table
 from dataflex.record.cost import cost_section, cost_sentence
-from dataflex.record.curves import AGGREGATES, held_out, seconds_at, tokens_at
+from dataflex.record.curves import AGGREGATES, at_equal_compute, held_out, seconds_at, tokens_at
 from dataflex.record.digest import Run, domain_groups, domain_rows, higher_is_better
 from dataflex.record.recorded import Recorded
-from dataflex.record.text import middle, number, percent, signed, without_prefix
+from dataflex.record.text import duration, middle, number, percent, signed, without_prefix
 from dataflex.record.warnings import warnings
 from dataflex.version import __version__
 
@@ -158,6 +158,9 @@ def _helped(runs: Sequence[Recorded]) -> str:
         gap = mine[1] - theirs[1]
         told += f"; {other.title} ended at {number(theirs[1])} (step {theirs[0]}), so this run is "
         told += f"{number(abs(gap))} {'lower' if gap < 0 else 'higher'}" if gap else "equal"
+        if (equal := at_equal_compute([runs[0], other], shared)) is not None:
+            gap = equal[1][0] - equal[1][1]
+            told += f", at equal compute ({duration(equal[0])}) {number(abs(gap))} {'lower' if gap < 0 else 'higher'}"
     if len(runs) == 1:
         told += "; against what a plain run would have reached, give that run too"
     return told + "."
