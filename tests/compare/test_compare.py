@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ def test_commands_are_processes_with_a_log_and_a_lock(tmp_path):
             seen.append(held.is_set())
 
     with running._alone(job, over) as lock:
+        with running._alone(job, over, wait=False) as busy:
+            assert busy is None
         thread = threading.Thread(target=other)
         thread.start()
         code = running._called(job, ["plan", "nothing.yaml"], [], lock)
@@ -91,12 +94,10 @@ class InOrder:
     def __exit__(self, *_):
         pass
 
-    def submit(self, function, job):
-        function(job)
-        return self
-
-    def result(self):
-        pass
+    def submit(self, function, *given):
+        done = Future()
+        done.set_result(function(*given))
+        return done
 
     def shutdown(self, **_):
         pass

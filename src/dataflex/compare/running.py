@@ -148,19 +148,23 @@ def _code(left_out: tuple[str, ...]) -> str:
 def run_all(jobs: Iterable[Job], parallel: int, say: Callable[[str], None]) -> dict[str, str]:
     """Run what is not finished, ``parallel`` jobs at once; return why each failed one did, by its folder.
 
-    A job that fails does not stop the others. Where this process is ended, those that run are ended too.
+    A job that fails does not stop the others. Where this process is ended, those that run are ended too. Runs that
+    another process of the suite holds come last.
     """
     failed: dict[str, str] = {}
     running: list[subprocess.Popen[bytes]] = []
     over = threading.Event()
 
-    def one(job: Job) -> None:
-        with _alone(job, over) as lock:
+    def one(job: Job, wait: bool) -> bool:
+        """Return False where another process holds the run and is not waited for."""
+        with _alone(job, over, wait=wait) as lock:
+            if lock is None:
+                return False
             if not job.commands:
                 say(f"{job.run.title}: finished before ({job.folder})")
             for command in job.commands:
                 if over.is_set():
-                    return
+                    break
                 say(f"{job.run.title}: {job.line(command)}")
                 if command[0] == "train" and not any(job.folder.glob("checkpoint-*")):
                     shutil.rmtree(job.folder, ignore_errors=True)  # left by a kill, with nothing to go on from
@@ -169,14 +173,17 @@ def run_all(jobs: Iterable[Job], parallel: int, say: Callable[[str], None]) -> d
                 if code != 0 and not over.is_set():
                     failed[str(job.folder)] = f"exit code {code}: {_last_lines(job.log, begins)} ({job.log})"
                     say(f"{job.run.title}: FAILED, {failed[str(job.folder)]}")
-                    return
+                    return True
             if not over.is_set() and job.commands:
                 failed[str(job.folder)] = f"ended with exit code 0, but is not finished ({job.log})"
+        return True
 
     with ThreadPoolExecutor(parallel) as pool:
         try:
-            for future in [pool.submit(one, job) for job in jobs]:
-                future.result()
+            left = list(jobs)
+            for wait in (False, True):
+                asked = [(job, pool.submit(one, job, wait)) for job in left]
+                left = [job for job, done in asked if not done.result()]
         except BaseException:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -198,14 +205,20 @@ def _called(job: Job, command: Sequence[str], running: list[subprocess.Popen[byt
 
 
 @contextmanager
-def _alone(job: Job, over: threading.Event) -> Iterator[int]:
-    """Hold a run's lock while inside; its descriptor is given to the run, which may outlive this process."""
+def _alone(job: Job, over: threading.Event, *, wait: bool = True) -> Iterator[int | None]:
+    """Hold a run's lock while inside; its descriptor is given to the run, which may outlive this process.
+
+    None where another process holds it and is not waited for.
+    """
     with job.folder.with_name(f"{job.folder.name}.lock").open("w") as file:
         while not over.is_set():
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not wait:
+                    yield None
+                    return
                 over.wait(1.0)
         yield file.fileno()
 
