@@ -1,6 +1,7 @@
 # Everything works from a fresh clone: the first target that needs it makes .venv and installs into it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
+TRL := .venv-trl
 RUN := $(VENV)/bin/python
 CODE := src tests benchmarks examples evidence docs
 
@@ -19,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick check lint types pytest format docs bench evidence evidence-quick clean
+.PHONY: help demo test test-quick test-trl check lint types pytest format docs bench evidence evidence-quick clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,11 +28,15 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## install, then train a small model with and without selection (about 7 minutes)
 	@$(RUN) examples/demo.py
 
-test: $(VENV)/.installed-dev lint types pytest  ## install, then linter, type checker and all tests
+test: $(VENV)/.installed-dev lint types pytest test-trl  ## install, then linter, type checker and all tests
 	@echo "== make test: all passed"
 
 test-quick: $(VENV)/.installed-dev  ## tests that train nothing and take less than a second each
 	$(PYTEST) -m "not slow and not gloo and not trains" --hypothesis-profile quick
+
+test-trl: $(TRL)/.installed  ## tests of trainers with the current TRL, in an environment of their own
+	@echo "== pytest: current TRL"
+	$(TUNED) $(QUIET) $(TRL)/bin/python -m pytest -q tests/huggingface
 
 check: lint types  ## linter, formatting and type checker, without tests
 	$(RUN) -m ruff format --check $(CODE)
@@ -76,7 +81,7 @@ evidence-quick: $(VENV)/.installed  ## one small suite of the same kind
 	$(RUN) evidence/render.py
 
 clean:  ## remove the virtual environment, the runs and the caches
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRL) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: a second call installs nothing, a changed pyproject.toml installs again.
 $(VENV)/bin/python:
@@ -86,10 +91,19 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "== installing dataflex and what it needs into $(VENV) (several minutes the first time)"
-	$(RUN) -m pip install --editable .
+	$(RUN) -m pip install --editable '.[llamafactory]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	@echo "== installing dataflex and its development tools into $(VENV) (several minutes the first time)"
 	$(RUN) -m pip install --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# LLaMA-Factory pins an older TRL: here a current one lies over what the other environment has.
+$(TRL)/.installed: $(VENV)/.installed-dev
+	@echo "== installing the current TRL into $(TRL)"
+	$(RUN) -m venv --clear $(TRL)
+	@$(TRL)/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "below.pth").write_text(sys.argv[1])' \
+		"import site; site.addsitedir('$$($(RUN) -c 'import site; print(site.getsitepackages()[0])')')"
+	$(TRL)/bin/python -m pip install --quiet --no-warn-conflicts 'trl>=1.16'
+	@touch $@

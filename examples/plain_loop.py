@@ -19,9 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataflex.plan.plan import BatchShape
-from dataflex.train.row_space import RowSpace
-from dataflex.train.session import Loop, Session
+from dataflex import BatchShape, Loop, RowSpace, Session
 
 HERE = Path(__file__).parent
 BLOCKS = {

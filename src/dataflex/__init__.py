@@ -1,5 +1,6 @@
 """DataFlex: data-centric dynamic training of large language models on top of LLaMA-Factory."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dataflex.method import (
@@ -25,13 +26,30 @@ from dataflex.method import (
 from dataflex.version import __version__
 
 if TYPE_CHECKING:
+    from dataflex.huggingface.wrap import wrap
+    from dataflex.plan.plan import BatchShape
     from dataflex.select.scoring import ScoringParams, ScoringSelector
+    from dataflex.train.row_space import RowSpace
+    from dataflex.train.session import Loop, Session
+
+_LATER = {
+    "BatchShape": "plan.plan",
+    "Loop": "train.session",
+    "RowSpace": "train.row_space",
+    "ScoringParams": "select.scoring",
+    "ScoringSelector": "select.scoring",
+    "Session": "train.session",
+    "wrap": "huggingface.wrap",
+}
+"""Names whose modules are imported when they are asked for: torch, transformers, or the subset rules come with them."""
 
 __all__ = [
+    "BatchShape",
     "BatchView",
     "Card",
     "Context",
     "DomainStats",
+    "Loop",
     "Mix",
     "Mixer",
     "Orderer",
@@ -40,21 +58,22 @@ __all__ = [
     "Problem",
     "Reference",
     "Requires",
+    "RowSpace",
     "Rows",
     "RunFacts",
     "ScoringParams",
     "ScoringSelector",
     "Selection",
     "Selector",
+    "Session",
     "Weighter",
     "WeighterParams",
     "__version__",
+    "wrap",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ScoringParams", "ScoringSelector"):  # the subset rules are imported with them
-        from dataflex.select import scoring
-
-        return getattr(scoring, name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"dataflex.{_LATER[name]}"), name)
     raise AttributeError(f"module 'dataflex' has no attribute {name!r}")

@@ -7,6 +7,13 @@ import platform
 from dataflex.printable import Answer
 
 __version__ = "0.1.0"
+DISTRIBUTION = "dataflex-llm"
+"""Name under which the package is installed; ``dataflex`` is another project's."""
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 def version_of(package: str) -> str | None:

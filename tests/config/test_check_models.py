@@ -94,7 +94,7 @@ def test_a_model_of_sentence_transformers_needs_the_package(
 ) -> None:
     selector = {"name": "embed", "targets": ["t"], "encoder": "models/sentences"}
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    assert "pip install 'dataflex[encoders]'" in problems(config, folders, selector)[0]
+    assert "pip install 'dataflex-llm[encoders]'" in problems(config, folders, selector)[0]
     there = types.ModuleType("sentence_transformers")
     there.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
     monkeypatch.setitem(sys.modules, "sentence_transformers", there)

@@ -138,7 +138,7 @@ def stopped_at(config: Path) -> int:
 @pytest.fixture
 def term_at(monkeypatch):
     """Return a function after which this process is sent SIGTERM once, in the given optimizer step."""
-    from dataflex.llamafactory.trainer import TrainerMixin
+    from dataflex.huggingface.trainer import TrainerMixin
 
     real = TrainerMixin.training_step
 

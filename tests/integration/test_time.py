@@ -51,7 +51,8 @@ def settings(run, tiny_model):
 def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
     from llamafactory.train.sft import workflow
 
-    from dataflex.llamafactory import datasets, trainer
+    from dataflex.huggingface import trainer
+    from dataflex.llamafactory import datasets
     from dataflex.run import train
     from dataflex.signals.runner import SignalRunner
     from dataflex.train import checkpoint

@@ -58,11 +58,15 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> Answer:
     dynamic = parts.dynamic or DynamicConfig()
     targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
-    lines += ["", "Schedule", *rows_of(_schedule_lines(view, parts.lf))]
-    step_seconds = _seconds_per_step(parts.lf.output_dir, view)
-    cost_lines = _cost_lines(view, step_seconds)
-    lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines)]
-    return Answer("\n".join(lines), {**values, "trains": True, **_values(view, step_seconds)})
+    values = {**values, "trains": True, **_values(view, _seconds_per_step(parts.lf.output_dir, view))}
+    return Answer("\n".join([*lines, "", foretold(view, parts.lf)]), values)
+
+
+def foretold(view: Forecast, lf: LlamaFactoryArgs) -> str:
+    """Return schedule and cost of a run as text."""
+    cost_lines = _cost_lines(view, _seconds_per_step(lf.output_dir, view))
+    cost = ["Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines)]
+    return "\n".join(["Schedule", *rows_of(_schedule_lines(view, lf)), "", *cost])
 
 
 def _values(view: Forecast, step_seconds: float | None) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(getattr(lf, key, None)))
     if isinstance(config, Mapping) and any(_above_one(config.get(key)) for key in _PARALLEL_KEYS):
         yield f"parallelism_config: {spread}"
-    taker = _takes_token_losses(dynamic)
+    taker = takes_token_losses(dynamic)
     for key, reason in _REFUSED_WITH_TOKEN_LOSSES.items() if taker is not None else ():
         if taker is not None and lf.on(key):
             yield f"{key}: {reason.format(method=f'{taker.name} {taker.kind}', kind=taker.kind)}"
@@ -222,7 +222,7 @@ def _all_sources(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -
     return find_sources(names, lf, "dataset", base_dir, skip=True)[0]
 
 
-def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
+def takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
     """Return a method for which the training loss is made here: it weighs losses, or they tell it of its data."""
     weighter, mixer = dynamic.weighter, dynamic.mixer
     if weighter is not None and issubclass(weighter.cls, Weighter) and not weighter.cls.neutral:

@@ -14,6 +14,7 @@ from dataflex.config.schema import AverageConfig, DynamicConfig, LedgerConfig, M
 from dataflex.errors import DataError, did_you_mean
 from dataflex.method import IN_RUN, Method, Requires, RunFacts, Selector, Weighter
 from dataflex.registry import one_of
+from dataflex.version import install
 
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
@@ -383,7 +384,7 @@ def _models(method: MethodConfig, needs: Requires) -> Iterator[str]:
             if described and importlib.util.find_spec("sentence_transformers") is None:
                 problem = (
                     f"{name} is a model of sentence-transformers, which is not installed; install the extra: "
-                    "pip install 'dataflex[encoders]'"
+                    f"{install('encoders')}"
                 )
         if problem:
             yield f"dynamic.{method.kind}.{key}: {problem}"

@@ -25,8 +25,8 @@ from dataflex import comm
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError
+from dataflex.huggingface.evaluation import HeldOut
 from dataflex.llamafactory.copies import Copied, Part, TokenizedCopy, joined_columns, scalar_columns
-from dataflex.llamafactory.evaluation import HeldOut
 from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, changed_args, split_rows
 from dataflex.llamafactory.origins import origins_of
 from dataflex.llamafactory.streaming import JoinedRows

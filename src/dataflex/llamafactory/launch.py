@@ -19,7 +19,7 @@ from llamafactory.extras import misc
 from llamafactory.train import tuner
 
 from dataflex.ending import run_child
-from dataflex.llamafactory.loading import replaced
+from dataflex.huggingface.loop import replaced
 from dataflex.record.clock import LAUNCHED
 
 ENVIRONMENT_KEY = "DATAFLEX_RUN"

@@ -31,10 +31,12 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.data import find_sources, target_data_sets
 from dataflex.config.mappings import shown
 from dataflex.errors import ConfigError, DataError, DataFlexError
+from dataflex.huggingface.loop import replaced
 from dataflex.llamafactory.shards import BadShard, BadShards, bottom, load_sound, told
 from dataflex.llamafactory.streaming import serve
 from dataflex.llamafactory.turns import WeighedConverter, WeighedProcessor
 from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
+from dataflex.train.row_space import column_values
 
 logger = logging.getLogger(__name__)
 
@@ -55,19 +57,6 @@ FILE_COLUMN = "dataflex_file"
 _NUMBER = "dataflex_number"
 """Column of aligned rows, dropped when they are tokenized: their positions in all rows that were read."""
 _CHUNK_ROWS = 20_000
-
-
-@contextmanager
-def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
-    """Set attributes of modules, given as (module, name, value), while inside."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    for module, name, value in changes:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +170,8 @@ class Loader:
             if dataset is not None:
                 if not self.written.packed:
                     kept = kept_rows(dataset, self.stage)
-                    self.numbers["test" if is_eval else "train"] = _values(dataset, _NUMBER)[kept].astype(np.int64)
+                    numbers = column_values(dataset, _NUMBER)[kept]
+                    self.numbers["test" if is_eval else "train"] = numbers.astype(np.int64)
                 dataset = dataset.remove_columns(_NUMBER)
             return preprocess(dataset, *args, is_eval=is_eval, **kwargs)
 
@@ -304,17 +294,7 @@ def split_rows(total: int, size: int | float, seed: int) -> dict[str, NDArray[np
     """Return the positions that ``Dataset.train_test_split`` puts into ``train`` and ``test``, in its order."""
     positions = Dataset.from_dict({"row": np.arange(total, dtype=np.int64)})
     split = positions.train_test_split(test_size=size, seed=seed)
-    return {part: _values(rows, "row").astype(np.int64) for part, rows in split.items()}
-
-
-def _values(dataset: Dataset, name: str) -> NDArray[Any]:
-    # By way of arrow: the data sets' own numpy format imports a video reader that newer torchvisions lack.
-    found = dataset.select_columns([name]).with_format("arrow")[:].column(name)
-    if found.null_count == 0:
-        return np.asarray(found.to_numpy())
-    values = np.empty(len(found), dtype=object)  # numpy has no null: a missing number must not become a NaN
-    values[:] = found.to_pylist()
-    return values
+    return {part: column_values(rows, "row").astype(np.int64) for part, rows in split.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +322,7 @@ class RawRows:
                 f"column {name!r}: {len(self.rows):,} raw rows became {num_rows:,} training rows, so that its values "
                 "cannot be matched. Turn packing off, and remove rows that LLaMA-Factory drops as invalid."
             )
-        return np.concatenate([_values(part, name) for part in self.parts])[self.rows]
+        return np.concatenate([column_values(part, name) for part in self.parts])[self.rows]
 
     def check_turns(self, key: str, name: str) -> None:
         """Refuse weights of messages that cannot be used, and data of which no message has one.

@@ -2,7 +2,7 @@
 
 Upstream names relied upon, each asserted by ``tests/upstream``: the workflow modules of the stages, their
 references ``get_dataset`` and ``load_model`` and their trainer classes, ``llamafactory.train.tuner.run_exp`` and its
-``EarlyStoppingCallback``.
+``EarlyStoppingCallback``; the collators' base class ``MultiModalDataCollatorForSeq2Seq``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from llamafactory.train import tuner
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
+from dataflex.huggingface.loop import replaced
+from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.llamafactory.datasets import DataLoading
-from dataflex.llamafactory.loading import Loader, replaced
-from dataflex.llamafactory.trackers import shown_apart
-from dataflex.llamafactory.trainer import TrainerMixin
+from dataflex.llamafactory.loading import Loader
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.train.session import Setup
 
@@ -33,6 +34,23 @@ TRAINERS: dict[str, tuple[str, str, str]] = {
     "kto": ("llamafactory.train.kto.workflow", "llamafactory.train.kto.workflow", "CustomKTOTrainer"),
 }
 """Stage: module that calls ``get_dataset``, module in which the trainer's name is looked up, its name."""
+
+_SCORED_PREFIX = {"rm": "chosen_", "dpo": "chosen_", "kto": ""}
+"""What the columns of the answer that a scoring pass scores begin with; other stages have one answer."""
+
+
+def scoring_collator(stage: str, collator: Any) -> Any:
+    """Return a collator for scoring passes, which reduces preference rows to one answer."""
+    if stage not in _SCORED_PREFIX:
+        return collator
+    columns = {name: _SCORED_PREFIX[stage] + name for name in ("input_ids", "attention_mask", "labels")}
+    columns.update({name: name for name in ("images", "videos", "audios")})
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+        plain = [{ours: feature[theirs] for ours, theirs in columns.items()} for feature in features]
+        return MultiModalDataCollatorForSeq2Seq.__call__(collator, plain)
+
+    return collate
 
 
 def least_gain(delta: float) -> AbstractContextManager[None]:
@@ -64,6 +82,7 @@ def swapped(
         shuffle=not written.disable_shuffling,
         packed=written.packed,
         clock=clock,
+        score_collator=functools.partial(scoring_collator, stage),
     )
 
     def load_data(
@@ -92,7 +111,7 @@ def swapped(
 
     ours = type(f"Dynamic{name}", (mixin, getattr(home, name)), {"dataflex_setup": setup})
     changes = ((workflow, "get_dataset", load_data), (workflow, "load_model", load_timed), (home, name, ours))
-    with shown_apart(), replaced(*changes):
+    with replaced(*changes):
         yield setup
     setup.recorder.ended()
 

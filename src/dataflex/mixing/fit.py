@@ -25,6 +25,7 @@ from dataflex.printable import Answer, plain, redacted
 from dataflex.record.text import columns
 from dataflex.rng import stream
 from dataflex.state import replacing, write_json
+from dataflex.version import install
 
 Law = Literal["log_linear", "mixing_law"]
 Method = Literal["log_linear", "mixing_law", "lightgbm"]
@@ -124,7 +125,7 @@ def lightgbm() -> Any:
         import lightgbm as package
     except ImportError as error:
         raise ConfigError(
-            f"--method lightgbm: the package cannot be imported ({error}); pip install 'dataflex[lightgbm]'"
+            f"--method lightgbm: the package cannot be imported ({error}); {install('lightgbm')}"
         ) from error
     return package
 

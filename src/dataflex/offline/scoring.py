@@ -2,7 +2,7 @@
 
 LLaMA-Factory's workflow builds tokenizer, data, model and trainer as for training; our trainer's ``train``
 scores and stops there. Passes write into a store as they go, so that a killed run goes on where it was.
-Upstream names relied upon: those of ``llamafactory.trainer`` and ``bridge``; of the Trainer ``train``,
+Upstream names relied upon: those of ``huggingface.trainer``; of the Trainer ``train``,
 ``create_optimizer`` and ``_load_from_checkpoint``.
 """
 
@@ -26,8 +26,8 @@ from dataflex import comm
 from dataflex.config.mappings import plain
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexError
+from dataflex.huggingface.loop import loop_of
 from dataflex.llamafactory.loading import Origin, watched_origins
-from dataflex.llamafactory.loop import loop_of
 from dataflex.llamafactory.swap import swapped
 from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signals
 from dataflex.offline.files import FileRecord, file_records

@@ -22,6 +22,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import load_function
 from dataflex.rewards.base import Candidate, Grades, Reward, graded
 from dataflex.rewards.judge import Judge, JudgeConfig
+from dataflex.version import install
 
 METRICS: tuple[str, ...] = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
 """Names of metrics; all are between 0 and 1."""
@@ -111,7 +112,7 @@ def metric(name: str) -> Callable[[str, str], float]:
     except ImportError as error:
         raise ConfigError(
             f"dynamic.selector.reward: {name} needs rouge-score, which is not installed; install the extra: "
-            "pip install 'dataflex[rewards]'"
+            f"{install('rewards')}"
         ) from error
     scorer = RougeScorer([name], use_stemmer=True)
     return lambda answer, reference: float(scorer.score(reference, answer)[name].fmeasure)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
 from dataflex.rng import keys
+from dataflex.version import install
 
 _BLOCK = 1 << 24  # products of rows and centres held at a time: 64 MiB of float32
 _SAMPLE = 32  # rows per centre that improve the centres
@@ -25,7 +26,7 @@ def require_kmeans() -> None:
     """Raise ConfigError, before a model is loaded, if scikit-learn is not installed; imports nothing."""
     if importlib.util.find_spec("sklearn") is None:
         raise ConfigError(
-            "k-means needs scikit-learn, which is not installed; install the extra: pip install 'dataflex[cluster]'"
+            f"k-means needs scikit-learn, which is not installed; install the extra: {install('cluster')}"
         )
 
 

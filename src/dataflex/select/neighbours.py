@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
 from dataflex.select.choose import take_turns, top_k
+from dataflex.version import install
 
 _CELLS = 1 << 25  # similarities held at a time: 128 MiB of float32
 _SHORTEST = 64  # length that lists of nearest rows start with at least
@@ -135,7 +136,7 @@ _PROBES = 10  # cells looked at per query, as in the code of TSDS
 def require_search(search: Search) -> None:
     """Raise UnsupportedError, before a model is loaded, if faiss is asked for and not installed; imports nothing."""
     if search == "faiss" and importlib.util.find_spec("faiss") is None:
-        raise UnsupportedError("search: faiss is not installed; pip install 'dataflex[faiss]', or set 'search: exact'")
+        raise UnsupportedError(f"search: faiss is not installed; {install('faiss')}, or set 'search: exact'")
 
 
 def nearest(

@@ -23,10 +23,11 @@ from dataflex.signals.passes import watch_other
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, padded, preserve_state
 from dataflex.signals.texts import row_texts
+from dataflex.version import install
 
 _MAX_TOKENS = 512  # of a text that an encoder reads; the rest is cut off
 _TOKEN_BUDGET = 16384  # largest number of padded tokens in an encoder's batch
-_MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
+_MISSING = f"sentence-transformers models need an optional package: {install('encoders')}"
 
 
 def pool(

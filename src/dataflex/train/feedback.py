@@ -323,10 +323,15 @@ class RowWeights:
 def describe_rows(
     weighed: list[dict[str, Any]], dataset: Any, tokenizer: Any, domains: Domains
 ) -> list[dict[str, Any]]:
-    """Return rows of ``RowWeights.extremes`` with the ``domain`` and the shortened ``text`` of each."""
+    """Return rows of ``RowWeights.extremes`` with the ``domain`` and the shortened ``text`` of each.
+
+    Without a tokenizer texts are empty.
+    """
     rows = np.array([item["row"] for item in weighed], dtype=np.int64)
-    prompts = row_texts(dataset, rows, tokenizer, "prompt") if len(rows) else []
-    answers = row_texts(dataset, rows, tokenizer, "completion") if len(rows) else []
+    prompts, answers = (
+        row_texts(dataset, rows, tokenizer, part) if len(rows) and tokenizer is not None else [""] * len(rows)
+        for part in ("prompt", "completion")
+    )
     described = []
     for item, prompt, answer in zip(weighed, prompts, answers, strict=True):
         half = _CHARACTERS // 2 if prompt else 0  # a long prompt must not hide the answer, which is weighed

@@ -51,7 +51,7 @@ class ReferenceLosses:
 
     def __init__(self, folder: str | Path, access: ModelAccess, *, store: Path, cached: bool, whole: bool) -> None:
         self.folder = check_folder(folder)
-        check_tokenizer(access.tokenizer, self.folder)
+        check_tokenizer(access.known_tokenizer("a reference model"), self.folder)
         self._access, self.store, self._cached, self._whole = access, store, cached, whole
         self.model: torch.nn.Module | None = None
         self._scorer: TokenScorer | None = None

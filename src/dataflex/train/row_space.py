@@ -29,9 +29,14 @@ from dataflex.state import blake2b
 
 logger = logging.getLogger(__name__)
 
-TOKEN_COLUMNS = ("input_ids", "chosen_input_ids")
+TOKEN_COLUMNS = ("input_ids", "chosen_input_ids", "chosen_ids", "completion_input_ids", "completion_ids")
 _LABEL_COLUMNS = ("labels", "chosen_labels")
-_HASHED = (*TOKEN_COLUMNS, *_LABEL_COLUMNS, "rejected_input_ids", "rejected_labels", "kl_input_ids", "kto_tags")
+_MASKS = ("completion_mask", "assistant_masks")
+"""TRL's: 1 for each supervised token; all of them, where there are no labels."""
+_HASHED = (
+    *(*TOKEN_COLUMNS, *_LABEL_COLUMNS, "rejected_input_ids", "rejected_labels", "kl_input_ids", "kto_tags"),
+    *("prompt_input_ids", "prompt_ids", "rejected_ids", *_MASKS),
+)
 _MEDIA = ("images", "videos", "audios")
 _CHUNK_ROWS = 20_000
 _EXAMPLES = 5
@@ -89,7 +94,9 @@ def measure(dataset: Any) -> Measures:
             if name == tokens:
                 lengths.append(np.diff(offsets))
                 if labels is None:
-                    supervised.append(np.diff(offsets))
+                    masks = [_flat(table.column(mask))[1] for mask in columns if mask in _MASKS]
+                    counted = np.prod([np.ones(offsets[-1], dtype=np.int64), *masks], axis=0)
+                    supervised.append(_sums(offsets, counted))
             elif name == labels:
                 supervised.append(_sums(offsets, values != -100))
     empty = np.zeros(0, dtype=np.int64)
@@ -98,6 +105,17 @@ def measure(dataset: Any) -> Measures:
         supervised=np.concatenate([empty, *supervised]),
         fingerprint=digest.hexdigest(),
     )
+
+
+def column_values(dataset: Any, name: str) -> NDArray[Any]:
+    """Return a column of a data set [N]; as objects where a value is missing."""
+    # By way of arrow: the data sets' own numpy format imports a video reader that newer torchvisions lack.
+    found = dataset.select_columns([name]).with_format("arrow")[:].column(name)
+    if found.null_count == 0:
+        return np.asarray(found.to_numpy())
+    values = np.empty(len(found), dtype=object)  # numpy has no null: a missing number must not become a NaN
+    values[:] = found.to_pylist()
+    return values
 
 
 class TokenColumn:

@@ -1,6 +1,6 @@
 """What a training loop talks to: it opens a session, asks for the batches and losses of each step, and ends it.
 
-A session imports no Trainer: ``Loop`` tells it about the loop. ``llamafactory.trainer`` is the adapter
+A session imports no Trainer: ``Loop`` tells it about the loop. ``huggingface.trainer`` is the adapter
 for the Hugging Face Trainer, ``examples/plain_loop.py`` a loop of one's own. All ranks make the same calls.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from dataflex.config.forecast import Forecast
 from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
-from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
 from dataflex.offline.table import read_scores, score_column
 from dataflex.plan.plan import BatchShape
@@ -71,12 +71,16 @@ class Setup:
     packed: bool = False  # whether several samples share a row
     shuffle: bool = True  # whether rows are shuffled, for adapters that make the batch shape
     space: RowSpace | None = None  # the row space, once the data is loaded
+    score_collator: Callable[[Any], Any] = lambda collator: collator  # makes a training collator one for scoring
     clock: PhaseClock = field(default_factory=PhaseClock)  # seconds of the run by phase
     recorder: RunRecorder = field(default_factory=NullRecorder)  # the record, once it is open; on rank 0 only
+    measure: Callable[[], RowSpace] | None = None  # makes the row space when it is first asked for
 
     @property
     def rows(self) -> RowSpace:
-        """The row space, which must have been loaded."""
+        """The row space, which must have been loaded, or is measured now."""
+        if self.space is None and self.measure is not None:
+            self.space = self.measure()
         assert self.space is not None, "the session was opened before the data was loaded"
         return self.space
 
@@ -193,6 +197,11 @@ class Session:
         """
         config = parse_dynamic(block, Path(base_dir))
         resolved = {"dynamic": as_mapping(config), "stage": stage, "seed": loop.seed}
+        problems = [*elsewhere(config)]
+        if config.domain_column is not None:
+            problems.append("dynamic.domain_column: rows bring their domains: give them to RowSpace.of")
+        if problems:
+            raise ConfigError(problems)
         session = cls(Setup(config=config, resolved=resolved, stage=stage, packed=packed, space=rows))
         session.prepare(loop)
         return session
@@ -215,6 +224,14 @@ class Session:
         """
         setup, config, shape = self.setup, self.config, loop.shape
         setup.space = space = with_scores(setup.rows, config)
+        lacking = [
+            f"{key}: there is no target {name!r}{did_you_mean(name, [*space.targets])}"
+            for key, names in config.targets_by_key.items()
+            for name in names
+            if name not in space.targets
+        ]
+        if lacking:
+            raise ConfigError(lacking)
         columns = {"rows": {*space.columns, config.domain_column or ""}}
         facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps, columns=columns)
         if not config.stock:
@@ -703,6 +720,24 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
     store, whole = loop.output_dir / checkpoints.FOLDER / "reference", _forecast(setup, loop).serves_all_again
     with setup.clock.phase("reference"):
         return ReferenceLosses(reference.folder, access, store=store, cached=reference.cached, whole=whole)
+
+
+_LOADING = {
+    "domain_path": "data sets' files are read by LLaMA-Factory's door alone",
+    "domain_clusters": "rows are clustered by LLaMA-Factory's door alone",
+    "domain_encoder": "rows are clustered by LLaMA-Factory's door alone",
+    "eval_by_domain": "evaluation sets are the loop's: give it one for each domain",
+    "leakage": "target rows in the training set are told; remove them before",
+    "early_stopping_min_delta": "it is LLaMA-Factory's early stopping that is changed; use the loop's own",
+}
+"""Keys of the block that act while LLaMA-Factory loads data or trains, and what other loops do instead."""
+
+
+def elsewhere(config: DynamicConfig) -> Iterator[str]:
+    """Yield keys of the block that have no effect outside LLaMA-Factory."""
+    for each in fields(config):
+        if each.name in _LOADING and getattr(config, each.name) != each.default:
+            yield f"dynamic.{each.name}: {_LOADING[each.name]}; remove it"
 
 
 def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:

@@ -15,7 +15,7 @@ import torch
 from datasets import concatenate_datasets
 
 from dataflex import comm
-from dataflex.llamafactory.loading import replaced
+from dataflex.huggingface.loop import replaced
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Session
 

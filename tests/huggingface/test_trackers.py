@@ -9,7 +9,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dataflex.console import VERBOSE
-from dataflex.llamafactory.trackers import shown_apart
+from dataflex.huggingface.trackers import shown_apart
 
 LOGS = {
     "loss": 2.0,

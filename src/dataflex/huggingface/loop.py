@@ -2,19 +2,18 @@
 
 Upstream names relied upon, each asserted by ``tests/upstream``: ``_get_num_items_in_batch``,
 ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``, ``transformers.TrainerCallback`` and its ``on_train_begin``,
-``on_step_end`` and ``on_epoch_end``; the collators' base class ``MultiModalDataCollatorForSeq2Seq``.
+``on_step_end`` and ``on_epoch_end``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 
@@ -23,22 +22,18 @@ from dataflex.ending import TermWish
 from dataflex.plan.plan import BatchShape
 from dataflex.train.session import Loop, Setup
 
-_SCORED_PREFIX = {"rm": "chosen_", "dpo": "chosen_", "kto": ""}
-"""What the columns of the answer that a scoring pass scores begin with; other stages have one answer."""
 
-
-def scoring_collator(stage: str, collator: Any) -> Any:
-    """Return a collator for scoring passes, which reduces preference rows to one answer."""
-    if stage not in _SCORED_PREFIX:
-        return collator
-    columns = {name: _SCORED_PREFIX[stage] + name for name in ("input_ids", "attention_mask", "labels")}
-    columns.update({name: name for name in ("images", "videos", "audios")})
-
-    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
-        plain = [{ours: feature[theirs] for ours, theirs in columns.items()} for feature in features]
-        return MultiModalDataCollatorForSeq2Seq.__call__(collator, plain)
-
-    return collate
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes of modules, given as (module, name, value), while inside."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
@@ -63,7 +58,7 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         device=args.device,
         output_dir=Path(args.output_dir),
         dataset=trainer.train_dataset,
-        score_collate=scoring_collator(setup.stage, trainer.data_collator),
+        score_collate=setup.score_collator(trainer.data_collator),
         tokenizer=trainer.processing_class,
         autocast=trainer.compute_loss_context_manager,
         score_rows=args.per_device_eval_batch_size,

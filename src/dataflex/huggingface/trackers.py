@@ -15,7 +15,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dataflex.console import verbose
-from dataflex.llamafactory.loading import replaced
+from dataflex.huggingface.loop import replaced
 
 _OURS, _STANDING = "dataflex/", "dataflex/nominal/"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from dataflex import checkpoints, comm
 from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
-from dataflex.llamafactory.evaluation import EvaluationMixin
-from dataflex.llamafactory.loading import replaced
-from dataflex.llamafactory.loop import EpochShell, StopOnTerm, loop_of
+from dataflex.huggingface.evaluation import EvaluationMixin
+from dataflex.huggingface.loop import EpochShell, StopOnTerm, loop_of, replaced
+from dataflex.huggingface.trackers import shown_apart
 from dataflex.train.average import WeightAverage
 from dataflex.train.loader import ROWS, NumberedBatches, unchanged
 from dataflex.train.loss import balance_loss
@@ -32,7 +32,7 @@ from dataflex.train.session import Session, Setup
 class TrainerMixin(EvaluationMixin):
     """Data decided during training, for any Hugging Face Trainer class that follows it in the MRO."""
 
-    dataflex_setup: ClassVar[Setup]
+    dataflex_setup: Setup
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +57,8 @@ class TrainerMixin(EvaluationMixin):
         setup = self.dataflex_setup
         if setup.config.stock:
             numbered = NumberedBatches(self.train_dataset, self.data_collator)
-            with replaced((self, "train_dataset", numbered), (self, "data_collator", unchanged)):
+            kept = (self.args, "remove_unused_columns", False)  # its features are batches
+            with replaced((self, "train_dataset", numbered), (self, "data_collator", unchanged), kept):
                 return super().get_train_dataloader()
         if setup.config.total_steps is not None:
             self.args.max_steps = setup.config.total_steps
@@ -92,6 +93,7 @@ class TrainerMixin(EvaluationMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; SIGTERM is handled by ``StopOnTerm`` meanwhile."""
         with ExitStack() as over:
+            over.enter_context(shown_apart())
             over.enter_context(self.dataflex_setup.clock.phase("prepare"))
             if self._dataflex_stop is not None:
                 over.callback(self._dataflex_stop.over)

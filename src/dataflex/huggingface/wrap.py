@@ -1,0 +1,291 @@
+"""The door for Python: a class to use in place of ``transformers.Trainer`` or of one of TRL's trainers.
+
+The block, the trainer's arguments and its data are checked when it is made; rows are measured once, when it trains.
+Upstream names relied upon: of the Trainer ``train_dataset``, ``data_collator``, ``_remove_unused_columns``,
+``_set_signature_columns_if_needed``; of TRL's trainers their names and modules, ``_prepare_dataset``, ``padding_free``,
+``completion_only_loss`` of their collators, and ``precompute_ref_log_probs``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import Trainer
+
+from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.build import parse_dynamic
+from dataflex.config.check import setting_problems, takes_token_losses
+from dataflex.config.forecast import Forecast
+from dataflex.config.mappings import as_mapping, shown
+from dataflex.config.schema import DynamicConfig
+from dataflex.config.table import table
+from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+from dataflex.huggingface.loop import loop_of
+from dataflex.huggingface.trainer import TrainerMixin
+from dataflex.plan.domains import unusable_labels
+from dataflex.train.row_space import RowSpace, column_values
+from dataflex.train.session import Setup, elsewhere
+
+_STAGES = {"SFTTrainer": "sft", "DPOTrainer": "dpo", "RewardTrainer": "rm", "KTOTrainer": "kto"}
+"""Stage of TRL's trainers whose rows are fixed."""
+_PAIR = {"prompt": ("prompt_input_ids", "prompt_ids"), "chosen": ("chosen_input_ids", "chosen_ids")}
+"""Columns of a preference, as different versions of TRL name them."""
+
+T = TypeVar("T", bound=Trainer)
+
+
+def wrap(
+    trainer: type[T],
+    block: Mapping[str, Any],
+    *,
+    domains: str | None = None,
+    targets: Mapping[str, Dataset] | None = None,
+    columns: Sequence[str] = (),
+    base_dir: Path | str = ".",
+) -> type[T]:
+    """Return a subclass of a trainer whose data is decided during training; it is made and used as the trainer is.
+
+    Args:
+        trainer: ``transformers.Trainer``, a subclass of it, or TRL's ``SFTTrainer``, ``DPOTrainer``, ``RewardTrainer``
+            or ``KTOTrainer``.
+        block: The ``dynamic`` block: methods, and when they decide.
+        domains: Column of the training set that holds each row's domain, as text; None: all rows are of one domain.
+        targets: Target data sets by name. They are tokenized, or rows as the trainer prepares its training set from.
+        columns: More columns of the training set that the record keeps.
+        base_dir: Folder in which the plugins of the block are looked up.
+
+    Raises:
+        ConfigError: All problems of the block.
+        UnsupportedError: The trainer's rows cannot be planned.
+    """
+    config, stage = parse_dynamic(block, Path(base_dir)), _stage(trainer)
+    problems = [*elsewhere(config)]
+    for key, names in config.targets_by_key.items():
+        for name in (name for name in names if name not in (targets or {})):
+            problems.append(f"{key}: targets= has no data set {name!r}{did_you_mean(name, [*(targets or {})])}")
+    if domains is not None and config.domain_column not in (None, domains):
+        problems.append(f"dynamic.domain_column: {config.domain_column}, and domains={domains!r}: give one of them")
+    if problems:
+        raise ConfigError(problems)
+    asked = _Asked(
+        trainer=trainer,
+        config=config,
+        stage=stage,
+        domains=domains or config.domain_column,
+        targets=dict(targets or {}),
+        columns=tuple(columns),
+    )
+    return type(f"Dynamic{trainer.__name__}", (TrainerMixin, _Door, trainer), {"_dataflex_asked": asked})
+
+
+def _stage(trainer: type[Trainer]) -> str:
+    """Return the stage that a class of trainers is for."""
+    if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
+        raise UnsupportedError(f"wrap: {shown(trainer)} is not a class of transformers.Trainer; use dataflex.Session")
+    if issubclass(trainer, TrainerMixin):
+        raise UnsupportedError(f"wrap: {trainer.__name__} is wrapped already")
+    for base in trainer.__mro__:
+        if base.__module__.partition(".")[0] == "trl" and issubclass(base, Trainer):
+            if base.__name__ in _STAGES:
+                return _STAGES[base.__name__]
+            if not base.__name__.startswith("_"):
+                known = ", ".join(_STAGES)
+                raise UnsupportedError(f"wrap: the rows of TRL's {base.__name__} are not planned (known: {known})")
+    return "sft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What ``wrap`` was given."""
+
+    trainer: type[Trainer]
+    config: DynamicConfig
+    stage: str
+    domains: str | None  # column of the domains
+    targets: Mapping[str, Dataset]
+    columns: tuple[str, ...]
+
+
+class _Door(Trainer):
+    """Stands between ``TrainerMixin`` and a trainer: prepares the session's set-up once the trainer is made."""
+
+    _dataflex_asked: _Asked
+    train_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        asked = self._dataflex_asked
+        made = inspect.signature(asked.trainer.__init__).bind_partial(self, *args, **kwargs)
+        lf = _keys(self.args, asked.stage)
+        self.dataflex_setup = Setup(
+            config=asked.config,
+            resolved={**lf, "dynamic": as_mapping(asked.config)},
+            stage=asked.stage,
+            shuffle=not lf.get("disable_shuffling"),
+        )
+        problems = [*setting_problems(asked.config, LlamaFactoryArgs.read(lf)), *self._dataflex_problems()]
+        if problems:
+            raise ConfigError(problems)
+        rows, formatting = self.train_dataset, made.arguments.get("formatting_func")
+        self._set_signature_columns_if_needed()
+        if self.args.remove_unused_columns:
+            self.train_dataset = self._remove_unused_columns(rows, "training")
+        self.dataflex_setup.measure = lambda: self._dataflex_rows(rows, formatting)
+        if asked.stage == "dpo":
+            self.dataflex_setup.score_collator = lambda _: self._dataflex_chosen
+
+    def plan(self) -> str:
+        """Return what the run would do and cost, as ``dataflex plan`` tells it; the rows are measured for it."""
+        from dataflex.commands.plan import foretold
+
+        setup, args = self.dataflex_setup, self.args
+        batch, space = loop_of(self, setup, 1).shape, setup.rows
+        per_epoch = batch.steps_per_epoch(space.num_rows)
+        view = Forecast(
+            dynamic=setup.config,
+            batch=batch,
+            counts=dict(zip(space.domains.names, space.domains.num_rows.tolist(), strict=True)),
+            packs=False,
+            rows=space.num_rows,
+            steps=args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch),
+            targets={name: len(corpus.lengths) for name, corpus in space.targets.items()},
+        )
+        return foretold(view, LlamaFactoryArgs.read(setup.resolved))
+
+    def _dataflex_problems(self) -> Iterator[str]:
+        """Yield what of the trainer, its arguments and its data cannot be served."""
+        asked, rows, collator = self._dataflex_asked, self.train_dataset, self.data_collator
+        base, taker = asked.trainer, takes_token_losses(asked.config)
+        own = base.compute_loss is not Trainer.compute_loss and not base.__module__.startswith("trl.")
+        if taker is not None and (own or self.compute_loss_func is not None):
+            what = "a compute_loss of its own" if own else "a compute_loss_func"
+            yield f"dynamic.{taker.kind}: {base.__name__} has {what}, which {taker.name} would have no part in"
+        for method in asked.config.methods if asked.stage in ("rm", "kto") else ():
+            if signals := sorted(method.requires.signals - {"texts"}):
+                yield (
+                    f"dynamic.{method.kind}: {method.name} asks for {', '.join(signals)}, which the rows of "
+                    f"{base.__name__} do not give"
+                )
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            yield "model: is an encoder-decoder; rows are those of a causal language model"
+        if getattr(self, "padding_free", False) or getattr(collator, "padding_free", False):
+            told = "set padding_free=False, and packing_strategy='wrapped' for packing"
+            yield f"padding_free: a batch is one sequence, whose tokens' rows are not known; {told}"
+        if getattr(self.args, "precompute_ref_log_probs", False):
+            yield "precompute_ref_log_probs: is done when the trainer opens its loader, which is ours; remove it"
+        if not isinstance(rows, Dataset):
+            kind = "no training set" if rows is None else type(rows).__name__
+            yield f"train_dataset: {kind}; give a datasets.Dataset, whose rows can be read in any order"
+            return
+        names = (asked.domains, *asked.config.columns, *asked.columns)
+        for name in dict.fromkeys(name for name in names if name is not None and name not in rows.column_names):
+            known = ", ".join(rows.column_names)
+            yield f"train_dataset: has no column {name!r} once it is prepared, which packing drops (found: {known})"
+
+    def _dataflex_rows(self, rows: Dataset, formatting: Any) -> RowSpace:
+        """Measure the prepared training rows and the targets."""
+        asked = self._dataflex_asked
+        self._dataflex_probe()
+        domains = None if asked.domains is None else column_values(rows, asked.domains)
+        if domains is not None:
+            wanted = "every row's must be text, the domain's name"
+            _refuse_values("domains", asked.domains, domains, (unusable_labels(domains), wanted))
+        columns = {name: column_values(rows, name) for name in (*asked.config.columns, *asked.columns)}
+        for chosen in asked.config.methods:
+            for name in chosen.requires.columns:
+                refused = chosen.build().refused_values(name, columns[name])
+                _refuse_values(f"dynamic.{chosen.kind}", name, columns[name], refused)
+        return RowSpace.of(
+            _supervised(self.train_dataset, self.data_collator),
+            domains=None if domains is None else domains.tolist(),
+            columns=columns,
+            targets={
+                name: self._dataflex_prepared(name, asked.targets[name], formatting) for name in asked.config.targets
+            },
+        )
+
+    def _dataflex_probe(self) -> None:
+        """Collate two rows; a batch without labels, or of another number of rows, is refused."""
+        if self._dataflex_asked.stage != "sft":
+            return
+        features = [self.train_dataset[row] for row in range(min(2, len(self.train_dataset)))]
+        with torch.random.fork_rng(devices=[]):
+            batch = self.data_collator(features)
+        if "labels" not in batch:
+            raise DataError("train_dataset: its batches have no labels; use a collator that makes them")
+        if len(batch["labels"]) != len(features):
+            raise UnsupportedError(
+                f"data_collator: makes {len(batch['labels'])} sequences of {len(features)} rows; use one that pads"
+            )
+
+    def _dataflex_prepared(self, name: str, rows: Dataset, formatting: Any) -> Dataset:
+        """Return a target as the trainer prepares its training set."""
+        prepare = getattr(self, "_prepare_dataset", None)
+        if prepare is not None and not any(column.endswith("input_ids") for column in rows.column_names):
+            known: dict[str, Any] = {
+                **{"dataset": rows, "processing_class": self.processing_class, "args": self.args, "packing": False},
+                **{"formatting_func": formatting, "dataset_name": f"target {name}"},
+            }
+            takes = inspect.signature(prepare).parameters
+            rows = prepare(**{key: value for key, value in known.items() if key in takes})
+        if self.args.remove_unused_columns:
+            rows = self._remove_unused_columns(rows, f"target {name}")
+        return _supervised(rows, self.data_collator)
+
+    def _dataflex_chosen(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate preferences as their prompts and chosen answers, for scoring passes."""
+        rows = []
+        for feature in features:
+            prompt, chosen = (next(feature[name] for name in names if name in feature) for names in _PAIR.values())
+            rows.append({"input_ids": [*prompt, *chosen], "labels": [-100] * len(prompt) + [*chosen]})
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(column: str, filler: int) -> torch.Tensor:
+            return torch.tensor([row[column] + [filler] * (longest - len(row[column])) for row in rows])
+
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        return {
+            "input_ids": padded("input_ids", getattr(self.processing_class, "pad_token_id", None) or 0),
+            "labels": padded("labels", -100),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        }
+
+
+def _refuse_values(
+    key: str, name: str | None, values: NDArray[Any], refused: tuple[NDArray[np.bool_], str] | None
+) -> None:
+    """Raise DataError with the first row of a column whose value cannot be used."""
+    if refused is not None and refused[0].any():
+        row = int(np.flatnonzero(refused[0])[0])
+        value = values[row].item() if isinstance(values[row], np.generic) else values[row]
+        raise DataError(f"{key}: row {row} of the training set has {name} = {shown(value)}; {refused[1]}")
+
+
+def _supervised(rows: Dataset, collator: Any) -> Dataset:
+    """Return rows without the mask that the collator does not apply."""
+    idle = "completion_mask" in rows.column_names and not getattr(collator, "completion_only_loss", True)
+    return rows.remove_columns("completion_mask") if idle else rows
+
+
+def _keys(args: Any, stage: str) -> dict[str, Any]:
+    """Return a trainer's arguments that differ from their defaults, as the keys of a configuration."""
+    known, found = table(), {}
+    for each in fields(args):
+        value = getattr(args, each.name)
+        value = getattr(value, "value", value)
+        plain = value is None or isinstance(value, str | bool | int | float)
+        if each.init and plain and each.name in known and value != known[each.name].default:
+            found[each.name] = value
+    if found.get("train_sampling_strategy") == "sequential":
+        del found["train_sampling_strategy"]
+        found["disable_shuffling"] = True
+    return {**found, "stage": stage, "do_train": True}

@@ -1,0 +1,421 @@
+"""Trainers of transformers and TRL behind the door for Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+import dataflex
+from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.record.read import load_plan, read_events
+from tests.conftest import sentence
+
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.slow
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def words(seed, low=3, high=9):
+    return sentence(random.Random(seed), low, high)
+
+
+def texts(count, seed=0):
+    return [
+        {
+            "prompt": words(1000 * seed + i),
+            "completion": " " + words(1000 * seed + 500 + i),
+            "rejected": words(1000 * seed + 700 + i),
+            "source": "abc"[i % 3],
+            "quality": float(i),
+        }
+        for i in range(count)
+    ]
+
+
+def tokenized(tokenizer, rows):
+    made = []
+    for row in rows:
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        kept = {name: row[name] for name in ("source", "quality")}
+        made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "text": "x", **kept})
+    return Dataset.from_list(made)
+
+
+def padded(features):
+    longest = max(len(row["input_ids"]) for row in features)
+
+    def column(name, filler):
+        return torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in features])
+
+    ids = column("input_ids", -1)
+    return {"input_ids": ids.clamp(min=0), "labels": column("labels", -100), "attention_mask": (ids >= 0).long()}
+
+
+SETTINGS = {
+    **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1},
+    **{"learning_rate": 1e-3, "bf16": False, "report_to": "none", "save_steps": 4, "use_cpu": True, "seed": 5},
+}
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def served(folder):
+    numbers = [e["interval"] for e in read_events(folder / "dataflex") if e["event"] == "planned"]
+    return np.concatenate([load_plan(folder / "dataflex", number).rows for number in numbers])
+
+
+class Kind:
+    """How a trainer is made for a test."""
+
+    def __init__(self, tiny_model):
+        self.folder = tiny_model
+        self.tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        self.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+    def model(self):
+        return AutoModelForCausalLM.from_pretrained(self.folder)
+
+    def make(self, name, out, block=None, **changes):
+        """Return a trainer of a kind, wrapped where there is a block."""
+        door = {key: changes.pop(key) for key in ("domains", "targets", "columns") if key in changes}
+        cls = Trainer if name == "Trainer" else getattr(trl, name)
+        if block is not None:
+            cls = dataflex.wrap(cls, block, **door)
+        rows = changes.pop("rows", None) or texts(24)
+        settings = {**SETTINGS, "output_dir": str(out), **changes}
+        if name == "Trainer":
+            return cls(
+                model=self.model(),
+                args=TrainingArguments(**settings),
+                train_dataset=tokenized(self.tokenizer, rows),
+                data_collator=settings.pop("collator", padded),
+            )
+        return getattr(self, name)(cls, rows, settings)
+
+    def SFTTrainer(self, cls, rows, settings):
+        args = trl.SFTConfig(**settings)
+        names = [name for name in rows[0] if name != "rejected"]
+        data = Dataset.from_list([{name: row[name] for name in names} for row in rows])
+        return cls(model=self.model(), args=args, train_dataset=data, processing_class=self.tokenizer)
+
+    def DPOTrainer(self, cls, rows, settings):
+        data = Dataset.from_list([{**row, "chosen": row["completion"]} for row in rows]).remove_columns("completion")
+        args = trl.DPOConfig(**settings)
+        return cls(
+            model=self.model(), ref_model=self.model(), args=args, train_dataset=data, processing_class=self.tokenizer
+        )
+
+    def RewardTrainer(self, cls, rows, settings):
+        data = Dataset.from_list([{**row, "chosen": row["completion"]} for row in rows]).remove_columns("completion")
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(self.folder, num_labels=1)
+        return cls(model=model, args=trl.RewardConfig(**settings), train_dataset=data, processing_class=self.tokenizer)
+
+    def KTOTrainer(self, cls, rows, settings):
+        data = Dataset.from_list([{**row, "label": bool(i % 2)} for i, row in enumerate(rows)])
+        data = data.remove_columns("rejected")
+        return cls(
+            model=self.model(),
+            ref_model=self.model(),
+            args=trl.KTOConfig(**settings),
+            train_dataset=data,
+            processing_class=self.tokenizer,
+        )
+
+
+@pytest.fixture(scope="module")
+def kind(tiny_model):
+    return Kind(tiny_model)
+
+
+def loads(name):
+    """Whether the installed TRL has a trainer that works with the installed transformers."""
+    if name in ("Trainer", "SFTTrainer"):
+        return True
+    return int(trl.__version__.partition(".")[0]) >= 1
+
+
+TRAINERS = [
+    pytest.param(name, marks=pytest.mark.skipif(not loads(name), reason="this TRL cannot make one; see make test-trl"))
+    for name in ("Trainer", "SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer")
+]
+LANGUAGE = ("Trainer", "SFTTrainer")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_neutral_block_gives_the_stock_run(kind, tmp_path, name):
+    order = {} if name == "KTOTrainer" else {"train_sampling_strategy": "sequential"}
+    stock = kind.make(name, tmp_path / "stock", **order)
+    stock.train()
+    ours = kind.make(name, tmp_path / "ours", {"selector": "all"}, **order)
+    ours.train()
+    assert losses(ours) == losses(stock)
+    for before, after in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert served(tmp_path / "ours").tolist()[:24] == list(range(24))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_recorded_run_is_the_stock_run(kind, tmp_path, name):
+    stock = kind.make(name, tmp_path / "stock")
+    stock.train()
+    ours = kind.make(name, tmp_path / "ours", {"record": True})
+    ours.train()
+    assert losses(ours) == losses(stock)
+    assert [event["event"] for event in read_events(tmp_path / "ours" / "dataflex")][-1] == "finished"
+
+
+BLOCKS = {
+    "loss": {"selector": "loss", "warmup_steps": 1, "interval_steps": 2},
+    "less": {"selector": {"name": "less", "targets": ["goal"]}, "warmup_steps": 2, "interval_steps": 2},
+    "odm": {"mixer": "odm", "interval_steps": 1},
+    "focal": {"weighter": {"name": "focal", "warmup_steps": 0}},
+    "ledger": {"ledger": {"targets": ["goal"], "refresh_steps": 2}},
+}
+
+
+def door(kind, name, block):
+    """Return what ``wrap`` is given beside a block; a target is as the trainer's own rows are."""
+    rows = texts(6, seed=9)
+    if name == "Trainer":
+        goal = tokenized(kind.tokenizer, rows)
+    else:
+        goal = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    return {"block": block, "domains": "source", "targets": {"goal": goal}}
+
+
+@pytest.mark.parametrize("method", BLOCKS)
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_methods_run_and_go_on_from_a_checkpoint(kind, tmp_path, name, method):
+    whole = kind.make(name, tmp_path / "whole", **door(kind, name, BLOCKS[method]))
+    whole.train()
+    rest = kind.make(name, tmp_path / "whole", **door(kind, name, BLOCKS[method]), max_steps=6)
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(rest) == losses(whole)
+    for before, after in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_unit_weights_make_the_stock_losses(kind, tmp_path, name):
+    settings = {"train_sampling_strategy": "sequential", "adam_epsilon": 0.1}  # so that rounding stays small
+    stock = kind.make(name, tmp_path / "stock", **settings)
+    stock.train()
+    block = {"weighter": {"name": "focal", "gamma": 0.0, "warmup_steps": 0}}
+    ours = kind.make(name, tmp_path / "ours", block, **settings)
+    ours.train()
+    assert losses(ours) == pytest.approx(losses(stock), rel=1e-5)
+    for before, after in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+
+
+def test_all_trainers_serve_the_same_rows(kind, tmp_path):
+    found = {}
+    for name in LANGUAGE:
+        kind.make(name, tmp_path / name, BLOCKS["odm"] | {"mixer": "uniform"}, domains="source").train()
+        found[name] = served(tmp_path / name).tolist()
+    assert found["Trainer"] == found["SFTTrainer"]
+
+
+def test_a_trainer_tells_its_plan(kind, tmp_path):
+    trainer = kind.make("Trainer", tmp_path, **door(kind, "Trainer", BLOCKS["less"]))
+    told = trainer.plan()
+    assert "4 sequences (2 per device x 2 accumulated x 1 process)" in told
+    assert "24 (a 8, b 8, c 8)" in told
+    assert "6 (max_steps)" in told
+
+
+TWO_RANKS = """
+import json, sys
+import torch.distributed as dist
+from pathlib import Path
+from tests.huggingface import test_wrap as tests
+
+dist.init_process_group("gloo")
+kind = tests.Kind(Path(sys.argv[1]))
+for name in tests.LANGUAGE:
+    for method in ("less", "odm", "focal"):
+        given = tests.door(kind, name, tests.BLOCKS[method])
+        made = kind.make(name, Path(sys.argv[2]) / name / method, **given, gradient_accumulation_steps=1)
+        made.train()
+        if dist.get_rank() == 0:
+            print("LOSSES " + json.dumps([name, method, tests.losses(made)]))
+"""
+
+
+@pytest.mark.gloo
+def test_two_ranks_serve_the_rows_of_one(kind, tiny_model, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(tmp_path / "two.py"), str(tiny_model), str(tmp_path / "two")]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]
+    assert len(found) == 6
+    for name, method, two in found:
+        one = kind.make(name, tmp_path / "one" / name / method, **door(kind, name, BLOCKS[method]))
+        one.train()
+        folder = f"{name}/{method}"
+        np.testing.assert_array_equal(served(tmp_path / "two" / folder), served(tmp_path / "one" / folder))
+        assert two == pytest.approx(losses(one), rel=1e-4), folder
+
+
+def test_what_is_supervised_is_what_the_collator_supervises(kind, tmp_path):
+    trainer = kind.make("SFTTrainer", tmp_path, {"selector": "all"})
+    space = trainer.dataflex_setup.rows
+    labels = [trainer.data_collator([row])["labels"] for row in trainer.train_dataset]
+    assert space.supervised.tolist() == [int((row != -100).sum()) for row in labels]
+    assert space.supervised.sum() < space.lengths.sum()
+
+
+@pytest.mark.skipif(not loads("DPOTrainer"), reason="see make test-trl")
+def test_preferences_are_chosen_by_the_losses_of_their_chosen_answers(kind, tmp_path):
+    trainer = kind.make("DPOTrainer", tmp_path, BLOCKS["loss"])
+    trainer.train()
+    assert len(losses(trainer)) == 6
+    rows = [trainer.train_dataset[row] for row in range(3)]
+    batch = trainer.dataflex_setup.score_collator(None)(rows)
+    prompt = rows[0].get("prompt_ids") or rows[0]["prompt_input_ids"]
+    assert (batch["labels"][0] != -100).sum() == batch["attention_mask"][0].sum() - len(prompt)
+
+
+# ---------------------------------------------------------------- what is refused, before training
+
+
+def test_a_weighter_for_preferences_is_refused(kind, tmp_path):
+    if not loads("DPOTrainer"):
+        pytest.skip("see make test-trl")
+    with pytest.raises(ConfigError, match=r"reweighting needs .* stage dpo"):
+        kind.make("DPOTrainer", tmp_path, BLOCKS["focal"])
+
+
+@pytest.mark.parametrize("name", TRAINERS[3:])
+def test_signals_of_rows_without_an_answer_are_refused(kind, tmp_path, name):
+    with pytest.raises(ConfigError, match=r"dynamic\.selector: loss asks for losses, which .* not give"):
+        kind.make(name, tmp_path, BLOCKS["loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: the plan decides"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: a plan is made for one batch size"),
+        ({"domains": "sauce"}, "no column 'sauce'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: smoothing replaces the loss"),
+        ({"optim": "adafactor", "block": BLOCKS["less"]}, "Adam's moments .*adafactor"),
+    ],
+)
+def test_arguments_that_cannot_be_followed_are_refused(kind, tmp_path, changes, told):
+    given = {**door(kind, "Trainer", BLOCKS["focal"]), **changes}
+    with pytest.raises(ConfigError, match=told):
+        kind.make("Trainer", tmp_path, **given)
+
+
+def test_a_loss_of_its_own_is_refused_beside_weights(kind, tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss
+
+    rows = tokenized(kind.tokenizer, texts(8))
+    args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"dynamic\.weighter: Own has a compute_loss of its own"):
+        dataflex.wrap(Own, BLOCKS["focal"])(model=kind.model(), args=args, train_dataset=rows, data_collator=padded)
+
+
+def test_data_that_cannot_be_planned_is_refused(kind, tmp_path):
+    args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+    cls = dataflex.wrap(Trainer, BLOCKS["loss"])
+    stream = tokenized(kind.tokenizer, texts(8)).to_iterable_dataset()
+    with pytest.raises(ConfigError, match=r"train_dataset: IterableDataset; give a datasets\.Dataset"):
+        cls(model=kind.model(), args=args, train_dataset=stream, data_collator=padded)
+    bare = Dataset.from_list([{"input_ids": [1, 2, 3]}] * 4)
+    trainer = cls(
+        model=kind.model(),
+        args=args,
+        train_dataset=bare,
+        data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+    )
+    with pytest.raises(DataError, match="its batches have no labels"):
+        trainer.train()
+    flat = cls(
+        model=kind.model(),
+        args=args,
+        train_dataset=tokenized(kind.tokenizer, texts(8)),
+        data_collator=lambda rows: {"labels": torch.tensor([[token for row in rows for token in row["labels"]]])},
+    )
+    with pytest.raises(UnsupportedError, match="makes 1 sequences of 2 rows"):
+        flat.train()
+
+
+def test_domains_that_are_no_text_are_refused(kind, tmp_path):
+    trainer = kind.make("Trainer", tmp_path, {"mixer": "uniform"}, domains="quality")
+    with pytest.raises(DataError, match=r"row 0 of the training set has quality = 0\.0"):
+        trainer.train()
+
+
+def test_masked_collation_is_supported(kind, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(kind.folder)
+    rows = Dataset.from_list([tokenizer(row["prompt"]) for row in texts(16)])
+    trainer = dataflex.wrap(Trainer, BLOCKS["loss"])(
+        model=kind.model(),
+        args=TrainingArguments(**SETTINGS, output_dir=str(tmp_path)),
+        train_dataset=rows.remove_columns("token_type_ids") if "token_type_ids" in rows.column_names else rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 6
+
+
+def test_classes_that_cannot_be_wrapped_are_refused():
+    with pytest.raises(UnsupportedError, match=r"is not a class of transformers\.Trainer"):
+        dataflex.wrap(dict, BLOCKS["loss"])
+    with pytest.raises(UnsupportedError, match="is wrapped already"):
+        dataflex.wrap(dataflex.wrap(Trainer, BLOCKS["loss"]), BLOCKS["loss"])
+    with pytest.raises(ConfigError, match=r"dynamic\.selector\.targets: targets= has no data set 'goal'; did you mean"):
+        dataflex.wrap(Trainer, BLOCKS["less"], targets={"goals": Dataset.from_list([])})
+    with pytest.raises(ConfigError, match=r"dynamic\.eval_by_domain: evaluation sets are the loop's"):
+        dataflex.wrap(Trainer, {**BLOCKS["odm"], "eval_by_domain": True})
+    grpo = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
+    with pytest.raises(UnsupportedError, match="the rows of TRL's GRPOTrainer are not planned"):
+        dataflex.wrap(grpo, BLOCKS["loss"])
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft"])
+def test_examples_train_and_go_on(tmp_path, name, monkeypatch):
+    example = ROOT / "examples" / f"{name}.py"
+    assert len(example.read_text().splitlines()) < 40
+    for more in ([], [str(tmp_path / "out" / "checkpoint-6")]):
+        monkeypatch.setattr(sys, "argv", [str(example), str(tmp_path / "out"), *more])
+        trainer = runpy.run_path(str(example))["trainer"]
+        assert trainer.state.global_step == 12
+    kinds = [event["event"] for event in read_events(tmp_path / "out" / "dataflex")]
+    assert kinds.count("resumed") == 1
+    assert kinds[-1] == "finished"
+
+
+def test_the_door_needs_no_llamafactory():
+    code = "import dataflex, sys; dataflex.wrap; print([m for m in sys.modules if m.split('.')[0] == 'llamafactory'])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
