@@ -114,7 +114,7 @@ def _watch(run_dirs: Sequence[Path | str], out: Path | None) -> None:
                     with replacing(place) as file:
                         file.write(content)
                     tell(f"step {view.run.steps_done}: {place}")
-                    if view.run.finished is not None and (view.folder / ENDING).is_file():
+                    if (view.folder / ENDING).is_file():
                         return
             except (DataError, OSError) as error:
                 if not seen:
