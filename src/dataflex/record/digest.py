@@ -120,13 +120,20 @@ class Run:
 
     def by_domain(self, what: str) -> dict[str, Curve]:
         """Curves of "loss", "tokens" or "sequences" of the training log by domain, of the row space in its order."""
-        curves: dict[str, Curve] = {name: [] for name in self.pool}
-        prefix = f"dataflex/{what}/"
+        curves = self._curves.get(what, {})
+        return {name: curves[name] for name in dict.fromkeys((*self.pool, *curves)) if name in curves}
+
+    @cached_property
+    def _curves(self) -> dict[str, dict[str, Curve]]:
+        """Curves of the training log's numbers of single domains, by what they are and by domain."""
+        found: dict[str, dict[str, Curve]] = {}
         for event in self.stepped:
             for key, value in event.items():
-                if key.startswith(prefix) and _is_number(value):
-                    curves.setdefault(key.removeprefix(prefix), []).append((event["step"], value))
-        return {name: curve for name, curve in curves.items() if curve}
+                if key.startswith("dataflex/") and _is_number(value):
+                    _, what, *name = key.split("/", 2)
+                    if name:
+                        found.setdefault(what, {}).setdefault(name[0], []).append((event["step"], value))
+        return found
 
     def weight_curve(self, key: str) -> Curve:
         """Curve of "ess" (share of the sequences, 0 to 1), "p05", "p50", "p95" or "max"; empty for unit weights."""

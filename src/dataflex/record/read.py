@@ -105,15 +105,17 @@ _OPTIONAL: dict[str, dict[str, Check]] = {
 
 def _shallow(value: Any, depth: int = 0) -> Any:
     """Return a JSON value without numbers and nesting that nothing can be made of; null stands for not finite."""
-    if isinstance(value, dict | list) and depth > _DEPTH:
+    if isinstance(value, float):
+        return value if abs(value) <= _LARGEST else None
+    if isinstance(value, int):
+        return "..." if abs(value) > _LARGEST else value
+    if not isinstance(value, dict | list):
+        return value
+    if depth > _DEPTH:
         return "..."
     if isinstance(value, dict):
         return {key: _shallow(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_shallow(item, depth + 1) for item in value]
-    if isinstance(value, float):
-        return value if abs(value) <= _LARGEST else None
-    return "..." if isinstance(value, int) and abs(value) > _LARGEST else value
+    return [_shallow(item, depth + 1) for item in value]
 
 
 def sound_event(found: Any) -> tuple[Event | None, list[str]]:
