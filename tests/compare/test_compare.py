@@ -182,6 +182,7 @@ def test_a_failed_arm_does_not_lose_the_others(suite, capsys):
     assert (line["verdict"], line["pairs"], line["why"]) == ("not decided", 1, "fewer than two pairs of runs")
     assert "slow, 3 steps, seed 2 failed: exit code 1: dataflex: out of memory" in found["missing"][0]
     assert "failed" in Path("out/results.md").read_text()
+    assert "at the same compute" in Path("out/results.md").read_text()
     suite.instead = None
     assert main(["compare", path, "--commands"]) == 0
     told = capsys.readouterr().out.splitlines()[-1]

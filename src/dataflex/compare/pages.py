@@ -57,6 +57,8 @@ def results_of(results: Results) -> dict[str, Any]:
         told["command"] = each.job.line(["train", str(each.job.config)])
         runs.append({**told, "metrics": dict(each.metrics), "compute": each.compute, "passes": dict(each.passes)})
     every = [results.compared(metric, at) for metric in results.metrics for at in ("steps", "compute")]
+    short = dict.fromkeys(line["note"] for lines in every for line in lines if line.get("note"))
+    notes += [f"not compared at equal compute, {note}; name longer baseline_steps" for note in short]
     found = {
         "format": FORMAT,
         "dataflex": __version__,
@@ -158,7 +160,7 @@ def _cost_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _shown(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return metric and scale of each table that has a value."""
     pairs = dict.fromkeys((line["metric"], line["at"]) for line in found["compared"] if line["mean"] is not None)
-    reached = {(line["metric"], line["at"]) for line in found["compared"] if line.get("pairs") or line.get("note")}
+    reached = {(line["metric"], line["at"]) for line in found["compared"] if line.get("pairs")}
     return [pair for pair in pairs if pair[1] == "steps" or pair in reached]
 
 

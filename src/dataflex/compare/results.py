@@ -291,7 +291,8 @@ def evaluation_metrics(found: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of what ``dataflex eval`` wrote, by the names that suites use."""
     metrics: dict[str, Any] = {}
     if data := found.get("data"):
-        metrics |= {"loss": data["micro"]["loss"], "macro_loss": data["macro"]["loss"]}
+        metrics["loss"] = data["micro"]["loss"]
+        metrics |= {"macro_loss": data["macro"]["loss"]} if len(data["domains"]) > 1 else {}
         metrics |= {"mix_loss": data["mix"]["loss"]} if "mix" in data else {}
         for kind, part in (("loss", "sets"), ("domain_loss", "domains")):
             metrics |= {f"{kind}/{name}": values["loss"] for name, values in data[part].items()}
