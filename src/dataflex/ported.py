@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import logging
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import make_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -58,19 +60,24 @@ class _Base:
     """What stands in for their base classes."""
 
     seed = 42
-    pool: Rows | None = None
+    _pool: Rows | None = None
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        vars(self).update(zip((*_GIVEN[:3], "cache_dir"), given, strict=False), **named)
+    def __init__(self, **named: Any) -> None:
+        vars(self).update(named)
 
     def candidate_positions(self) -> list[int]:
         """Return the rows that may be chosen."""
-        return list(range(len(self.dataset))) if self.pool is None else self.pool.tolist()  # type: ignore[attr-defined]
+        return list(range(len(self.dataset))) if self._pool is None else self._pool.tolist()  # type: ignore[attr-defined]
+
+
+class _SelectorBase(_Base):
+    def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: Any) -> None:
+        super().__init__(dataset=dataset, accelerator=accelerator, data_collator=data_collator, cache_dir=cache_dir)
 
 
 class _MixerBase(_Base):
     def __init__(self, mixture_manager: Any) -> None:
-        self.mixture_manager = mixture_manager
+        super().__init__(mixture_manager=mixture_manager)
 
 
 def _registering(kind: str) -> Callable[[str], Callable[[type], type]]:
@@ -91,16 +98,16 @@ def stand_ins(file: Path) -> Iterator[str]:
     if not kinds:
         yield ""
         return
-    bases = {kind.capitalize(): _MixerBase if kind == "mixer" else _Base for kind in _CALLS}
+    bases = {kind.capitalize(): {"selector": _SelectorBase, "mixer": _MixerBase}.get(kind, _Base) for kind in _CALLS}
     content: dict[str, dict[str, Any]] = {
         "core": {},
         "core.registry": {f"register_{kind}": _registering(kind) for kind in _CALLS},
         "utils": {},
         "utils.logging": {"logger": logger},
     }
-    for kind in _CALLS:
-        base = {kind.capitalize(): bases[kind.capitalize()]}
-        content |= {f"train.{kind}": {"__path__": [], **base}, f"train.{kind}.base_{kind}": base}
+    for kind, other in itertools.product(_CALLS, repeat=2):  # one file may hold classes of several kinds
+        base = {other.capitalize(): bases[other.capitalize()]}
+        content |= {f"train.{kind}": {"__path__": [], **bases}, f"train.{kind}.base_{other}": base}
     names = {f"dataflex.{name}": named for name, named in content.items()}
     for name, named in names.items():
         sys.modules[name] = ModuleType(name)
@@ -157,7 +164,7 @@ def _problems(cls: Any) -> Iterator[str]:
             if not any(one.startswith(f"{rest}.") for one in _OF_TRAINER):
                 yield f"{text} is of their Trainer, and is not given here (of it there are {', '.join(_OF_TRAINER)})"
     parameters = list(inspect.signature(cls.__init__).parameters)
-    for each in _NOT_GIVEN:
+    for each in (*_NOT_GIVEN, *(_GIVEN if kind == "weighter" else ())):
         if each in parameters:
             yield f"__init__ takes {each}, which is not given here"
     for hook in _HOOKS:
@@ -216,8 +223,19 @@ def _wrapper(cls: Any) -> type[Method]:
         "Params": make_dataclass("Params", fields, bases=bases, frozen=True, kw_only=True),
         "__module__": cls.__module__.rpartition(".")[2],
     }
-    calls = {each: getattr(base, each) for each in ("select", "mix", "weigh") if hasattr(base, each)}  # to be watched
-    return type(cls.__name__, (base,), {**calls, **content})
+    call = {"mixer": "mix", "weighter": "weigh"}.get(kind, "select")
+    content[call] = _as_theirs(getattr(base, call), getattr(cls, _CALLS[kind]))
+    return type(cls.__name__, (base,), content)
+
+
+def _as_theirs(function: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call of ours of which errors tell the place of theirs."""
+
+    def call(*args: Any, **named: Any) -> Any:
+        return function(*args, **named)
+
+    vars(call).update(__wrapped__=theirs, __signature__=inspect.signature(function))
+    return call
 
 
 class _Ported(Method):
@@ -236,7 +254,7 @@ class _Ported(Method):
         """Return the object, with the state of a checkpoint; ``given`` is what their Trainer gives."""
         if self.object is None:
             accepted = inspect.signature(self.theirs).parameters
-            named = {**{key: value for key, value in vars(self.params).items() if key in accepted}, **given}
+            named = {**deepcopy(vars(self.params)), **given}
             self.object = self.theirs(**{key: value for key, value in named.items() if key in accepted})
             self._before = {id(value) for value in given.values()}
             vars(self.object).update(self._state)
@@ -269,7 +287,7 @@ class _Ported(Method):
             return dict(self._state)
         state, left = {}, []
         for name, value in vars(self.object).items():
-            if id(value) in self._before or name == "pool":
+            if id(value) in self._before or name == "_pool":
                 continue
             try:
                 refuse_state({name: value}, "")
@@ -320,7 +338,7 @@ class _Select(_Ported, Selector):
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         every = len(ctx.domains.domain_of)
-        self.made(**_runtime(ctx)).pool = pool if len(pool) < every else None
+        self.made(**_runtime(ctx))._pool = pool if len(pool) < every else None
         tokenizer = ctx.signals.access.tokenizer  # type: ignore[attr-defined]
         rows = np.asarray(self.asked(ctx, self.call, num_samples=budget, tokenizer=tokenizer))
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or (rows.size and not 0 <= rows.min() <= rows.max() < every):

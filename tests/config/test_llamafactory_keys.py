@@ -74,6 +74,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "best": ({"load_best_model_at_end": True, "save_strategy": "epoch"}, "load_best_model_at_end: needs save_strategy"),
     "rank-stabilized": ({"finetuning_type": "full", "use_rslora": True}, "use_rslora: works with finetuning_type lora"),
     "logging": ({"logging_steps": 0}, "logging_steps: must be above 0"),
+    "stream": ({"streaming": True, "max_steps": 9, "dynamic": None}, "dataloader_num_workers: LLaMA-Factory cuts"),
     "prefetch": ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor: needs 'dataloader_num_workers'"),
     "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau goes by"),
 }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dataflex.commands.plan import plan
 from dataflex.config.split import resolve
-from dataflex.errors import ConfigError
+from dataflex.errors import ComponentError, ConfigError
+from dataflex.testing import FakeSignals, example_context
 
 Config = Callable[..., dict[str, Any]]
 
@@ -34,6 +37,9 @@ from .base_weighter import Weighter
 
 @register_weighter("custom_weights")
 class Mine(Weighter):
+    def __init__(self{more}):
+        pass
+
     def get_weighted_loss(self, losses, *, ctx=None, model=None, inputs=None):
         {body}
         return losses.mean()
@@ -69,6 +75,7 @@ def test_the_block_is_printed(config: Config, project: Path) -> None:
         ("selector", "", "self._scores_for([], model, 0)", "self._scores_for is of their base class"),
         ("selector", ", eval_dataset=None", "pass", "__init__ takes eval_dataset"),
         ("selector", ", seen=[]", "pass", "the default of seen can be changed"),
+        ("weighter", "dataset", "pass", "__init__ takes dataset"),
         ("weighter", "", "model(inputs)", "get_weighted_loss looks at model"),
         ("weighter", "", "ctx.optimizer.step()", "ctx.optimizer.step is of their Trainer"),
     ],
@@ -76,6 +83,7 @@ def test_the_block_is_printed(config: Config, project: Path) -> None:
 def test_what_is_not_given_is_refused(
     config: Config, project: Path, kind: str, more: str, body: str, told: str
 ) -> None:
+    more = f", {more}=None" if kind == "weighter" and more else more
     text = (SELECTOR if kind == "selector" else WEIGHTER).format(more=more, body=body)
     with pytest.raises(ConfigError) as caught:
         resolve(written(project, config, kind, text), project)
@@ -96,3 +104,25 @@ def test_other_mistakes_of_a_file_are_told(config: Config, project: Path) -> Non
         with pytest.raises(ConfigError) as caught:
             resolve(written(project, config, "selector", changed, **entry), project)
         assert told in "\n".join(caught.value.problems), caught.value.problems
+
+
+def test_what_a_class_raises_is_told_with_its_own_place(config: Config, project: Path) -> None:
+    text = SELECTOR.format(more="", body="raise KeyError('lost')")
+    dynamic = resolve(written(project, config, "selector", text), project).dynamic
+    assert dynamic is not None
+    assert dynamic.selector is not None
+    signals = FakeSignals(np.zeros(8))
+    signals.access = SimpleNamespace(  # type: ignore[attr-defined]
+        model=SimpleNamespace(parameters=list),
+        train=SimpleNamespace(dataset=[]),
+        device="cpu",
+        collate=None,
+        tokenizer=None,
+    )
+    selector, ctx = dynamic.selector.build(), example_context({"a": 8}, signals=signals)
+    with pytest.raises(ComponentError) as caught:
+        selector.select(np.arange(8), 2, ctx)  # type: ignore[attr-defined]
+    told = str(caught.value)
+    line = 1 + text.splitlines().index("    def select(self, model, step_id: int, num_samples: int, **kwargs):")
+    place = f"class Mine ({project / Path(dynamic.plugins[0]).name}, line {line})"
+    assert f"select raised KeyError: 'lost': {place}" in told

@@ -24,6 +24,14 @@ CASES = {
         "dynamic": {"interval_steps": 4, "selector": {"name": "tacs", "targets": ["goal"], "learning_rate": 0.01}},
     },
     "column": {"dataset": "alpha", "dynamic": {"weighter": {"name": "column"}}},
+    "theirs": {
+        "dynamic": {
+            "plugins": [str(Path(__file__).with_name("theirs.py"))],
+            "interval_steps": 3,
+            "selector": {"name": "drawn_once", "cache_dir": "unused"},
+            "weighter": "half",
+        }
+    },
     "static": {"dataset": "alpha,beta", "disable_shuffling": False},
     "recorded": {"dataset": "alpha,beta", "disable_shuffling": False, "dynamic": {"record": True}},
     "lossweight": {"dynamic": {"weighter": {"name": "loss", "warmup_steps": 1, "r": 0.5}}},

@@ -78,7 +78,11 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
     if dynamic is None:
         if not lf.do_train:
             return []  # evaluation and prediction are LLaMA-Factory's own business
-        return told_once(lf, [*model_problems(lf), *data_sets(lf, base_dir)[1]])
+        sources, found = data_sets(lf, base_dir)
+        if lf.streaming and not lf.on("dataloader_num_workers") and any(source.path is not None for source in sources):
+            told = "LLaMA-Factory cuts a local data set that it streams into so many parts, and 0 hold no row; write 1"
+            found = [*found, f"dataloader_num_workers: {told}, or name a method"]
+        return told_once(lf, [*model_problems(lf), *found])
     skip = dynamic.on_bad_shard == "skip"
     of_stage = [*stage_problems(dynamic, lf)]
     # One mistake is reported once: with a wrong stage, data sets are not compared with the stage.
