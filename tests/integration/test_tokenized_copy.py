@@ -11,6 +11,7 @@ import pytest
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError, DataError
 from dataflex.record.read import load_plan
+from tests.integration.test_identity import same
 
 SETS = "alpha,beta,gamma,ones,held"
 BLOCK = {
@@ -206,3 +207,54 @@ def test_a_copy_of_something_else_is_told(run, data_dir, tmp_path, tiny_model):
         run("torn", **settings, dynamic=block)
     (tmp_path / "copy" / "dataflex" / "copy.json").write_text("{")
     assert "copy.json cannot be read" in problems()
+
+
+def losses(outcome):
+    return [{key: value for key, value in entry.items() if key.startswith("dataflex/loss/")} for entry in outcome.log]
+
+
+HELD_OUT = {"val_size": 0.2, "eval_strategy": "steps", "eval_steps": 3}
+
+
+@pytest.mark.parametrize("more", [{}, HELD_OUT], ids=["all", "held out"])
+def test_a_record_alone_on_a_copy_changes_nothing_and_tells_domains(run, tmp_path, tokenized, more):
+    """LLaMA-Factory makes the copy and reads it; beside it lies what the record needs at the next start."""
+    settings = {**SHORT, "dataset": "alpha,beta,gamma", "disable_shuffling": False, **more}
+    record = {"record": True}
+    without = run("no copy", **settings, dynamic=record)
+    for start in ("first", "second"):
+        tokenized.count = 0
+        stock = run(f"stock {start}", **settings, tokenized_path=str(tmp_path / "stock"))
+        recorded = run(f"recorded {start}", **settings, tokenized_path=str(tmp_path / "recorded"), dynamic=record)
+        same(stock, recorded)
+        assert (tokenized.count > 0) == (start == "first")
+        assert losses(recorded) == losses(without)
+        assert set().union(*losses(recorded)) >= {"dataflex/loss/alpha", "dataflex/loss/beta"}
+        assert started(recorded) == started(without)
+        assert measured(recorded) == measured(without)
+    by_column = {**record, "domain_column": "source"}
+    read = run("column", **settings, tokenized_path=str(tmp_path / "recorded"), dynamic=by_column)
+    assert losses(read) == losses(run("plain column", **settings, dynamic=by_column))
+    bare = run("bare", **settings, tokenized_path=str(tmp_path / "stock"), dynamic=record)  # who made it said nothing
+    same(stock, bare)
+    assert set().union(*losses(bare)) == {"dataflex/loss/all"}
+    dynamic = run("dynamic", **settings, tokenized_path=str(tmp_path / "recorded"), dynamic={"mixer": "uniform"})
+    assert served(dynamic) == served(run("plain dynamic", **settings, dynamic={"mixer": "uniform"}))
+
+
+def test_a_record_alone_reads_a_copy_that_a_mixture_made(run, tmp_path):
+    settings = {**SHORT, "dataset": "alpha,beta"}
+    run("makes", **settings, tokenized_path=str(tmp_path / "copy"), dynamic={"mixer": "uniform"})
+    recorded = run("reads", **settings, tokenized_path=str(tmp_path / "copy"), dynamic={"record": True})
+    same(run("stock", **settings), recorded)
+    assert losses(recorded) == losses(run("plain", **settings, dynamic={"record": True}))
+
+
+def test_a_record_alone_of_a_stream_is_refused_with_the_way_out(run, tmp_path):
+    mapping = run.mapping("x", **SHORT, dataset="alpha,beta", streaming=True, dynamic={"record": True})
+    with pytest.raises(ConfigError, match=r"streaming: .* no number to tell their domain by.*'selector: all'"):
+        resolve(mapping, tmp_path)
+    out = run("all", **SHORT, dataset="alpha,beta", streaming=True, dynamic={"selector": "all"})
+    rows_at_once = run("record", **SHORT, dataset="alpha,beta", dynamic={"record": True})
+    same(rows_at_once, out)
+    assert losses(out) == losses(rows_at_once) != []

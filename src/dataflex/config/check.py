@@ -162,7 +162,10 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     if dynamic.stock:
         if lf.streaming:
-            yield "streaming: rows of a stream have no number to tell their domain by; remove it or 'record'"
+            yield (
+                "streaming: rows of LLaMA-Factory's stream have no number to tell their domain by; remove it, or write "
+                "'selector: all' instead of 'record', which streams every row epoch by epoch and records it"
+            )
         return
     yield from _streaming_problems(dynamic, lf)
     yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))

@@ -29,7 +29,7 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.copies import SIDECAR, differences, made_of, told, with_hashes
 from dataflex.errors import DataError
 from dataflex.signals.identity import tokenizer_identity
-from dataflex.state import refusals
+from dataflex.state import refusals, replacing
 from dataflex.train.row_space import Measures
 
 logger = logging.getLogger(__name__)
@@ -150,38 +150,51 @@ class TokenizedCopy:
                 aside = self._parts / "whole"
                 shutil.rmtree(aside, ignore_errors=True)
                 DatasetDict({"train": copied.train, **held, **evaluation}).save_to_disk(aside)
-                folder = (aside / SIDECAR).parent
-                folder.mkdir()
-                np.savez(
-                    folder / "rows.npz",
-                    source_of=copied.source_of,
-                    held_source_of=copied.held_source_of,
-                    lengths=copied.measures.lengths,
-                    supervised=copied.measures.supervised,
-                )
-                tables = {"columns": copied.columns, "held_columns": copied.held_columns}
-                for name, dataset in tables.items():
-                    table = None if dataset is None else dataset.data.table
-                    _write_table(folder / f"{name}.parquet", table)
-                documents = copied.documents_per_row
-                about = {
-                    "format": _FORMAT,
-                    "made_of": self._made_of,
-                    "names": copied.names,
-                    "rows": len(copied.train),
-                    "holds_out": copied.held is not None,
-                    "fingerprint": copied.measures.fingerprint,
-                    "documents_per_row": None if documents is None else documents.tolist(),
-                    "columns": [] if copied.columns is None else copied.columns.column_names,
-                    "files": _sizes(aside),
-                }
-                (aside / SIDECAR).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+                self._describe(aside, copied)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 if self.path.is_dir():
                     self.path.rmdir()  # it is empty
                 os.replace(aside, self.path)
                 shutil.rmtree(self._parts)
         comm.barrier()
+
+    def annotate(self, copied: Copied) -> None:
+        """Describe rows that LLaMA-Factory has written itself."""
+        if comm.rank() == 0:
+            with refusals(self.path, DataError, key="tokenized_path"):
+                with_hashes(self._made_of)
+                self._describe(self.path, copied)
+        comm.barrier()
+
+    def _describe(self, rows: Path, copied: Copied) -> None:
+        """Write what is known of the rows in a folder beside them."""
+        folder = (rows / SIDECAR).parent
+        folder.mkdir(exist_ok=True)
+        np.savez(
+            folder / "rows.npz",
+            source_of=copied.source_of,
+            held_source_of=copied.held_source_of,
+            lengths=copied.measures.lengths,
+            supervised=copied.measures.supervised,
+        )
+        tables = {"columns": copied.columns, "held_columns": copied.held_columns}
+        for name, dataset in tables.items():
+            table = None if dataset is None else dataset.data.table
+            _write_table(folder / f"{name}.parquet", table)
+        documents = copied.documents_per_row
+        about = {
+            "format": _FORMAT,
+            "made_of": self._made_of,
+            "names": copied.names,
+            "rows": len(copied.train),
+            "holds_out": copied.held is not None,
+            "fingerprint": copied.measures.fingerprint,
+            "documents_per_row": None if documents is None else documents.tolist(),
+            "columns": [] if copied.columns is None else copied.columns.column_names,
+            "files": _sizes(rows),
+        }
+        with replacing(rows / SIDECAR) as file:
+            file.write((json.dumps(about, indent=1) + "\n").encode())
 
     def read(self) -> Copied:
         """Return the whole, rows mapped into memory.

@@ -122,13 +122,14 @@ class DataLoading:
         """Load training and evaluation rows."""
         loader, stock = self._loader, self._config.stock
         args, names = loader.data_args, self._names
-        if args.tokenized_path is not None and not loader.written.bare_copy and not stock:
+        there = loader.written.tokenized
+        if args.tokenized_path is not None and not loader.written.bare_copy and (there or not stock):
             return self._module_of_copy(Path(args.tokenized_path))
-        if args.tokenized_path is None and len(names) > 1:
-            if stock:
-                return self._merged()
+        if stock and not there:
+            return self._merged()
+        if not there and len(names) > 1:
             return self._load_each([loader.training(name) for name in names])
-        module = loader.numbered() if stock and not loader.written.tokenized else loader.stock()
+        module = loader.stock()
         if args.tokenized_path is not None:
             if args.eval_dataset is not None:
                 module["eval_dataset"] = loader.evaluation()
@@ -140,19 +141,54 @@ class DataLoading:
         return module
 
     def _merged(self) -> dict[str, Any]:
-        """Load several training sets as LLaMA-Factory merges them, and find out the source of each row."""
-        loader = self._loader
+        """Load training sets as LLaMA-Factory merges them, and find out the source of each row.
+
+        A tokenized copy that LLaMA-Factory makes of them is described, so that the next start knows the same.
+        """
+        loader, path = self._loader, self._loader.data_args.tokenized_path
+        copy = None if path is None else TokenizedCopy(Path(path), loader.written, loader.tokenizer_module["tokenizer"])
         module = loader.numbered()
-        if not loader.numbers:
+        if len(self._names) == 1:
+            self._source_of = np.zeros(len(module["train_dataset"]), dtype=np.int32)
+        elif not loader.numbers:
             self._names, self._source_of = ["all"], np.zeros(len(module["train_dataset"]), dtype=np.int32)
             return module
+        else:
+            self._find_sources()
+        if copy is not None and loader.data_args.mix_strategy == "concat":
+            self._describe(copy, module)
+        return module
+
+    def _find_sources(self) -> None:
+        """Find out the source of each row from the numbers of the raw rows."""
+        loader = self._loader
         ends = np.cumsum([len(origin.raw) for origin in loader.origins[: len(self._names)]])
         names, numbers = np.array(self._names, dtype=object), loader.numbers
         if "test" in numbers and loader.test_size:
             self._held_sources = names[np.searchsorted(ends, numbers["test"], side="right")].tolist()
         there, which = np.unique(np.searchsorted(ends, numbers["train"], side="right"), return_inverse=True)
         self._names, self._source_of = names[there].tolist(), which.astype(np.int32)  # the others have no rows left
-        return module
+
+    def _describe(self, copy: TokenizedCopy, module: Mapping[str, Any]) -> None:
+        """Describe a copy that LLaMA-Factory has made."""
+        loader, train = self._loader, module["train_dataset"]
+
+        held = module.get("eval_dataset") if loader.test_size else None
+        copy.annotate(
+            Copied(
+                names=self._names,
+                train=train,
+                source_of=self._source_of,
+                measures=measure(train),
+                documents_per_row=None,
+                columns=_dataset(self._copied_columns(loader.raw_rows(), len(train))),
+                held=held,
+                held_source_of=np.array([self._names.index(k) for k in self._held_sources or ()], dtype=np.int32),
+                held_columns=_dataset(
+                    None if held is None else self._copied_columns(loader.raw_rows(held_out=True), len(held))
+                ),
+            )
+        )
 
     def _module_of_copy(self, path: Path) -> dict[str, Any]:
         """Load a tokenized copy, made first where it is not there; named evaluation rows are loaded beside it."""
@@ -178,18 +214,8 @@ class DataLoading:
 
     def _make_copy(self, copy: TokenizedCopy) -> None:
         """Tokenize the data sets one by one, keep each that is finished, and write the copy."""
-        loader, names, asked = self._loader, self._names, [*self._config.columns, FILE_COLUMN]
+        loader, names, columns_of = self._loader, self._names, self._copied_columns
         copy.begin()
-
-        def columns_of(raw: RawRows, num_rows: int) -> pa.Table | None:
-            """Return raw columns in the order of the rows, where each raw row became one."""
-            if len(raw.rows) != num_rows or loader.data_args.packing:
-                return None
-            table = scalar_columns(concatenate_datasets(list(raw.parts)), asked).take(raw.rows)
-            if FILE_COLUMN in table.column_names:  # numbers mean nothing in another process
-                files = pa.array(loader.files).take(table.column(FILE_COLUMN).combine_chunks())
-                table = table.set_column(table.column_names.index(FILE_COLUMN), FILE_COLUMN, files)
-            return table
 
         def part(name: str) -> Part:
             rows, origin = loader.training(name), loader.origins[-1]
@@ -221,13 +247,27 @@ class DataLoading:
                 source_of=self._source_of,
                 measures=measure(train),
                 documents_per_row=documents,
-                columns=None if columns is None else Dataset(columns),
+                columns=_dataset(columns),
                 held=held,
                 held_source_of=np.array([names.index(name) for name in self._held_sources or ()], dtype=np.int32),
-                held_columns=None if held_columns is None else Dataset(held_columns),
+                held_columns=_dataset(held_columns),
             ),
             {f"validation_{name}".rstrip("_"): rows for name, rows in evaluation.items()},
         )
+
+    def _copied_columns(self, raw: RawRows, num_rows: int) -> pa.Table | None:
+        """Return raw columns in the order of ``num_rows`` rows, where each raw row became one."""
+        if len(raw.rows) != num_rows or self._loader.data_args.packing:
+            return None
+        asked = [*self._config.columns, FILE_COLUMN]
+        table = joined_columns([scalar_columns(part, asked) for part in raw.parts])
+        if table is None:
+            return None
+        table = table.take(raw.rows)
+        if FILE_COLUMN in table.column_names:  # numbers mean nothing in another process
+            files = pa.array(self._loader.files).take(table.column(FILE_COLUMN).combine_chunks())
+            table = table.set_column(table.column_names.index(FILE_COLUMN), FILE_COLUMN, files)
+        return table
 
     def _raw_rows(self, *, held_out: bool = False) -> RawRows:
         """Return the raw rows of the training rows, or of those held out; of a copy those columns that it keeps."""
@@ -432,3 +472,7 @@ class DataLoading:
 def _check_labels(raw: RawRows, name: str, labels: NDArray[Any]) -> None:
     wanted = "every row's must be text, the domain's name"
     raw.check("dynamic.domain_column", name, labels, (unusable_labels(labels), wanted))
+
+
+def _dataset(table: pa.Table | None) -> Dataset | None:
+    return None if table is None else Dataset(table)
