@@ -40,6 +40,12 @@ EXTENDED = {
     "dataset": "beta,alpha",
     "dynamic": {"on_change": "extend", "mixer": {"name": "static", "proportions": [0.5, 0.5]}},
 }
+STREAMED = {
+    "dataset": "alpha,shards",
+    "streaming": True,
+    "dataloader_num_workers": 2,
+    "dynamic": {"mixer": {"name": "static", "proportions": [0.5, 0.5]}, "on_bad_shard": "skip"},
+}
 MAX_STEPS = 8
 
 
@@ -94,6 +100,13 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
         for path, given in {name: {}, f"{name}-resumed": again}.items():
             configs.append(folder / f"{path}.json")
             configs[-1].write_text(json.dumps(runner.mapping(path, **rarely, **given)))
+    streamed = {**settings("stock", 1), **STREAMED, "dataset_dir": str(with_shards(folder / "data", data_dir))}
+    single["streamed"] = runner("one-streamed", **streamed)
+    at_three = str(single["streamed"].folder / "checkpoint-3")
+    streamed |= settings("stock", 2)
+    for name, more in {"two-streamed": {}, "two-streamed-on": {"resume_from_checkpoint": at_three}}.items():
+        configs.append(folder / f"{name}.json")
+        configs[-1].write_text(json.dumps(runner.mapping(name, **streamed, **more)))
     two_ranks(configs)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
@@ -102,6 +115,31 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     single["extended"] = runner("one-extended", **changed)
     double = {path.stem: Outcome(folder / path.stem) for path in map(Path, configs)}
     return single, double
+
+
+def with_shards(folder, data_dir):
+    """Data set alpha, and three shards of beta in a folder, of which the second is cut off."""
+    (folder / "shards").mkdir(parents=True)
+    lines = (data_dir / "beta.jsonl").read_text().splitlines(keepends=True)
+    for shard in range(3):
+        text = "".join(lines[shard * 7 : shard * 7 + 7])
+        (folder / "shards" / f"{shard}.jsonl").write_text(text[:-9] if shard == 1 else text)
+    info = {"alpha": {"file_name": str(data_dir / "alpha.jsonl")}, "shards": {"file_name": "shards"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_shards_of_a_stream_over_ranks_and_workers(results):
+    """One process without and two with two workers each: the same rows, the same shard left out, resumed by both."""
+    single, double = results
+    one, two, on = single["streamed"], double["two-streamed"], double["two-streamed-on"]
+    for outcome in (one, two, on):
+        space = outcome.events[0]["row_space"]
+        assert space["sources"] == {"alpha": 40, "shards": 14}
+        assert [line.split(" ")[1].rsplit("/", 1)[1] for line in space["bad_shards"]["shards"]] == ["1.jsonl"]
+    assert rows_of(two) == rows_of(one)
+    np.testing.assert_allclose(two.series(), one.series(), rtol=1e-5)
+    np.testing.assert_allclose(on.series()[-5:], one.series()[-5:], rtol=1e-5)
 
 
 def rows_of(outcome):

@@ -286,3 +286,27 @@ def test_two_shards_of_which_one_number_is_missing():
 
     assert missing_shards(["a/x-0-of-3.json", "a/x-2-of-3.json", "b/x-0-of-1.json", "c.json"]) == ["a/x-1-of-3.json"]
     assert missing_shards(["t-00001-of-00002.parquet", "t-00002-of-00002.parquet"]) == []  # counted from 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_mixture_of_a_stream_changes_on_resume(run, corpus, packing):
+    """The rest of a run under other proportions is that of a run whose rows were tokenized beforehand."""
+    base = settings(corpus, packing=packing, save_strategy="steps", save_steps=4)
+    changed = {"mixer": {"name": "static", "proportions": [1, 3]}, "on_change": "extend"}
+    rest = {}
+    for name, streaming in (("plain", None), ("served", True)):
+        begun = run(name, **base, streaming=streaming, dynamic=MIX)
+        at = str(begun.folder / "checkpoint-4")
+        rest[name] = run(f"{name}-on", **base, streaming=streaming, dynamic=changed, resume_from_checkpoint=at)
+    same(rest["plain"], rest["served"])
+    counts = [entry["dataflex/sequences/parquet"] for entry in rest["served"].log]
+    assert counts[-1] - counts[-5] == 6  # of the last eight rows
+
+
+def test_shards_are_served_by_workers_as_without(run, corpus):
+    """Four shards and three, read by no worker and by two."""
+    outcomes = [
+        run(f"w{count}", **settings(corpus), streaming=True, dataloader_num_workers=count, dynamic=MIX)
+        for count in (0, 2)
+    ]
+    same(*outcomes)

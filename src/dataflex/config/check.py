@@ -202,7 +202,10 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
     if lf.stage not in ("pt", "sft"):
         yield f"streaming: rows of stage {lf.stage} are not tokenized one by one; remove it"
     if lf.tokenized_path:
-        yield "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path); remove one"
+        yield (
+            "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path), and one is mapped "
+            "into memory, not read into it; remove one of the two"
+        )
     if dynamic.requires.token_weights is not None:
         yield "streaming: weights of turns and tokens are not read from streamed rows; remove it"
     if dynamic.leakage != "warn" and dynamic.targets:
