@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dataflex.record.chosen import CHOSEN, chosen_notes, chosen_table, raw_rows
+from dataflex.record.chosen import CHOSEN, ROWS, chosen_notes, chosen_table, raw_rows
 from tests.conftest import WORDS
 
 SELECTION = {"max_steps": 8, "dynamic": {"warmup_steps": 2, "interval_steps": 2, "selector": {"name": "longest"}}}
@@ -56,8 +56,13 @@ def test_planted_rows_are_told_with_lines_though_rows_were_dropped_and_held_out(
     assert chosen_notes(table)["decisions"][0]["prefers"] == "high"
     assert pq.read_table(left.folder / "dataflex" / CHOSEN).equals(table)
     written = (left.folder / "dataflex" / CHOSEN).read_bytes()
+    rows = (left.folder / "dataflex" / ROWS).stat()
     run("run", **given, **SELECTION, resume_from_checkpoint=str(left.folder / "checkpoint-3"))
     assert (left.folder / "dataflex" / CHOSEN).read_bytes() == written
+    assert (left.folder / "dataflex" / ROWS).stat() == rows  # what is known before training is not written again
+    (planted / "pool.jsonl").touch()  # and may be another file: lines are looked up again
+    run("run", **given, **SELECTION, resume_from_checkpoint=str(left.folder / "checkpoint-3"))
+    assert (left.folder / "dataflex" / ROWS).stat().st_mtime_ns > rows.st_mtime_ns
 
 
 def test_packed_rows_and_several_sets_and_weights(run, tiny_model):

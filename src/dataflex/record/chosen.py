@@ -32,6 +32,7 @@ CHOSEN = "chosen.parquet"
 """The table of chosen rows as of its last writing, beside the events."""
 
 _KEY = b"dataflex"
+_IDENTITY = b"identity"
 _FORMAT = 1
 _CELLS = 1 << 24  # values of the columns of single decisions together
 _DECISIONS = 256  # decisions that have columns of their own
@@ -118,9 +119,14 @@ class Pool(Protocol):
         """Number of rows."""
 
 
-def write_rows(folder: Path, space: Pool) -> None:
-    """Write ``rows.parquet``; the files of the rows are read through once, for their lines and their identity."""
-    origins, domains = space.origins, space.domains
+def write_rows(folder: Path, space: Pool) -> bool:
+    """Write ``rows.parquet``; the files of the rows are read through once, for their lines and their identity.
+
+    Return False where it is there already, of an earlier start with the same rows.
+    """
+    origins, domains, identity = space.origins, space.domains, _identity(space)
+    if identity and _written(folder / ROWS) == identity:
+        return False
     if origins is None:  # of a loop of one's own: its domains are its data sets
         origins = Origins(
             sources=[Source(name=name) for name in domains.names],
@@ -155,7 +161,33 @@ def write_rows(folder: Path, space: Pool) -> None:
             for source in origins.sources
         ],
     }
-    _write(folder / ROWS, pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(plain(told), sort_keys=True)}))
+    metadata = {_KEY: json.dumps(plain(told), sort_keys=True), _IDENTITY: identity}
+    _write(folder / ROWS, pa.table(arrays).replace_schema_metadata(metadata))
+    return True
+
+
+def _identity(space: Pool) -> str:
+    """Return a hash of what the table of rows is made of; empty where that would take as long as the table."""
+    columns = {name: np.asarray(values) for name, values in space.columns.items()}
+    if any(values.dtype.kind not in "biuf" for values in columns.values()):
+        return ""
+    sources = space.origins.sources if space.origins is not None else ()
+    try:
+        states = [(path, path.stat()) for source in sources for path in source.paths]
+    except OSError:
+        return ""
+    files = [(str(path), state.st_size, state.st_mtime_ns) for path, state in states]
+    named = repr((_FORMAT, space.fingerprint, files, space.domains.names, list(columns)))
+    arrays = (np.ascontiguousarray(each).tobytes() for each in (space.domains.domain_of, *columns.values()))
+    return blake2b(named.encode(), *arrays).hex()
+
+
+def _written(path: Path) -> str:
+    """Return that hash as an earlier start wrote it, empty where there is none."""
+    try:
+        return str((pq.read_schema(path).metadata or {}).get(_IDENTITY, b"").decode())
+    except (OSError, ValueError):
+        return ""
 
 
 def _same_as(keys: NDArray[np.uint64]) -> Rows:

@@ -80,6 +80,8 @@ _PLANS = 1024
 """Intervals whose arrays are all stored; of later ones fewer and fewer."""
 _SHARE = 0.01
 """Largest share of the time that goes into writing the table of chosen rows."""
+_SECONDS_PER_ROW = 1e-6
+"""About what that takes, where it was not measured yet."""
 
 
 def _happens_again(event: Mapping[str, Any], step: int, plan_in_progress: int | None) -> bool:
@@ -230,8 +232,11 @@ class RunRecorder:
         with self._clock.phase("record"):
             if moved is not None:
                 write_moved(self.directory, moved[0], space.fingerprint, moved[1])
-            write_rows(self.directory, space)
-        self.refresh(now=True)
+            new = write_rows(self.directory, space)
+        if new or not (self.directory / CHOSEN).is_file():
+            self.refresh(now=True)
+        else:  # a resumed run: what an earlier start wrote will do until training has gone on for a while
+            self._refreshed = (perf_counter(), space.num_rows * _SECONDS_PER_ROW)
 
     def refresh(self, *, now: bool = False) -> None:
         """Write the table of chosen rows, unless that would take more than a hundredth of the time; ``now``: anyway."""
