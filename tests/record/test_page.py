@@ -317,6 +317,7 @@ def test_a_domain_whose_loss_is_noisy_is_not_judged(tmp_path):
 
 def test_what_was_forecast_is_beside_what_it_took(tmp_path):
     passes = {"training": {"forward": 160, "backward": 160}, "selector loss": {"forward": 240, "backward": 0.0}}
+    passes["mixer odm"] = {"forward": 0.0, "backward": 0.0}
     start = line(
         "run_started",
         row_space={"domains": {"a": 99}},

@@ -117,4 +117,5 @@ def _passes(run: Run, forecast: Mapping[str, tuple[float | None, float | None]])
     return [
         [label, *forecast.get(label, (None, None)), *done.get(label, [None, None, "not counted in the record"])]
         for label in {**done, **forecast}
+        if label in done or any(forecast[label]) or None in forecast[label]
     ]
