@@ -223,6 +223,14 @@ def test_what_a_run_does_not_have_is_told(field: str, kind: str, stated: Any, ru
             {"selector": {"name": "less", "targets": ["t"], "sketch_size": 64}},
             "dynamic.selector.sketch_size: has no effect beside dynamic.signals.budget",
         ),
+        (
+            {"selector": {"name": "greats", "targets": ["t"], "target_rows": 4}, "candidate_batches": 2},
+            "dynamic.selector.target_rows: has no effect beside dynamic.signals.budget",
+        ),
+        (
+            {"selector": {"name": "opus", "targets": ["t"], "interaction": "learning_rate"}, "candidate_batches": 2},
+            "the opus selector, with an interaction that needs the size of gradients, has no scores",
+        ),
         ({"signals": {"budget": 0.0}}, "budget: must be above 0"),
         ({"signals": {"budget": 1e4}}, "budget: must be at most 1000"),
     ],
@@ -238,6 +246,9 @@ def test_a_budget_is_for_what_training_steps_give(
 def test_a_budget_needs_steps_that_score_rows(config: Config, project: Path) -> None:
     block = {"selector": "loss", "interval_steps": 5, "signals": {"budget": 0.1}}
     assert problems(config(dynamic=block), project) == []
+    for name in ("greats", "opus"):
+        selector = {"name": name, "targets": ["t"]}
+        assert problems(config(dynamic={**block, "selector": selector, "candidate_batches": 2}), project) == []
     found = problems(config(stage="dpo", dynamic=block), project)
     assert any("in the steps of stages pt and sft, not of dpo" in line for line in found), found
     found = problems(config(enable_liger_kernel=True, label_smoothing_factor=0.1, dynamic=block), project)
@@ -258,8 +269,21 @@ def test_a_budget_needs_steps_that_score_rows(config: Config, project: Path) -> 
         ),
         ({"stage": "dpo"}, "dynamic.ledger: rows are seen in the steps of stages pt and sft, not of dpo"),
         ({"optim": "adafactor"}, "not under the run's optimizer (optim: adafactor)"),
-        ({"fsdp": "full_shard"}, "dynamic.ledger: needs whole parameters, and fsdp partitions them"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed: it keeps gradients in partitions of its own"),
+        ({"fsdp": "full_shard"}, "dynamic.ledger: needs parameters that keep their shapes, and fsdp partitions them"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "and DeepSpeed ZeRO-3 partitions them"),
+        ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "deepspeed: the ledger reads what ZeRO-1 and 2 step"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
+            "deepspeed: the ledger does not read gradients that are offloaded",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 1}}, "bf16": True},
+            "deepspeed: ZeRO-1 with bf16 has an optimizer of its own",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}}, "optim": "sgd"},
+            "deepspeed: the ledger reads Adam's moments of DeepSpeed, not SGD's",
+        ),
     ],
 )
 def test_a_ledger_is_for_what_it_can_split(changes: dict[str, Any], told: str, config: Config, project: Path) -> None:
@@ -271,6 +295,11 @@ def test_a_ledger_is_for_what_it_can_split(changes: dict[str, Any], told: str, c
 def test_a_ledger_needs_no_method_and_a_mixer_turns_it_on(config: Config, project: Path) -> None:
     assert problems(config(dynamic={"ledger": {"targets": ["t"]}}), project) == []
     assert problems(config(optim="sgd", dynamic={"ledger": {"targets": ["t"]}}), project) == []
+    for engine in (
+        {"deepspeed": {"zero_optimization": {"stage": 2}}},
+        {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}},
+    ):
+        assert problems(config(**engine, dynamic={"ledger": {"targets": ["t"]}}), project) == []
     block = {"mixer": {"name": "ledger", "targets": ["t"]}, "interval_steps": 5}
     dynamic = resolve(config(dynamic=block), project).dynamic
     assert dynamic is not None

@@ -97,6 +97,31 @@ def test_listening_changes_nothing(run, monkeypatch):
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("name", ["greats", "opus"])
+def test_candidates_are_picked_by_predicted_products(run, monkeypatch, name):
+    """No pass is made over candidates: what is known of them was seen in training steps, and of others predicted."""
+    from dataflex.record.read import load_plan
+    from dataflex.signals.kinds import GradientProducts
+    from dataflex.train import in_run
+
+    def asked(self, access, sweep):
+        raise AssertionError("a pass over candidates")
+
+    monkeypatch.setattr(GradientProducts, "together", asked)
+    monkeypatch.setattr(in_run, "rank_correlation", lambda a, b: (0.5, 1.0))  # so that predictions choose
+    selector = {"name": name, "targets": ["goal", "held"]}
+    settings = {**SETTINGS, "max_steps": 16, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    outcome = run("picked", **settings, dynamic=block(selector, candidate_batches=2))
+    told = decisions(outcome)
+    assert len(told) == 2
+    assert "6 of 16 rows by joint influence on goal, held" in told[0]["reason"], told
+    assert "2 rows drawn uniformly" in told[0]["reason"]
+    assert "8 of 16 rows by joint influence" in told[1]["reason"]
+    for event in told:
+        rows = load_plan(outcome.folder, event["interval"]).rows
+        assert len(np.unique(rows)) == 8, "candidates, each once"
+
+
 @pytest.mark.parametrize("selector", [LESS, "grad_norm"])
 def test_a_resumed_run_is_as_if_never_stopped(run, monkeypatch, selector):
     from dataflex.record.read import load_plan

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from dataflex.errors import ConfigError
 from dataflex.record.read import load_plan
 
 COLOURS = ("red", "green", "blue")
@@ -129,6 +130,28 @@ def test_a_swapped_picture_changes_the_scores_of_its_row_alone(run, eyes, select
     if "targets" in selector:  # equal words, but only the target's own pictures are those of training rows
         leaks = [space["leaks"]["goal"] for space in spaces]
         assert [leak["training_rows"] for leak in leaks] == [3, 3]
+
+
+def test_pictures_within_a_budget_and_a_ledger(run, eyes):
+    block = {
+        "domain_column": "kind",
+        "interval_steps": 2,
+        "selector": {"name": "less", "targets": ["goal"]},
+        "signals": {"budget": 3.0},
+        "max_repeats": None,
+        "ledger": {"targets": ["goal"]},
+    }
+    settings = {**eyes, "max_steps": 6, "learning_rate": 3e-3, "dataset": "pictures"}
+    outcome = run("within", **settings, dynamic=block)
+    told = [event["reason"] for event in outcome.events if event["event"] == "planned"]
+    assert len(told) == 3
+    assert all("correlation" in reason for reason in told[1:]), told
+    account = [event for event in outcome.events if event["event"] == "credited"][-1]["targets"]["goal"]
+    assert abs(account["unexplained"]) < 0.02 * abs(account["now"] - account["before"])
+    assert abs(account["others"]["other"]) < 1e-5
+    for method in ({**block, "ledger": None}, {"ledger": block["ledger"]}):
+        with pytest.raises(ConfigError, match="asks for gradients by row, and an image encoder runs on patches"):
+            run("trained", **settings, freeze_vision_tower=False, dynamic=method)
 
 
 def test_pictures_in_a_mixture_with_weights(run, eyes):

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataflex.train import in_run
-from dataflex.train.in_run import InRun, Newest, Observations, centred, levels
+from dataflex.signals.kinds import GradientProducts
+from dataflex.train import in_run, observations
+from dataflex.train.in_run import InRun
+from dataflex.train.observations import Newest, Observations, centred, levels
 
 
 def numbered(steps, passes=(), goals=()):
@@ -64,6 +66,7 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
     mean = 2.0 * sketches[1:].mean(axis=0)
     run = SimpleNamespace(
         spec=SimpleNamespace(normalize=normalize),
+        products=False,
         space=SimpleNamespace(num_rows=10),
         aims=mean[None] / np.linalg.norm(mean),
         _firsts=np.array([10, 13]),
@@ -83,8 +86,51 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
     np.testing.assert_allclose(found, np.array(wanted) / lengths, rtol=1e-9)
 
 
+def test_products_of_rows_are_those_of_their_predicted_gradients():
+    """Rows 0 and 1 have gradients alike, 2 goes the other way, 3 has no supervised token; two targets, one value."""
+    rng = np.random.default_rng(7)
+    base, aims = rng.normal(size=300), np.linalg.qr(rng.normal(size=(300, 2)))[0].T
+    sketches = np.stack([base, base + 0.1 * rng.normal(size=300), -base, rng.normal(size=300)])
+    run = SimpleNamespace(
+        spec=SimpleNamespace(normalize=False),
+        space=SimpleNamespace(num_rows=4),
+        products=True,
+        seed=3,
+        targets=("a", "b"),
+        asked=("norm",),
+        aims=aims,
+        _firsts=np.array([4, 5, 6]),
+        _own=np.zeros(2),
+        _aimed_at=0,
+    )
+    seen = Observations(
+        rows=np.arange(4),
+        intervals=np.zeros(4, int),
+        steps=np.zeros(4, int),
+        sketches=sketches,
+        values=np.ones((4, 1)),
+        unbiased=np.ones(4, bool),
+        pilots=np.zeros(4, bool),
+    )
+    run._predicted = InRun._of(run, seen)
+    assert run._predicted.shape == (4, 2 + 1 + in_run._GRAM)
+    run._predicted[3] = np.nan
+    signal = GradientProducts(targets=("b", "a"), precondition="none")
+    scores, gram = signal.split(InRun.answer(run, signal, np.arange(4)))
+    np.testing.assert_allclose(scores[:3], (sketches @ aims.T)[:3, ::-1], rtol=1e-5)
+    exact, size = sketches[:3] @ sketches[:3].T, base @ base
+    assert np.abs(gram[:3, :3] - exact).max() < 5 * size / in_run._GRAM**0.5
+    assert np.array_equal(np.sign(gram[:3, :3]), np.sign(exact))
+    np.testing.assert_array_equal(gram[:3, :3], gram[:3, :3].T)
+    assert np.isnan(gram[3]).all()
+    assert np.isnan(gram[:, 3]).all()
+    run.products = False
+    run._predicted = run._predicted[:, :3]
+    assert InRun.answer(run, signal, np.arange(4)) is None, "the model is asked"
+
+
 def test_the_newest_of_each_row_is_kept_and_no_more_than_fit(monkeypatch):
-    monkeypatch.setattr(in_run, "_KEPT_NUMBERS", 8)
+    monkeypatch.setattr(observations, "_KEPT_NUMBERS", 8)
     old = Newest(
         rows=np.array([3, 1, 3]), steps=np.array([0, 0, 1]), values=np.array([[0.0, 0], [1, 1], [2, 2]])
     ).and_()

@@ -30,7 +30,7 @@ from dataflex.config.data import (
 )
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.mappings import shown
-from dataflex.config.needs import optimizer_without_moments, unmet
+from dataflex.config.needs import FSDP2, optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
@@ -140,15 +140,37 @@ def stage_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str
 def partitioned_by(lf: LlamaFactoryArgs) -> str:
     """Return what partitions the parameters, or an empty string."""
     if lf.fsdp:
-        return "fsdp"
-    config = lf.deepspeed
+        config = _mapping(lf.fsdp_config)
+        return FSDP2 if str(config.get("fsdp_version", config.get("version"))) == "2" else "fsdp"
+    return "DeepSpeed ZeRO-3" if _zero(lf).get("stage") == 3 else ""
+
+
+def _mapping(config: Any) -> Mapping[str, Any]:
+    """Return a configuration that is a mapping or names a JSON file; empty where it is neither."""
     if isinstance(config, str) and Path(config).is_file():
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
         except ValueError:
-            return ""
-    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
-    return "DeepSpeed ZeRO-3" if isinstance(zero, Mapping) and zero.get("stage") == 3 else ""
+            return {}
+    return config if isinstance(config, Mapping) else {}
+
+
+def _zero(lf: LlamaFactoryArgs) -> Mapping[str, Any]:
+    return _mapping(_mapping(lf.deepspeed).get("zero_optimization"))
+
+
+def _unsplit(lf: LlamaFactoryArgs) -> str:
+    """Return what a ledger cannot account for under DeepSpeed's settings, or an empty string; ZeRO-3 is told apart."""
+    zero = _zero(lf)
+    if zero.get("stage") not in (1, 2, 3):
+        return "the ledger reads what ZeRO-1 and 2 step, and this is neither; set zero_optimization.stage to 1 or 2"
+    if zero.get("offload_optimizer"):
+        return "the ledger does not read gradients that are offloaded; remove offload_optimizer, or the ledger"
+    if zero["stage"] == 1 and lf.on("bf16"):
+        return "ZeRO-1 with bf16 has an optimizer of its own, which the ledger does not read; use ZeRO-2"
+    if (lf.optim or "").startswith("sgd"):
+        return "the ledger reads Adam's moments of DeepSpeed, not SGD's; use AdamW, or plain data parallelism"
+    return ""
 
 
 def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
@@ -169,8 +191,13 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
         return
     yield from _streaming_problems(dynamic, lf)
     yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
-    if dynamic.ledger is not None and lf.deepspeed:
-        yield "deepspeed: it keeps gradients in partitions of its own, which the ledger cannot account for; remove one"
+    if dynamic.ledger is not None and lf.deepspeed and not lf.fsdp and (reason := _unsplit(lf)):
+        yield f"deepspeed: {reason}"
+    if lf.freeze_vision_tower is False and (who := _takes_gradients(dynamic)) and _sees_images(lf):
+        yield (
+            f"freeze_vision_tower: {who} asks for gradients by row, and an image encoder runs on patches, not on rows; "
+            "leave it frozen, or name the language model's parameters"
+        )
     order = lf.train_sampling_strategy
     if order == "group_by_length":
         yield f"train_sampling_strategy: {_REFUSED['group_by_length']}"
@@ -189,6 +216,20 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     for key, reason in _REFUSED_WITH_TOKEN_LOSSES.items() if taker is not None else ():
         if taker is not None and lf.on(key):
             yield f"{key}: {reason.format(method=f'{taker.name} {taker.kind}', kind=taker.kind)}"
+
+
+def _takes_gradients(dynamic: DynamicConfig) -> str:
+    """Return who asks for gradients by row of all that is trained, or an empty string."""
+    for method in dynamic.methods:
+        limited = any(getattr(method.params, key, None) is not None for key in ("parameters", "last_blocks"))
+        if not limited and method.requires.signals & {"gradients", "in_run_norms", "in_run_scores"}:
+            return f"the {method.name} {method.kind}"
+    return "the ledger" if dynamic.ledger is not None and dynamic.ledger.parameters is None else ""
+
+
+def _sees_images(lf: LlamaFactoryArgs) -> bool:
+    """Whether the model's configuration, if it lies here, has an image encoder."""
+    return "vision_config" in _mapping(str(Path(str(lf.model_name_or_path)).expanduser() / "config.json"))
 
 
 def _above_one(value: Any) -> bool:

@@ -16,6 +16,8 @@ from dataflex.method import IN_RUN, Method, Requires, RunFacts, Selector, Weight
 from dataflex.registry import one_of
 from dataflex.version import install
 
+FSDP2 = "FSDP2"
+"""What partitions parameters that keep their shapes."""
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
 ).split()
@@ -176,7 +178,7 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
         )
 
 
-_IDLE_WITHIN_BUDGET = ("bf16", "include_momentum", "sketch_size", "target_gradient")
+_IDLE_WITHIN_BUDGET = ("bf16", "include_momentum", "sketch_size", "target_gradient", "target_rows")
 """Parameters of passes that no run with a budget makes."""
 
 
@@ -185,7 +187,10 @@ def _budget(dynamic: DynamicConfig, run: RunFacts | None) -> Iterator[str]:
     selector, key = dynamic.selector, "dynamic.signals.budget"
     if run is None and (selector is None or not selector.requires.budget):
         who = "a run without a selector" if selector is None else f"the {selector.name} selector"
-        yield f"{key}: {who} has no scores that training steps give; use less, icons, grad_norm or loss, or remove it"
+        if getattr(getattr(selector, "params", None), "interaction", "scaled") != "scaled":
+            who += ", with an interaction that needs the size of gradients,"
+        others = "less, icons, grad_norm, loss, or greats or opus with 'interaction: scaled'"
+        yield f"{key}: {who} has no scores that training steps give; use {others}, or remove it"
     elif run is None and selector is not None:
         for each in fields(selector.params):
             if each.name in _IDLE_WITHIN_BUDGET and getattr(selector.params, each.name) != each.default:
@@ -221,8 +226,9 @@ def _ledger(dynamic: DynamicConfig, ledger: LedgerConfig, run: RunFacts | None) 
         return
     if run.stage is not None and run.stage not in _CAUSAL:
         yield f"{key}: rows are seen in the steps of stages pt and sft, not of {run.stage}; remove it"
-    if run.partitioned:
-        yield f"{key}: needs whole parameters, and {run.partitioned} partitions them; use plain data parallelism"
+    if run.partitioned and run.partitioned != FSDP2:
+        told = "use plain data parallelism, FSDP2 (fsdp_version: 2), or ZeRO-1 or 2"
+        yield f"{key}: needs parameters that keep their shapes, and {run.partitioned} partitions them; {told}"
     if run.optimizer and run.optimizer != "optim: sgd":
         yield (
             f"{key}: an update is split by domain under AdamW and SGD, not under the run's optimizer "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         prefetch_factor=args.dataloader_prefetch_factor,
-        sharding="fsdp" if trainer.is_fsdp_enabled else "none" if zero is None else "zero3" if zero == 3 else "zero",
+        sharding=_sharding(trainer, zero),
         release=lambda: trainer.model_wrapped.empty_partition_cache() if zero == 3 else None,
         parallel={"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()},
         devices=args.n_gpu,
@@ -74,6 +74,12 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         averages=False,  # the Trainer multiplies by the ranks itself where it counts over them
         count_items=lambda batches: trainer._get_num_items_in_batch(batches, args.device),
     )
+
+
+def _sharding(trainer: Any, zero: int | None) -> Literal["none", "zero", "zero3", "fsdp", "fsdp2"]:
+    if trainer.is_fsdp_enabled:
+        return "fsdp2" if trainer.accelerator.state.is_fsdp2 else "fsdp"
+    return "none" if zero is None else "zero3" if zero == 3 else "zero"
 
 
 class _NoBatches(Sampler[list[int]]):

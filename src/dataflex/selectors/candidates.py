@@ -91,7 +91,10 @@ class Greats(PoolSelector):
     params: Params
 
     def requires(self) -> Requires:
-        return replace(GRADIENTS, within_batch=True, preconditions={"precondition": self.params.precondition})
+        preconditions = {"precondition": self.params.precondition}
+        return replace(
+            GRADIENTS, within_batch=True, preconditions=preconditions, budget=self.params.interaction == "scaled"
+        )
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return inner products with the targets' gradient, without the learning rate [N]; NaN without a gradient."""

@@ -122,19 +122,20 @@ class Controller:
         options = config.signals
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
         if config.watches is not None:
+            asked = Asked.by(config)
             params = None if config.selector is None or options.budget is None else config.selector.params
             scale = getattr(params, "precondition", "true_adam" if params is None else "none")
             self.in_run = InRun(
                 signals=self.signals,
                 space=self.space,
-                **vars(Asked.by(config)),
+                **vars(asked),
                 budget=options.budget,
                 seed=self.seed,
                 spec=GradientSpec(
                     parameters=getattr(params, "parameters", None),
                     last_blocks=getattr(params, "last_blocks", None),
                     precondition="none" if scale in ("none", "sign") else "true_adam",
-                    normalize=getattr(params, "normalize", True),
+                    normalize=getattr(params, "normalize", not asked.products),
                 ),
                 total_steps=self.schedule.total_steps,
                 explore=options.explore,

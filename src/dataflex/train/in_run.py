@@ -37,7 +37,7 @@ from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.in_run import Directions, StepCapture, Taken, adam_scale, capturable, directions
 from dataflex.signals.gradients.precondition import Moments
 from dataflex.signals.gradients.scorers import GradientScorers, targets_seen
-from dataflex.signals.kinds import GradientNorms, GradientScores, Signal, TokenLoss
+from dataflex.signals.kinds import GradientNorms, GradientProducts, GradientScores, Signal, TokenLoss
 from dataflex.signals.losses import document_ids, model_inputs, real_tokens
 from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.passes import backward_cost
@@ -47,6 +47,7 @@ from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS
 from dataflex.train.loss import TokenLosses, sample_means, token_losses
+from dataflex.train.observations import LEAST_ROWS, Newest, Observations, centred, levels
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
@@ -56,39 +57,10 @@ Floats = NDArray[np.float64]
 _LEAST_WEIGHT = 0.01
 _JUDGED_INTERVALS = 3
 _FEWEST_COMPARED = 4  # target rows whose losses are compared with earlier ones
-_LEAST_ROWS = 8
 _PARTS = 10
-_KEPT_ROWS, _KEPT_SKETCHES = 2**20, 4096  # newest observations that are kept, and those with sketches
-_KEPT_NUMBERS = 2**25  # of rows' newest scores, and of their embeddings
 _SKETCH = 16
-
-
-def levels(steps: NDArray[np.int64], pilots: NDArray[np.bool_], goals: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return numbers of what has a level of its own: neighbouring steps with ``_LEAST_ROWS`` of them, or pilots.
-
-    What all gradients of a step share moves from step to step, most of all while the learning rate rises. Rows of
-    targets (``goals``) have the level of the pilots of their decision, or of the last steps before it.
-    """
-    keys, index = np.unique(2 * steps + ~(pilots | goals), return_inverse=True)
-    counts = np.bincount(index, ~goals, len(keys))  # a pass of its own comes before the step of its number
-    passes, blocks, size = keys % 2 == 0, np.zeros(len(keys), dtype=np.int64), 0.0
-    for i in range(1, len(keys)):
-        size += counts[i - 1]
-        apart = counts[i] >= _LEAST_ROWS if passes[i] else passes[i - 1] or size >= _LEAST_ROWS
-        blocks[i] = blocks[i - 1] + apart
-        size = 0.0 if apart else size
-    last = blocks == blocks[-1]
-    if counts[last].sum() < _LEAST_ROWS and not last.all() and not passes[np.flatnonzero(~last)[-1]]:
-        blocks[last] -= 1
-    return blocks[index]
-
-
-def centred(values: Floats, groups: NDArray[np.int64]) -> Floats:
-    """Return ``values`` [n, K] less the means of their groups, which are numbered from 0."""
-    counts = np.bincount(groups)[:, None]
-    means = np.stack([np.bincount(groups, column) for column in values.T], axis=1) / counts
-    found: Floats = values - means[groups]
-    return found
+_GRAM = 64  # numbers that stand for a row's sketch where products of rows are predicted
+_SAVED = tuple("aims aimed explored trust share _interval _aimed_at _looked _own _spent _target_losses".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +70,7 @@ class Asked:
     targets: tuple[str, ...] = ()  # whose gradients rows are compared with
     asked: tuple[str, ...] = ()  # "norm" or "loss"
     scores: tuple[str, ...] = ()  # those of the targets that the signal ``InRun`` is asked about
+    products: bool = False  # of rows' gradients with one another
     embeddings: tuple[EmbeddingSpec, ...] = ()
 
     @classmethod
@@ -106,12 +79,14 @@ class Asked:
         targets: list[str] = []
         scores: list[str] = []
         values: set[str] = set()
+        products = False
         embeddings: list[EmbeddingSpec] = []
         for method in config.methods:
             needs = method.requires
             if method is config.selector and config.signals.budget is not None:
                 scored = "gradients" in needs.signals
                 targets += method.targets if scored else ()
+                products = scored and needs.within_batch
                 values |= {"norm"} if scored and not method.targets else set()
                 values |= {"loss"} if "losses" in needs.signals else set()
             scores += method.targets if "in_run_scores" in needs.signals else ()
@@ -122,6 +97,7 @@ class Asked:
             targets=tuple(dict.fromkeys([*targets, *scores])),
             asked=tuple(what for what in ("norm", "loss") if what in values),
             scores=tuple(dict.fromkeys(scores)),
+            products=products,
             embeddings=tuple(dict.fromkeys(embeddings)),
         )
 
@@ -129,45 +105,6 @@ class Asked:
 def plain_embedding(spec: EmbeddingSpec | None) -> EmbeddingSpec:
     """Return the specification alone; the default for None."""
     return EmbeddingSpec(**{each.name: getattr(spec, each.name) for each in fields(EmbeddingSpec)} if spec else {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Newest:
-    """What the newest step that served a row showed of it, of the rows that were served last."""
-
-    rows: Rows  # [n], each once, in the order of their steps
-    steps: NDArray[np.int64]  # [n]
-    values: NDArray[np.float32]  # [n, D]
-
-    def and_(self, *more: Newest) -> Newest:
-        """Return what is the newest of these and of ``more``, which are later; at most ``_KEPT_NUMBERS`` numbers."""
-        rows, steps, values = (np.concatenate([getattr(one, name) for one in (self, *more)]) for name in vars(self))
-        kept = np.sort(len(rows) - 1 - np.unique(rows[::-1], return_index=True)[1])
-        kept = kept[-max(_KEPT_NUMBERS // values.shape[1], 1) :]
-        return Newest(rows=rows[kept], steps=steps[kept], values=values[kept])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observations:
-    """What became known of rows."""
-
-    rows: Rows  # [n]; those of targets follow those of the pool
-    intervals: NDArray[np.int64]  # in which they were looked at [n]
-    steps: NDArray[np.int64]  # likewise [n]
-    sketches: NDArray[np.float32]  # of their gradients [n, D]; D = 0 where no target asks for them
-    values: Floats  # what else is asked of them [n, Q]
-    unbiased: NDArray[np.bool_]  # whether they were drawn uniformly [n]
-    pilots: NDArray[np.bool_]  # whether they were looked at in a pass of their own [n]
-
-    def where(self, kept: Any) -> Observations:
-        """Return some of them."""
-        return Observations(**{name: value[kept] for name, value in vars(self).items()})
-
-    def and_(self, more: Observations) -> Observations:
-        """Return the newest of them and ``more``."""
-        kept = _KEPT_SKETCHES if self.sketches.shape[1] else _KEPT_ROWS
-        both = {name: np.concatenate([value, vars(more)[name]])[-kept:] for name, value in vars(self).items()}
-        return Observations(**both)
 
 
 @dataclass(kw_only=True)
@@ -179,6 +116,7 @@ class InRun:
     targets: tuple[str, ...]
     asked: tuple[str, ...]  # "norm" or "loss"
     scores: tuple[str, ...] = ()  # targets whose products with rows' gradients are taken in the steps, exactly
+    products: bool = False  # whether rows' products with one another are predicted too
     embeddings: tuple[EmbeddingSpec, ...] = ()
     budget: float | None  # None: nothing is predicted, all target rows are looked at
     seed: int
@@ -386,7 +324,7 @@ class InRun:
             left = self._left(interval, tokens, both)
             if self.capture is not None and self.budget is not None:
                 self._spent += self._pilots(interval, left, both)
-            if self.budget is not None and self.seen is not None and len(self.seen.rows) >= _LEAST_ROWS:
+            if self.budget is not None and self.seen is not None and len(self.seen.rows) >= LEAST_ROWS:
                 explores = self.thompson and interval.stop_step < self.total_steps
                 draw = (stream(self.seed, "in_run thompson", interval.index),) if explores else ()
                 self._predicted = self._scores(self.seen, self.space.all_rows(), *draw)
@@ -406,7 +344,7 @@ class InRun:
             order = np.roll(order, -int(self._looked[k]))
             cost = np.cumsum(lengths[order]) * both
             share = max(left, 0.0) / len(self.targets)
-            count = max(int(np.searchsorted(cost, share, side="right")), min(_LEAST_ROWS, len(order)))
+            count = max(int(np.searchsorted(cost, share, side="right")), min(LEAST_ROWS, len(order)))
             whole, spent = whole and count == len(order), spent + float(cost[count - 1])
             counts[k] = count
             self._looked[k] = (self._looked[k] + count) % len(order)
@@ -531,7 +469,7 @@ class InRun:
         order = self._unseen_first(np.flatnonzero(self.space.supervised > 0), "in_run pilots", interval)
         cost = np.cumsum(self.space.lengths[order]) * both
         count = int(np.searchsorted(cost, left, side="right"))
-        if count < _LEAST_ROWS:
+        if count < LEAST_ROWS:
             return 0.0
         rows = np.sort(order[:count])
         values = self._looked_at(rows)
@@ -607,10 +545,14 @@ class InRun:
         return self._features
 
     def _of(self, seen: Observations) -> Floats:
-        """Return what is to be predicted of rows that were looked at [n, K + Q]."""
+        """Return what is to be predicted of rows that were looked at [n, K + Q], and what stands for sketches."""
         if self.aims is None:
             return seen.values
         sketches = seen.sketches.astype(np.float64)
+        folded = sketches[:, :0]
+        if self.products:
+            draws = stream(self.seed, "in_run products", 0).standard_normal((sketches.shape[1], _GRAM))
+            folded = sketches @ draws / np.sqrt(_GRAM)
         scores, squares = sketches @ self.aims.T, (sketches**2).sum(axis=1)
         lengths = np.ones_like(scores)
         goals = np.flatnonzero((seen.rows >= self.space.num_rows) & (seen.intervals == self._aimed_at))
@@ -622,10 +564,10 @@ class InRun:
         scores /= lengths
         if self.spec.normalize:
             scores /= np.maximum(np.sqrt(squares), 1e-30)[:, None]
-        return np.concatenate([scores, seen.values], axis=1)
+        return np.concatenate([scores, seen.values, folded], axis=1)
 
     def _scores(self, seen: Observations, rows: Rows, draw: np.random.Generator | None = None) -> Floats:
-        """Return predictions of rows [n, K + Q] from observations, the same on every rank; with ``draw`` as drawn."""
+        """Return predictions of rows, as ``_of`` has them, the same on every rank; with ``draw`` as drawn."""
 
         def compute() -> Floats:
             weights = self.forgetting ** (seen.intervals.max() - seen.intervals).astype(np.float64)
@@ -665,23 +607,23 @@ class InRun:
         self.trust, seen = 0.0, self.seen
         if seen is None:
             return
-        goals = seen.rows >= self.space.num_rows
+        goals, asked = seen.rows >= self.space.num_rows, len(self.targets) + len(self.asked)
         last = seen.intervals[~seen.pilots].max(initial=-1)
         before, newest = seen.intervals < last, (seen.intervals == last) & ~seen.pilots & seen.unbiased
         if newest.sum() >= 4:
             shown = seen.where(newest)
-            if (before & ~goals).sum() >= _LEAST_ROWS:
-                predicted = self._scores(seen.where(before), shown.rows)
+            if (before & ~goals).sum() >= LEAST_ROWS:
+                predicted = self._scores(seen.where(before), shown.rows)[:, :asked]
             else:  # the first interval: every part by the others
                 parts = np.arange(len(shown.rows)) % _PARTS
-                predicted = np.empty((len(shown.rows), len(self.targets) + len(self.asked)))
+                predicted = np.empty((len(shown.rows), asked))
                 for part in range(_PARTS):
                     own = parts == part
                     others = goals.copy()
                     others[np.flatnonzero(newest)[~own]] = True
-                    predicted[own] = self._scores(seen.where(others), shown.rows[own])
+                    predicted[own] = self._scores(seen.where(others), shown.rows[own])[:, :asked]
             groups = levels(shown.steps, shown.pilots, np.zeros(len(shown.rows), dtype=np.bool_))
-            both = np.stack([centred(predicted, groups), centred(self._of(shown), groups)])
+            both = np.stack([centred(predicted, groups), centred(self._of(shown)[:, :asked], groups)])
             ranks = both.argsort(axis=1).argsort(axis=1) / (len(shown.rows) - 1.0)
             self._judged = [*self._judged, ranks][-_JUDGED_INTERVALS:]
         if not self._judged:
@@ -701,6 +643,10 @@ class InRun:
         if isinstance(signal, GradientScores) and set(signal.targets) <= set(self.targets):
             columns = [self.targets.index(name) for name in signal.targets]
             return self._predicted[rows][:, columns].astype(np.float32)
+        if isinstance(signal, GradientProducts) and self.products:
+            columns, first = [self.targets.index(name) for name in signal.targets], len(self.targets) + len(self.asked)
+            folded = self._predicted[rows, first:]
+            return np.concatenate([self._predicted[rows][:, columns], folded @ folded.T], axis=1).astype(np.float32)
         name = {GradientNorms: "norm", TokenLoss: "loss"}.get(type(signal))
         if name not in self.asked:
             return None
@@ -765,32 +711,19 @@ class InRun:
     def state_dict(self) -> State:
         """Return everything that a resumed run needs; ``gather`` comes first."""
         return {
-            "seen": {} if self.seen is None else dict(vars(self.seen)),
-            "aims": self.aims,
-            "explored": self.explored,
-            "interval": self._interval,
+            **{name.lstrip("_"): getattr(self, name) for name in _SAVED},
             "judged": list(self._judged),
-            "looked": self._looked,
-            "own": self._own,
-            "aimed_at": self._aimed_at,
-            "aimed": self.aimed,
-            "spent": self._spent,
-            "trust": self.trust,
-            "target_losses": self._target_losses,
-            "share": self.share,
+            "seen": {} if self.seen is None else dict(vars(self.seen)),
             "directions": {} if self._directions is None else self._directions.state_dict(),
             "newest": {key: dict(vars(newest)) for key, newest in self._newest.items()},
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self.seen = Observations(**state["seen"]) if state["seen"] else None
-        self.aims, self.explored, self._looked = state["aims"], state["explored"], state["looked"]
-        self._interval, self._spent, self.trust = int(state["interval"]), float(state["spent"]), state["trust"]
-        self._target_losses, self.share = state["target_losses"], float(state["share"])
-        self.aimed = state["aimed"]
-        self._own, self._aimed_at = state["own"], int(state["aimed_at"])
+        for name in _SAVED:
+            setattr(self, name, state[name.lstrip("_")])
         self._judged = list(state["judged"])
+        self.seen = Observations(**state["seen"]) if state["seen"] else None
         self._newest = {key: Newest(**kept) for key, kept in state["newest"].items()}
         if state["directions"]:
             self._directions = Directions.from_state(state["directions"]).to(self.signals.access.device)

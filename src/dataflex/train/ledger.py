@@ -39,7 +39,7 @@ from dataflex.signals.sweep import Sweep, preserve_state
 from dataflex.state import State
 from dataflex.train.loader import ROWS
 from dataflex.train.row_space import RowSpace
-from dataflex.train.updates import OTHERS, Updates, packed, unpack
+from dataflex.train.updates import OTHERS, Updates, packed, unpack, whole
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,8 @@ class Ledger:
             self._directions = None
 
     def _take_credits(self, factor: float) -> None:
-        """Credit the rows of the step that the optimizer takes now."""
+        """Credit the rows of the step that the optimizer takes now; under DeepSpeed the last backward pass makes it."""
+        self.take(self._step)
         self._pending += [(self._step, rows, -factor * found.cpu().numpy()) for rows, found in self._products]
         self._products = []
 
@@ -216,7 +217,7 @@ class Ledger:
         assert self._updates is not None
         before, values = self._gradients, self._whole(1)
         for name, parameter in self._engine.parameters.items():
-            values.tensors[name][0].copy_(parameter.detach())
+            values.tensors[name][0].copy_(whole(parameter.detach()))
         after, losses = self._seen()
         if before is None or self._values is None:
             self.first = losses
@@ -284,13 +285,22 @@ class Ledger:
         try:
             for place in places:
                 for name, parameter in self._engine.parameters.items():
-                    parameter.data.copy_(kept[name].float().sub(moved.tensors[name][0], alpha=1 - place))
+                    back = _like(moved.tensors[name][0], parameter)
+                    parameter.data.copy_(kept[name].float().sub(back, alpha=1 - place))
+                self._reshard()
                 for name, tensor in self._seen()[0].tensors.items():
                     summed.tensors[name].add_(tensor)
         finally:
             for name, parameter in self._engine.parameters.items():
                 parameter.data.copy_(kept[name])
+            self._reshard()
         return summed
+
+    def _reshard(self) -> None:
+        """Have the next pass gather the parameters anew, which FSDP2 may hold whole since the last one."""
+        for module in self.access.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     # -- what it says -------------------------------------------------------------------------------------
 
@@ -398,6 +408,15 @@ class Ledger:
         given = state["given"]
         self._given = None if given is None else (np.array(given["changes"]), np.array(given["tokens"]))
         self.looks, self.every, self._looked_at = (int(state[key]) for key in ("looks", "every", "looked_at"))
+
+
+def _like(whole_one: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a tensor sharded as FSDP2 shards ``parameter`` (collective there); else as it is."""
+    if not hasattr(parameter, "device_mesh"):
+        return whole_one
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole_one, parameter.device_mesh, parameter.placements)
 
 
 def _products(a: TargetVectors, b: TargetVectors) -> torch.Tensor:

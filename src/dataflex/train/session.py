@@ -21,7 +21,7 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.costs import passes_by_label
 from dataflex.config.forecast import Forecast
 from dataflex.config.mappings import as_mapping
-from dataflex.config.needs import unmet
+from dataflex.config.needs import FSDP2, unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
@@ -106,7 +106,7 @@ class Loop:
     num_workers: int = 0  # processes that collate
     pin_memory: bool = False  # whether batches are put into pinned memory
     prefetch_factor: int | None = None  # batches that each process makes ahead
-    sharding: Literal["none", "zero", "zero3", "fsdp"] = "none"  # of the parameters; ``zero`` is below ZeRO-3
+    sharding: Literal["none", "zero", "zero3", "fsdp", "fsdp2"] = "none"  # of the parameters; ``zero`` is below ZeRO-3
     release: Callable[[], None] = lambda: None  # frees parameters that a scoring pass left gathered
     parallel: Mapping[str, int] = field(default_factory=dict)  # sizes of other parallelism than over data, by name
     devices: int = 1  # devices that this process trains on
@@ -745,9 +745,7 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
 
     ConfigError where a method requires more than ``facts``, and whole parameters of the loop, give.
     """
-    partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
-    if config.ledger is not None and loop.sharding == "zero":
-        raise UnsupportedError("dynamic.ledger: DeepSpeed keeps gradients in partitions of its own; use DDP")
+    partitioned = {"zero3": "DeepSpeed ZeRO-3", "fsdp": "FSDP", "fsdp2": FSDP2}.get(loop.sharding, "")
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
         raise ConfigError(lacking)
     for what, size in loop.parallel.items():

@@ -9,6 +9,7 @@ from torch import nn
 
 from dataflex.plan.domains import Rows
 from dataflex.sequences import Sequences
+from dataflex.signals.gradients import in_run
 from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.in_run import (
@@ -84,6 +85,28 @@ def test_equals_a_batch_of_one(name):
     capture.end()
     dots, norms = expected(engine, model, batch, capture)
     torch.testing.assert_close(scores.double(), dots.double(), rtol=1e-5, atol=1e-5 * float(norms.max()))
+
+
+def test_layers_with_the_same_inputs_read_them_once(monkeypatch):
+    made = []
+
+    class Noted(in_run._Waiting):
+        def __init__(self, **fields):
+            super().__init__(**fields)
+            made.append(self)
+
+    monkeypatch.setattr(in_run, "_Waiting", Noted)
+    model = build("llama").eval()
+    _, capture = prepared(model)
+    for _ in range(2):  # the second time the matrices are together already
+        made.clear()
+        step(model, capture, ragged([9, 4, 6, 2], seed=3))
+        capture.take()
+        names = [3, 1, 1]  # q, k and v; o; down: the others are projected on their output's side
+        assert [len(each.sides) for each in made] == names * 2
+        assert all(each.tokens is None for each in made), "nothing is held"
+    assert len(capture._together) == 2
+    capture.end()
 
 
 @pytest.mark.parametrize("normalizer", ["num_tokens", "weight_sum", "num_sequences"])

@@ -94,19 +94,65 @@ class _Side:
     sketch: int
     width: int
 
+    @property
+    def columns(self) -> int:
+        """Columns of the projection."""
+        return self.direction + self.sketch
+
     def sketched(self) -> torch.Tensor | None:
         """Return the part of the projection that sketches, or None for the side itself."""
         return self.projection[:, self.direction :] if self.projection is not None and self.sketch else None
 
-    def of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what directions and what norms need of ``tokens`` [B, T, width]."""
+    def of(self, tokens: torch.Tensor, found: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what directions and what norms need of ``tokens`` [B, T, width], ``found`` being their projection."""
         if self.projection is None:
             return tokens, tokens
-        found = tokens @ self.projection.to(tokens.dtype)
+        if found is None:
+            found = tokens @ self.projection.to(tokens.dtype)
+        if not self.direction:
+            return tokens, found
         return (
             found[..., : self.direction] if self.direction else tokens,
             found[..., self.direction :] if self.sketch else tokens,
         )
+
+
+@dataclass(kw_only=True)
+class _Waiting:
+    """Layers that were called with the same inputs, which are projected for all of them together.
+
+    Attributes:
+        tokens: The inputs [B, T, width].
+        sides: Of each layer's matrix.
+        found: What directions and what norms need, by layer; empty until the projection is made.
+    """
+
+    tokens: torch.Tensor | None
+    sides: list[_Side]
+    found: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @staticmethod
+    def key(tokens: torch.Tensor) -> tuple[Any, ...]:
+        """Return what the same inputs have in common, as long as one of them is alive."""
+        return tokens.data_ptr(), tokens._version, tokens.shape, tokens.stride()
+
+    def project(self, known: dict[tuple[int, ...], torch.Tensor]) -> None:
+        """Make the projection, reading the inputs once, and let go of them; ``known`` keeps matrices put together."""
+        tokens, sides = self.tokens, self.sides
+        if tokens is None:
+            return
+        if len(sides) == 1:
+            self.found = [sides[0].of(tokens)]
+        else:
+            key = tuple(id(side) for side in sides)
+            if key not in known:
+                known[key] = torch.cat([side.projection for side in sides if side.projection is not None], dim=1)
+            both, start = tokens @ known[key].to(tokens.dtype), 0
+            for side in sides:
+                stop = start + side.columns
+                self.found.append(side.of(tokens, both[..., start:stop]))
+                start = stop
+        self.tokens = None
 
 
 Part: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -365,22 +411,28 @@ class StepHooks:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not self._listening or not torch.is_grad_enabled() or not output.requires_grad:
                 return
-            with torch.no_grad():
-                if not self._holds(unit, module, args, kwargs, output):
-                    return
-                kept = tuple(self._tokens(tensor.detach()) for tensor in kind.keep(module, args, kwargs, output))
-                fits = all(tensor is not None and (not matrix or tensor.dim() == 3) for tensor in kept)
-                held = self._keep(unit, kept) if fits else None
-                del kept
+            if not unit.checked or self._odd:
+                with torch.no_grad():
+                    if not self._holds(unit, module, args, kwargs, output):
+                        return
+            kept: tuple[torch.Tensor | None, ...]
+            if matrix:  # its input, without a gradient
+                tokens = self._tokens((args[0] if args else next(iter(kwargs.values()))).detach())
+                kept, fits = (tokens,), tokens is not None and tokens.dim() == 3
+            else:
+                with torch.no_grad():
+                    kept = tuple(self._tokens(tensor.detach()) for tensor in kind.keep(module, args, kwargs, output))
+                fits = all(tensor is not None for tensor in kept)
+            held = self._keep(unit, kept) if fits else None
+            del kept
 
-            def take(gradient: torch.Tensor) -> None:
+            def take(gradient: torch.Tensor) -> None:  # autograd calls it without recording
                 if not fits:  # a call that takes no part in the loss, as DoRA makes, does not matter
                     self._miss(unit)
                     return
-                with torch.no_grad():
-                    found = self._tokens(gradient)
-                    assert found is not None
-                    self._see(unit, held, found)
+                found = self._tokens(gradient)
+                assert found is not None
+                self._see(unit, held, found)
 
             output.register_hook(take)
 
@@ -401,7 +453,7 @@ class StepHooks:
     def _tokens(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """View what a layer was called with as [B, T, ...]; None if it is something else than the rows' positions."""
         B, T = self._shape
-        if tensor.shape[:2] == (B, T) and (tensor.dim() >= 3 or not tensor.is_floating_point()):
+        if tensor.shape[:2] == self._shape and (tensor.dim() >= 3 or not tensor.is_floating_point()):
             return tensor
         return tensor.view(B, T, -1) if tensor.dim() == 2 and len(tensor) == B * T else None
 
@@ -440,11 +492,13 @@ class StepCapture(StepHooks):
         self._counts: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None  # of output gradients by position, fp32 [B, T]
         self._parts: dict[str, torch.Tensor] = {}
+        self._waiting: _Waiting | None = None
+        self._together: dict[tuple[int, ...], torch.Tensor] = {}
         self._folds: dict[str, torch.Tensor | None] = {}
 
     def aim(self, directions: Directions) -> None:
         """Compare rows with these directions from the next micro-batch on."""
-        self._num, self._vectors, self._sides = len(directions), {}, {}
+        self._num, self._vectors, self._sides, self._together = len(directions), {}, {}, {}
         for unit in self.layers:
             assert unit.kind is not None
             for local, name in unit.parameters.items():
@@ -534,7 +588,7 @@ class StepCapture(StepHooks):
         self._forget()
 
     def _forget(self) -> None:
-        self._dots, self._counts, self._factors, self._parts = None, None, None, {}
+        self._dots, self._counts, self._factors, self._parts, self._waiting = None, None, None, {}, None
 
     def take(self, *, weights_B: torch.Tensor | None = None) -> Taken:
         """Return what was seen of the micro-batch whose backward pass is over, and forget it.
@@ -565,7 +619,20 @@ class StepCapture(StepHooks):
         weight = self._matrix(unit)
         if weight is None:
             return kept
-        return self._sides[weight][unit.kind.name == "conv1d"].of(kept[0])  # Conv1D stores it as [inputs, outputs]
+        side = self._sides[weight][unit.kind.name == "conv1d"]  # Conv1D stores it as [inputs, outputs]
+        if side.projection is None:
+            return side.of(kept[0])
+        return self._wait(kept[0], side)
+
+    def _wait(self, tokens: torch.Tensor, side: _Side) -> tuple[_Waiting, int]:
+        """Return what inputs wait in for the layers after this one that are called with the same, and the place."""
+        waiting = self._waiting
+        if waiting is None or waiting.tokens is None or waiting.key(waiting.tokens) != waiting.key(tokens):
+            if waiting is not None:
+                waiting.project(self._together)
+            waiting = self._waiting = _Waiting(tokens=tokens, sides=[], found=[])
+        waiting.sides.append(side)
+        return waiting, len(waiting.sides) - 1
 
     def _see(self, unit: Unit, kept: Any, gradient: torch.Tensor) -> None:
         assert unit.kind is not None
@@ -587,32 +654,30 @@ class StepCapture(StepHooks):
         assert self._dots is not None
         right, left = self._sides[name]
         outputs = (right if swapped else left).of(gradient)
-        num = self._num
-
-        def by_target(part: torch.Tensor, projected: bool) -> torch.Tensor:
-            return part.view(*self._shape, num if projected else 1, -1)
-
-        sides = (left, right) if swapped else (right, left)
-        if num:
-            product = by_target(inputs[0], bool(sides[0].direction)) * by_target(outputs[0], bool(sides[1].direction))
-            self._dots += product.sum(dim=(1, 3), dtype=torch.float32)
+        if isinstance(inputs[0], _Waiting):
+            waiting, place = inputs
+            waiting.project(self._together)
+            inputs = waiting.found[place]
+        if num := self._num:
+            sides = (left, right) if swapped else (right, left)
+            into, out = (
+                part.unflatten(-1, (num if side.direction else 1, -1))
+                for part, side in zip((inputs[0], outputs[0]), sides, strict=True)
+            )
+            self._dots += (into * out).sum(dim=(1, 3), dtype=torch.float32)
         if self.norms:
             self._add_part(name, torch.bmm(outputs[1].transpose(1, 2).to(inputs[1].dtype), inputs[1]).float())
 
     def _add_others(self, module: nn.Module, kind: Any, own: Mapping[str, str], kept: Any, gradient: Any) -> None:
-        """Add biases and the weights of norms: their gradients by token are as small as the layer's output."""
+        """Add biases and the weights of norms, whose gradients by row are small."""
         assert self._dots is not None
-        by_token = kind.sample(
-            module,
-            tuple(tensor.flatten(0, 1).unsqueeze(1) for tensor in kept) or (gradient.flatten(0, 1).unsqueeze(1),),
-            gradient.flatten(0, 1).unsqueeze(1),
-            frozenset(own),
-        )
+        by_row = kind.sample(module, kept or (gradient,), gradient, frozenset(own))
         for local, name in own.items():
-            found = by_token[local]
+            found = by_row[local]
             assert not isinstance(found, Factors)
-            part = found.view(*self._shape, -1).sum(dim=1)
-            self._dots += part.float() @ self._vectors[name].to(part.device).T
+            part = found.flatten(1)
+            if self._num:
+                self._dots += part.float() @ self._vectors[name].to(part.device).T
             if self.norms:
                 fold = self._folds[name]
                 self._add_part(name, part if fold is None else part @ fold.to(part))

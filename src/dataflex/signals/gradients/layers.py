@@ -128,12 +128,13 @@ def _layer_norm(module: nn.LayerNorm, kept: Kept, grad: torch.Tensor, wanted: fr
     return found
 
 
-def _rms_normalized(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _rms_scale(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return what an RMS norm multiplies x [..., n] by, before its weight, fp32 [..., 1]."""
     given = [getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
     # None is what torch.nn.RMSNorm(eps=None) has.
     eps = next((float(value) for value in given if value is not None), float(torch.finfo(x.dtype).eps))
-    values = x.float()
-    return values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + eps)
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(norms.square() / x.shape[-1] + eps)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -148,7 +149,7 @@ def _check_rms_norm(module: nn.Module, kept: Kept, output: torch.Tensor) -> str 
     weight: Any = module.weight
     if weight.dim() != 1 and weight.numel():
         return "its weight has more than one dimension"
-    normalized = _rms_normalized(module, sample)
+    normalized = sample.float() * _rms_scale(module, sample)
     tolerance = 1e-4 if output.dtype == kept[0].dtype == torch.float32 else 3e-2
     if weight.numel() == normalized.shape[-1] and type(weight.data) in (torch.Tensor, nn.Parameter):
         candidates = [weight.detach().float(), 1 + weight.detach().float()]
@@ -161,7 +162,8 @@ def _check_rms_norm(module: nn.Module, kept: Kept, output: torch.Tensor) -> str 
 
 @gradient_of("rms norm", matches=_is_rms_norm, parameters=("weight",), check=_check_rms_norm)
 def _rms_norm(module: nn.Module, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
-    return {"weight": _summed(grad.float() * _rms_normalized(module, kept[0]))}
+    scales, products = _tokens(_rms_scale(module, kept[0])), _tokens(grad.float() * kept[0].float())
+    return {"weight": torch.bmm(scales.transpose(1, 2), products).squeeze(1)}  # what is normalized is never formed
 
 
 def _is_dora(module: nn.Module) -> bool:
