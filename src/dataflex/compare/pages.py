@@ -26,8 +26,8 @@ DATA, TEXT, PAGE = "results.json", "results.md", "report.html"
 _SCALES = {
     "steps": "optimizer step",
     "tokens": "tokens served",
-    "compute": "compute with decisions (forward passes of a token)",
-    "seconds": "seconds of training and deciding",
+    "compute": "compute with decisions",
+    "seconds": "seconds",
 }
 _HOW = (
     "Differences are those of the arm to the baseline, paired by seed; interval: 95 %, bootstrap over seeds (below "
