@@ -41,6 +41,7 @@ _EXAMPLES = {
     "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
     "rows": """dataflex rows saves/run2 --most --where 'domain == "gsm8k" and times_served > 3' --text""",
     "report": "dataflex report saves/run2 saves/plain --out report",
+    "webui": "dataflex webui",
     "version": "dataflex version",
 }
 
@@ -171,7 +172,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
         epilog = f"example:\n  {_EXAMPLES[name]}"
         command: _Parser = commands.add_parser(name, help=told, description=f"{told}{more}", epilog=epilog)
         command.set_defaults(handler=handler)
-        if name not in ("train", "mix", "compare"):
+        if name not in ("train", "mix", "compare", "webui"):
             command.add_argument("--json", dest="as_json", action="store_true", help="print JSON (docs/json.md)")
         return command
 
@@ -209,6 +210,8 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     report.add_argument("--out", type=Path, default=None, help="folder for all files (default: inside the first RUN)")
     told = "renew the page while the first RUN goes on, until it has ended or Ctrl-C"
     report.add_argument("--watch", dest="watched", action="store_true", help=told)
+    board = _calls("dataflex.llamafactory.board", "webui")
+    add("webui", "LLaMA-Factory's web UI; runs whose extra arguments hold a 'dynamic' block are ours.", board, _WEBUI)
     add("version", "Print the versions of dataflex and what it stands on.", version)
     return parser
 
@@ -242,6 +245,11 @@ _ROWS = (
     "\n\nCOND compares columns of the table (docs/report.md): 'domain == \"code\" and (score > 2 or weight < 0.1)';\n"
     "'\"gcd\" in id' looks into texts, 'rank == None' finds missing values. Exported rows are the lines of their\n"
     "files, byte for byte, beside their provenance and an entry for dataset_info.json."
+)
+_WEBUI = (
+    "\n\nWrite the block into 'Extra arguments' of the Train tab, such as\n"
+    '{"optim": "adamw_torch", "dynamic": {"selector": "loss", "interval_steps": 50}}. Other tabs are stock.\n'
+    "GRADIO_SERVER_NAME, GRADIO_SERVER_PORT and GRADIO_SHARE work as there."
 )
 _SELECT = (
     "\n\nRows are written byte for byte, in the format of their file, beside their provenance and an entry\n"

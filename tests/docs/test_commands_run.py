@@ -31,6 +31,7 @@ from tests.record.synthetic import SELECTION, simulate, space_of
 EVAL = "tests/offline/test_eval.py"
 SWARM = "tests/mixing/test_mix_commands.py"
 ELSEWHERE = {
+    "webui": "tests/llamafactory/test_board.py",
     "report runs/hf": "tests/huggingface/test_wrap.py",
     "query runs/offline/index --target gsm8k_valid general_valid --out runs/offline/query.parquet": (
         "tests/offline/test_index.py"

@@ -21,6 +21,7 @@ from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
 from dataflex.huggingface.loop import replaced
 from dataflex.huggingface.trainer import TrainerMixin
+from dataflex.llamafactory.board import lines_shown
 from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.loading import Loader
 from dataflex.record.clock import OTHER, PhaseClock
@@ -121,5 +122,6 @@ def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_del
 
     ``early_stopping_min_delta``: least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
     """
-    with least_gain(early_stopping_min_delta), nullcontext() if config is None else swapped(config, lf, clock=clock):
+    ours = nullcontext() if config is None else swapped(config, lf, clock=clock)
+    with lines_shown(), least_gain(early_stopping_min_delta), ours:
         tuner.run_exp(lf)
