@@ -266,17 +266,20 @@ class _Ported(Method):
 
         import torch
 
+        from dataflex.signals.sweep import preserve_state
+
         access = ctx.signals.access  # type: ignore[attr-defined]
         parameters = list(access.model.parameters())
         gradients = [each.grad for each in parameters]
         seed = int(stream(ctx.seed, f"ported {self.name}", ctx.interval.index).integers(2**32))
-        for seeded in (random.seed, np.random.seed, torch.manual_seed):
-            seeded(seed)
         function = getattr(self.object, call)
         taken = inspect.signature(function).parameters
         extra = any(each.kind is each.VAR_KEYWORD for each in taken.values())
         named = {"model": access.model, "step_id": ctx.interval.start_step, **named}
-        found = function(**{key: value for key, value in named.items() if extra or key in taken})
+        with preserve_state(access.model):  # a class may leave the model in another mode
+            for seeded in (random.seed, np.random.seed, torch.manual_seed):
+                seeded(seed)
+            found = function(**{key: value for key, value in named.items() if extra or key in taken})
         for each, gradient in zip(parameters, gradients, strict=True):
             each.grad = gradient
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dataflex.commands.plan import plan
 from dataflex.config.split import resolve
@@ -106,23 +108,40 @@ def test_other_mistakes_of_a_file_are_told(config: Config, project: Path) -> Non
         assert told in "\n".join(caught.value.problems), caught.value.problems
 
 
+def given() -> Any:
+    """Return signals that give what a class is given of the run."""
+    signals: Any = FakeSignals(np.zeros(8))
+    signals.access = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), train=SimpleNamespace(dataset=[]), device="cpu", collate=None, tokenizer=None
+    )
+    return signals
+
+
 def test_what_a_class_raises_is_told_with_its_own_place(config: Config, project: Path) -> None:
     text = SELECTOR.format(more="", body="raise KeyError('lost')")
     dynamic = resolve(written(project, config, "selector", text), project).dynamic
     assert dynamic is not None
     assert dynamic.selector is not None
-    signals = FakeSignals(np.zeros(8))
-    signals.access = SimpleNamespace(  # type: ignore[attr-defined]
-        model=SimpleNamespace(parameters=list),
-        train=SimpleNamespace(dataset=[]),
-        device="cpu",
-        collate=None,
-        tokenizer=None,
-    )
-    selector, ctx = dynamic.selector.build(), example_context({"a": 8}, signals=signals)
+    selector, ctx = dynamic.selector.build(), example_context({"a": 8}, signals=given())
     with pytest.raises(ComponentError) as caught:
         selector.select(np.arange(8), 2, ctx)  # type: ignore[attr-defined]
     told = str(caught.value)
     line = 1 + text.splitlines().index("    def select(self, model, step_id: int, num_samples: int, **kwargs):")
     place = f"class Mine ({project / Path(dynamic.plugins[0]).name}, line {line})"
     assert f"select raised KeyError: 'lost': {place}" in told
+
+
+def test_what_a_class_draws_and_leaves_behind_is_its_own(config: Config, project: Path) -> None:
+    body = "import random, numpy, torch; random.random(), numpy.random.random(), torch.rand(()); model.eval()"
+    dynamic = resolve(written(project, config, "selector", SELECTOR.format(more="", body=body)), project).dynamic
+    assert dynamic is not None
+    assert dynamic.selector is not None
+    model, signals = torch.nn.Linear(2, 2), given()
+    signals.access.model = model
+
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), model.training
+
+    before = states()
+    dynamic.selector.build().select(np.arange(8), 2, example_context({"a": 8}, signals=signals))
+    assert states() == before

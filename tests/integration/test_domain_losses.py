@@ -173,18 +173,21 @@ def test_a_record_may_begin_at_a_checkpoint_of_a_run_without(run, caplog):
 
 
 def test_one_reduction_of_losses_in_each_log(run, monkeypatch):
-    """The stock run's second one is of rows and tokens; nothing is reduced in a step."""
+    """A log reduces losses and passes, the stock run rows and tokens too; the end passes; a step nothing."""
     from dataflex import comm
 
     calls = []
     whole = comm.gather_sum
-    monkeypatch.setattr(comm, "gather_sum", lambda values: calls.append(values.shape) or whole(values))
+    monkeypatch.setattr(comm, "gather_sum", lambda values: calls.append(tuple(values.shape)) or whole(values))
     settings = {"dataset": "alpha,beta", "max_steps": 6, "logging_steps": 3}
+    passes = (2,)  # forward and backward
     run("chosen", **settings, dynamic={"selector": "random", "interval_steps": 6})
-    assert len(calls) == 2
+    assert calls.count(passes) == 3
+    assert len([shape for shape in calls if shape != passes]) == 2
     calls.clear()
     run("recorded", **settings, dynamic=RECORD)
-    assert len(calls) == 4
+    assert calls.count(passes) == 3
+    assert len([shape for shape in calls if shape != passes]) == 4
 
 
 def test_very_many_domains_are_in_the_record_and_not_in_the_log(run, tmp_path, data_dir):

@@ -1,8 +1,8 @@
 """``dataflex webui``: LLaMA-Factory's web UI, whose runs are trained by ``dataflex train``.
 
-A run is a DataFlex run where its extra arguments hold a ``dynamic`` block. Upstream facts relied upon: the UI starts the
-``llamafactory-cli train FILE`` that is found on PATH, sets ``LLAMABOARD_ENABLED`` and ``LLAMABOARD_WORKDIR`` for it,
-and shows ``running_log.txt`` of that folder; ``tests/llamafactory/test_board.py`` starts a run as the UI does.
+A run is a DataFlex run where its extra arguments hold a ``dynamic`` block. Upstream facts relied upon: the UI starts
+the ``llamafactory-cli train FILE`` that is found on PATH, sets ``LLAMABOARD_ENABLED`` and ``LLAMABOARD_WORKDIR`` for
+it, and shows ``running_log.txt`` of that folder; ``tests/llamafactory/test_board.py`` starts a run as the UI does.
 """
 
 from __future__ import annotations
