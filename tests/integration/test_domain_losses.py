@@ -175,12 +175,13 @@ def test_a_record_may_begin_at_a_checkpoint_of_a_run_without(run, caplog):
 def test_one_reduction_of_losses_in_each_log(run, monkeypatch):
     """A log reduces losses and passes, the stock run rows and tokens too; the end passes; a step nothing."""
     from dataflex import comm
+    from dataflex.record.clock import PHASES
 
     calls = []
     whole = comm.gather_sum
     monkeypatch.setattr(comm, "gather_sum", lambda values: calls.append(tuple(values.shape)) or whole(values))
     settings = {"dataset": "alpha,beta", "max_steps": 6, "logging_steps": 3}
-    passes = (2,)  # forward and backward
+    passes = (2 * len(PHASES),)  # forward and backward by phase
     run("chosen", **settings, dynamic={"selector": "random", "interval_steps": 6})
     assert calls.count(passes) == 3
     assert len([shape for shape in calls if shape != passes]) == 2

@@ -1,6 +1,6 @@
 """Counts what really goes through models: the tokens of every forward and every backward pass, by phase of the run.
 
-A forward hook notes the tokens of a call, a hook on the gradient of its logits those of a backward pass, whoever makes
+A forward hook notes the tokens of a call, a hook on the gradient of its output those of a backward pass, whoever makes
 it. Sums stay on the device until they are read. Evaluation and prediction are not counted.
 """
 
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from dataflex import comm
+from dataflex.record.clock import PHASES
 from dataflex.signals.gradients.parameters import shape_of
 
 _FREE = ("evaluate", "predict")
 _ADAPTERS = 0.2  # below this share of trained parameters a backward pass is one to layer inputs alone
 _WAYS = ("forward", "backward")
+_OUTPUTS = ("logits", "loss", "log_probs", "last_hidden_state")  # with a fused loss there are no logits
 
 
 def backward_cost(model: torch.nn.Module) -> int:
@@ -26,25 +28,26 @@ def backward_cost(model: torch.nn.Module) -> int:
     return 1 if trained < _ADAPTERS * every else 2
 
 
-class Passes:
+class PassCounter:
     """The passes of a run through its model, and through others in tokens of the run's by their parameters.
 
     Args:
         model: The model under training.
         phase: Says in which phase of the clock the present moment is.
+        device: Where ranks exchange their sums.
     """
 
-    watching: Passes | None = None
+    watching: PassCounter | None = None
     """The run in progress, which models that are loaded meanwhile are told to (``watch_other``)."""
 
-    def __init__(self, model: torch.nn.Module, phase: Callable[[], str]) -> None:
-        self._phase, self._size, self._hooks = phase, _size(model), list[Any]()
+    def __init__(self, model: torch.nn.Module, phase: Callable[[], str], device: torch.device) -> None:
+        self._phase, self._size, self._hooks, self._device = phase, _size(model), list[Any](), device
         self._own: dict[str, Any] = {}  # sums of this process and rank: a number, or a tensor on the device
         self.before: dict[str, float] = {}
         """Sums of earlier processes of the same run, over ranks, up to the checkpoint."""
         self.backward_cost = backward_cost(model)
         self.watch(model, 1.0)
-        Passes.watching = self
+        PassCounter.watching = self
 
     def watch(self, model: torch.nn.Module, weight: float) -> None:
         """Count the calls of a model, each token ``weight`` times."""
@@ -54,9 +57,10 @@ class Passes:
             if tokens is None or self._phase() in _FREE:
                 return
             self._add("forward", tokens, weight)
-            logits = getattr(output, "logits", None)
-            if isinstance(logits, torch.Tensor) and logits.requires_grad:
-                logits.register_hook(self._backward(tokens, weight))
+            found = (getattr(output, name, None) for name in _OUTPUTS)
+            traced = next((each for each in found if isinstance(each, torch.Tensor) and each.requires_grad), None)
+            if traced is not None:
+                traced.register_hook(self._backward(tokens, weight))
 
         self._hooks.append(model.register_forward_hook(note, with_kwargs=True))
 
@@ -69,17 +73,17 @@ class Passes:
 
     def totals(self) -> dict[str, float]:
         """Return ``PHASE/forward`` and ``PHASE/backward`` in tokens, over ranks and earlier processes (collective)."""
-        own = {key: float(value) for key, value in self._own.items()}
-        keys = dict.fromkeys([*self.before, *(key for each in comm.gather_objects(sorted(own)) for key in each)])
-        sums = comm.gather_sum(torch.tensor([own.get(key, 0.0) for key in keys], dtype=torch.float64)).tolist()
-        return {key: round(self.before.get(key, 0.0) + value) for key, value in zip(keys, sums, strict=True)}
+        keys = [f"{phase}/{way}" for phase in PHASES for way in _WAYS]
+        own = torch.tensor([float(self._own.get(key, 0)) for key in keys], dtype=torch.float64, device=self._device)
+        sums = zip(keys, comm.gather_sum(own).tolist(), strict=True)
+        return {key: round(self.before.get(key, 0.0) + value) for key, value in sums if value or key in self.before}
 
     def close(self) -> None:
         """Stop counting."""
         for hook in self._hooks:
             hook.remove()
-        if Passes.watching is self:
-            Passes.watching = None
+        if PassCounter.watching is self:
+            PassCounter.watching = None
 
 
 def compute(passes: Mapping[str, float], cost: float) -> float:
@@ -89,7 +93,7 @@ def compute(passes: Mapping[str, float], cost: float) -> float:
 
 def watch_other(model: torch.nn.Module) -> None:
     """Count a model beside the one under training, in tokens of that one by the ratio of their parameters."""
-    run = Passes.watching
+    run = PassCounter.watching
     if run is not None:
         run.watch(model, _size(model) / max(run._size, 1))
 

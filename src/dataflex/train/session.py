@@ -36,7 +36,7 @@ from dataflex.registry import KINDS
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.model_parts import capture_hidden, model_parts
-from dataflex.signals.passes import Passes, compute
+from dataflex.signals.passes import PassCounter, compute
 from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.train import checkpoint as saved
@@ -167,7 +167,7 @@ class Session:
         self._unsealed: tuple[Path, float] | None = None
         self._extended: dict[str, Any] = {}  # what changed on purpose at the resume
         self._moved: tuple[str, Rows] | None = None  # the pool before, and the row there of each row
-        self._passes: Passes
+        self._passes: PassCounter
         self._rows: Path | None = None  # file of what rows are known by, for checkpoints
 
     @classmethod
@@ -274,7 +274,7 @@ class Session:
         )
         if (in_run := self.controller.in_run) is not None:
             self._loss.watch = in_run.watch
-        self._passes = Passes(loop.model, lambda: setup.clock.now)
+        self._passes = PassCounter(loop.model, lambda: setup.clock.now, loop.device)
         self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
         if config.average_weights is not None:
             self.average = WeightAverage(loop.model, config.average_weights, loop.total_steps)
