@@ -322,7 +322,7 @@ def test_signals_of_rows_without_an_answer_are_refused(kind, tmp_path, name):
     [
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: the plan decides"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: a plan is made for one batch size"),
-        ({"domains": "sauce"}, "no column 'sauce'"),
+        ({"domains": "sauce"}, "no column 'sauce' .*; did you mean 'source'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: smoothing replaces the loss"),
         ({"optim": "adafactor", "block": BLOCKS["less"]}, "Adam's moments .*adafactor"),
     ],

@@ -188,8 +188,8 @@ class _Door(Trainer):
             return
         names = (asked.domains, *asked.config.columns, *asked.columns)
         for name in dict.fromkeys(name for name in names if name is not None and name not in rows.column_names):
-            known = ", ".join(rows.column_names)
-            yield f"train_dataset: has no column {name!r} once it is prepared, which packing drops (found: {known})"
+            known = f"{did_you_mean(name, rows.column_names)} (found: {', '.join(rows.column_names)})"
+            yield f"train_dataset: has no column {name!r} once it is prepared, which packing drops{known}"
 
     def _dataflex_rows(self, rows: Dataset, formatting: Any) -> RowSpace:
         """Measure the prepared training rows and the targets."""
