@@ -179,7 +179,8 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     version = _calls("dataflex.version", "version_lines")
     _add_config(add("train", "Train as a configuration says.", version, _TRAIN))  # 'train' itself is not parsed
     plan = _calls("dataflex.commands.plan", "plan")
-    _add_config(add("plan", "Check a configuration and say what the run will do and cost, without a model.", plan))
+    told = "Check a configuration and say what the run will do and cost, without a model."
+    _add_plan(add("plan", told, plan))
     methods = add("methods", "List the methods, or tell all about one.", _calls("dataflex.commands.methods", "methods"))
     methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss, or a kind: selector")
     score, select = _calls("dataflex.commands.score", "score"), _calls("dataflex.offline.subset", "select")
@@ -255,6 +256,19 @@ _SELECT = (
     "\n\nRows are written byte for byte, in the format of their file, beside their provenance and an entry\n"
     "for dataset_info.json. key=value sets a parameter of the rule."
 )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    told = "tokens that all ranks together train on in a second: also print hours"
+    command.add_argument("--tokens-per-second", type=_above_zero, metavar="N", help=told)
+    _add_config(command)
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
+    return number
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:

@@ -124,6 +124,9 @@ Cost (F: forward pass of one sequence, B: backward pass)
   weighter column      none
   share of methods     33.3% of all passes, a B counted as two F
   beside training      0.5 x the passes of the training itself
+
+Size (docs/scale.md says how it is estimated)
+  tokens               at most 614,400 (sequences x cutoff_len)
 """
 
 
@@ -347,6 +350,34 @@ def test_remote_data_sets_are_not_counted(plan: Plan) -> None:
     assert "  rows                 known after loading (a 100, hub ?)" in text
     assert "  epochs per domain    known after loading" in text
     assert "  training             20 F + 20 B" in text
+
+
+def test_rows_drawn_from_a_remote_data_set_are_counted(plan: Plan, project: Path) -> None:
+    file = project / "data" / "dataset_info.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps({**info, "hub": {**info["hub"], "num_samples": 40}}))
+    assert "  rows                 140 (a 100, hub 40)" in plan(dataset="a,hub", dynamic={"mixer": "uniform"})
+    assert "  rows                 50 (a 25, hub 25)" in plan(
+        dataset="a,hub", max_samples=25, dynamic={"mixer": "uniform"}
+    )
+
+
+def test_hours_of_methods_go_by_their_passes(plan: Plan) -> None:
+    """40 steps of 2 rows of 45 tokens, 1 a second: one hour. 4 x 60 F beside 80 (F + B) are as many passes again."""
+    block = {"selector": "loss", "interval_steps": 10, "signals": {"pool_fraction": 0.4}}
+    text = plan("--tokens-per-second", "1", max_steps=40, cutoff_len=45, dynamic=block)
+    assert section(text, "Size") == [
+        "  tokens               at most 3,600 (sequences x cutoff_len)",
+        "  hours                at most 1.0 of training, of methods 1.0, at the tokens per second given",
+    ]
+    told = json.loads(plan("--json", "--tokens-per-second", "1", max_steps=40, cutoff_len=45, dynamic=block))
+    assert (told["tokens"], told["memory_per_rank"]) == (3600, None)
+    assert told["hours"] == {"training": 1.0, "methods": 1.0}
+    text = plan("--tokens-per-second", "1", dataset="a,hub", max_steps=40, dynamic=block)
+    assert section(text, "Size")[-1].endswith("of methods not known, at the tokens per second given")
+    assert section(plan("--tokens-per-second", "1", packing=True, dynamic=block), "Size") == [
+        "  tokens               known after loading"
+    ]
 
 
 def test_proportions_of_tokens_are_not_guessed(plan: Plan) -> None:

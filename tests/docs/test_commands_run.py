@@ -30,7 +30,17 @@ from tests.record.synthetic import SELECTION, simulate, space_of
 
 EVAL = "tests/offline/test_eval.py"
 SWARM = "tests/mixing/test_mix_commands.py"
+SCALE = "tests/examples/test_scale.py"
+OF_DOREMI = [f"doremi_{step}" for step in ("1_reference", "2_proxy", "3_final_6b")]
 ELSEWHERE = {
+    **{
+        f"train examples/scale/{name}.yaml": SCALE
+        for name in ("mistral_7b_less", "llama_3b_less", "qwen_6b_odm", "qwen_30b_odm", *OF_DOREMI)
+    },
+    **{
+        f"plan examples/scale/{name}.yaml model_name_or_path=examples/scale/models/{model} use_cpu=true": SCALE
+        for name, model in (("mistral_7b_less", "Mistral-7B-v0.1"), ("llama_3b_less", "Llama-3.2-3B"))
+    },
     "webui": "tests/llamafactory/test_board.py",
     "report runs/hf": "tests/huggingface/test_wrap.py",
     "query runs/offline/index --target gsm8k_valid general_valid --out runs/offline/query.parquet": (

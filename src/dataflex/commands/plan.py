@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
-from dataflex.config.costs import costs, leaves_targets_out, passes_by_label
+from dataflex.config.costs import Cost, costs, leaves_targets_out, passes_by_label
 from dataflex.config.data import find_sources
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
 from dataflex.config.mappings import as_mapping, as_yaml
+from dataflex.config.memory import memory
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
@@ -32,12 +33,13 @@ _LF_KEYS = (
 """Keys of LLaMA-Factory's that are shown, with its defaults."""
 
 
-def plan(config: Path, overrides: Sequence[str] = ()) -> Answer:
-    """Return the resolved configuration, the schedule and the cost of a run.
+def plan(config: Path, overrides: Sequence[str] = (), tokens_per_second: float | None = None) -> Answer:
+    """Return the resolved configuration, the schedule, the cost and the size of a run.
 
     Args:
         config: A YAML or JSON file.
         overrides: ``key=value`` texts.
+        tokens_per_second: Tokens that all ranks together train on in a second; hours are told if it is given.
 
     Raises:
         ConfigError: All problems of the configuration.
@@ -58,8 +60,10 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> Answer:
     dynamic = parts.dynamic or DynamicConfig()
     targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
-    values = {**values, "trains": True, **_values(view, _seconds_per_step(parts.lf.output_dir, view))}
-    return Answer("\n".join([*lines, "", foretold(view, parts.lf)]), values)
+    size = _size(view, parts.lf, tokens_per_second)
+    values = {**values, "trains": True, **_values(view, _seconds_per_step(parts.lf.output_dir, view)), **size}
+    lines += ["", foretold(view, parts.lf), "", "Size (docs/scale.md says how it is estimated)"]
+    return Answer("\n".join([*lines, *rows_of(_size_lines(size))]), values)
 
 
 def foretold(view: Forecast, lf: LlamaFactoryArgs) -> str:
@@ -67,6 +71,33 @@ def foretold(view: Forecast, lf: LlamaFactoryArgs) -> str:
     cost_lines = _cost_lines(view, _seconds_per_step(lf.output_dir, view))
     cost = ["Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines)]
     return "\n".join(["Schedule", *rows_of(_schedule_lines(view, lf)), "", *cost])
+
+
+def _size(view: Forecast, lf: LlamaFactoryArgs, tokens_per_second: float | None) -> dict[str, Any]:
+    """Return tokens, bytes of a rank, and hours; null for what is not known."""
+    tokens = None if view.sequences is None else view.sequences * lf.cutoff_len
+    hours = None
+    if tokens is not None and tokens_per_second is not None:
+        training, beside = tokens / tokens_per_second / 3600, _beside(costs(view))
+        hours = {"training": training, "methods": None if beside is None else training * beside}
+    return {"tokens": tokens, "memory_per_rank": memory(view, lf), "hours": hours}
+
+
+def _size_lines(size: dict[str, Any]) -> Lines:
+    tokens, found, hours = size["tokens"], size["memory_per_rank"], size["hours"]
+    at_most = "known after loading" if tokens is None else f"at most {tokens:,} (sequences x cutoff_len)"
+    lines: Lines = [("tokens", at_most)]
+    if found is not None:
+        listed = ", ".join(f"{name} {_gib(each)}" for name, each in found.items() if name != "total")
+        lines.append(("memory per rank", f"about {_gib(found['total'])} GiB: {listed}"))
+    if hours is not None:
+        told = "of methods not known" if hours["methods"] is None else f"of methods {hours['methods']:,.1f}"
+        lines.append(("hours", f"at most {hours['training']:,.1f} of training, {told}, at the tokens per second given"))
+    return lines
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.2f}"
 
 
 def _values(view: Forecast, step_seconds: float | None) -> dict[str, Any]:
@@ -231,6 +262,13 @@ def _epoch_lines(view: Forecast) -> Lines:
     return lines
 
 
+def _beside(found: dict[str, list[Cost]]) -> float | None:
+    """Return the passes beside training as a multiple of its own, a backward pass as two; None where unknown."""
+    total = found["training"][0].in_forwards
+    beside = [cost.in_forwards for label, each in found.items() if label != "training" for cost in each]
+    return None if None in beside or not total else sum(passes or 0.0 for passes in beside) / total
+
+
 _MOST_RECORD_BYTES = 32 << 20  # what is quick to read
 
 
@@ -240,20 +278,18 @@ def _cost_lines(view: Forecast, step_seconds: float | None) -> Lines:
     lines: Lines = [(label, "; ".join(cost.text for cost in each)) for label, each in found.items()]
     if len(found) == 1:
         return lines
-    total = found["training"][0].in_forwards
-    beside = [cost.in_forwards for label, each in found.items() if label != "training" for cost in each]
-    extra = None if None in beside else sum(passes or 0.0 for passes in beside)
-    if total and extra is not None:
+    beside = _beside(found)
+    if beside is not None:
         aside = "; passes over targets not counted" if any(map(leaves_targets_out, view.dynamic.methods)) else ""
-        share = f"{extra / (extra + total):.1%} of all passes, a B counted as two F{aside}"
+        share = f"{beside / (beside + 1):.1%} of all passes, a B counted as two F{aside}"
         lines.append(("share of methods", share))
-        if extra:
-            lines.append(("beside training", f"{extra / total:.2g} x the passes of the training itself"))
+        if beside:
+            lines.append(("beside training", f"{beside:.2g} x the passes of the training itself"))
     if step_seconds is not None and view.steps is not None:
         seconds = view.steps * step_seconds
         told = f"training {duration(seconds)}"
-        if total and extra:
-            told = f"{duration(seconds * (1 + extra / total))}: {told}, methods {duration(seconds * extra / total)}"
+        if beside:
+            told = f"{duration(seconds * (1 + beside))}: {told}, methods {duration(seconds * beside)}"
         lines.append(("time", f"about {told} ({step_seconds:.3g} s a step in the record of the run before)"))
     return lines
 

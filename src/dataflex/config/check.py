@@ -142,7 +142,7 @@ def partitioned_by(lf: LlamaFactoryArgs) -> str:
     if lf.fsdp:
         config = _mapping(lf.fsdp_config)
         return FSDP2 if str(config.get("fsdp_version", config.get("version"))) == "2" else "fsdp"
-    return "DeepSpeed ZeRO-3" if _zero(lf).get("stage") == 3 else ""
+    return "DeepSpeed ZeRO-3" if zero_options(lf).get("stage") == 3 else ""
 
 
 def _mapping(config: Any) -> Mapping[str, Any]:
@@ -155,13 +155,14 @@ def _mapping(config: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _zero(lf: LlamaFactoryArgs) -> Mapping[str, Any]:
+def zero_options(lf: LlamaFactoryArgs) -> Mapping[str, Any]:
+    """Return DeepSpeed's settings of ZeRO; empty without DeepSpeed."""
     return _mapping(_mapping(lf.deepspeed).get("zero_optimization"))
 
 
 def _unsplit(lf: LlamaFactoryArgs) -> str:
     """Return what a ledger cannot account for under DeepSpeed's settings, or an empty string; ZeRO-3 is told apart."""
-    zero = _zero(lf)
+    zero = zero_options(lf)
     if zero.get("stage") not in (1, 2, 3):
         return "the ledger reads what ZeRO-1 and 2 step, and this is neither; set zero_optimization.stage to 1 or 2"
     if zero.get("offload_optimizer"):
