@@ -101,10 +101,11 @@ def test_what_is_printed(reader, monkeypatch, capsys):
     size = text[text.index("\nSize") :].splitlines()[2:]
     assert size[0] == "  tokens               at most 204,472,320 (sequences x cutoff_len)"
     # signals: the target's gradient and both moments of 109,051,904 parameters in fp32
-    assert size[1].startswith(
-        "  memory per rank      about 5.97 GiB: parameters 1.71, gradients 0.03, optimizer 0.15, "
+    # activations: 4,096 tokens x (2 x 4,096 x 32 layers + 200,704 of one whole layer + 10 x 32,000 of the logits)
+    assert size[1] == (
+        "  memory per rank      about 6.09 GiB: parameters 1.71, gradients 0.03, optimizer 0.15, activations 2.99, "
+        "signals 1.22"
     )
-    assert size[1].endswith(", signals 1.22")
     assert size[2] == "  hours                at most 2.8 of training, of methods 5.7, at the tokens per second given"
     assert "hours" not in planned("mistral_7b_less", monkeypatch, capsys)
 

@@ -13,7 +13,8 @@ micro-batch (``per_device_train_batch_size`` x ``cutoff_len``, so at most), c by
   4 + 4 + 8 otherwise, since LLaMA-Factory and FSDP keep it in fp32; in fp32 always 4 + 4 + 8.
 - ZeRO-1 divides the optimizer's state by W, ZeRO-2 gradients too, ZeRO-3 and FSDP parameters too (figure 1 there).
 - Activations of a layer are what its backward pass reads, counted as in arXiv 2205.05198, section 4.1, without dropout,
-  for RMSNorm, grouped queries, SwiGLU and an attention that keeps no scores: A = c t (4 h + 2 a + 2 k + 4 f).
+  for RMSNorm, grouped queries, SwiGLU and an attention that keeps no scores: A = c t (4 h + 2 a + 2 k + 4 f) + 8 t h,
+  of which the last are what transformers' two norms keep in fp32.
   All in all L A, or with checkpointing (LLaMA-Factory's default) c t h L + A; and 10 t V for logits in 16 bit, their
   fp32 copy and its gradient, or 8 t V in fp32.
 - Signals: one fp32 gradient for each target, 4 T, and where Adam's moments are divided, 8 T to bring them together, for
@@ -79,9 +80,10 @@ class Decoder:
 
     def activations(self, tokens: int, width: int, *, checkpointed: bool) -> int:
         """Return the bytes kept for the backward pass of a micro-batch, in numbers of ``width`` bytes."""
-        kept = 4 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.feed_forward
-        layers = self.hidden * self.layers + kept if checkpointed else self.layers * kept
-        return tokens * (width * layers + (10 if width == 2 else 8) * self.vocabulary)
+        numbers = 4 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.feed_forward
+        layer = width * numbers + 8 * self.hidden
+        layers = width * self.hidden * self.layers + layer if checkpointed else self.layers * layer
+        return tokens * (layers + (10 if width == 2 else 8) * self.vocabulary)
 
     def _items(self) -> Any:
         return self.matrices.items()
