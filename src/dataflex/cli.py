@@ -1,4 +1,4 @@
-"""The command line: ``dataflex train | plan | methods | score | select | eval | compare | mix | rows | report | ...``.
+"""The command line: ``dataflex train | plan | methods | score | select | eval | compare | audit | mix | ...``.
 
 Each command imports what it needs when it is called. Exit codes: 2 for a mistake of the user's and a refused write,
 told in plain lines on stderr; 143 for SIGTERM; 1 for a run that fails otherwise (a defect of ours keeps its trace)
@@ -38,6 +38,7 @@ _EXAMPLES = {
     "select": "dataflex select scores.parquet --score less --budget 0.1 --out subset.jsonl",
     "eval": "dataflex eval saves/run --data gsm8k_valid --choices mmlu.jsonl template=llama3",
     "compare": "dataflex compare evidence/s1.yaml seeds=[1,2,3] --jobs 2",
+    "audit": "dataflex audit evidence/audit.yaml subsets.count=20",
     "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
     "rows": """dataflex rows saves/run2 --most --where 'domain == "gsm8k" and times_served > 3' --text""",
     "report": "dataflex report saves/run2 saves/plain --out report",
@@ -172,7 +173,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
         epilog = f"example:\n  {_EXAMPLES[name]}"
         command: _Parser = commands.add_parser(name, help=told, description=f"{told}{more}", epilog=epilog)
         command.set_defaults(handler=handler)
-        if name not in ("train", "mix", "compare", "webui"):
+        if name not in ("train", "mix", "compare", "audit", "webui"):
             command.add_argument("--json", dest="as_json", action="store_true", help="print JSON (docs/json.md)")
         return command
 
@@ -196,6 +197,14 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     _add_compare(
         add("compare", "Train a suite of arms over seeds, and say which differences are real.", compare, _COMPARE)
     )
+    audit = add(
+        "audit",
+        "Train without rows, and say which scores predicted it.",
+        _calls("dataflex.commands.compare", "audit"),
+        _AUDIT,
+    )
+    audit.add_argument("suite", type=Path, metavar="SUITE", help="a .yaml, .yml or .json file")
+    _add_overrides(audit, "keys of the suite")
     mix = add("mix", "Find proportions of domains before the large run, step by step.", lambda _: mix.format_help())
     if steps_of_mix:
         from dataflex.commands.mix import add_mix_steps
@@ -241,6 +250,10 @@ _EVAL = (
 _COMPARE = (
     "\n\nSUITE is a YAML file: a base configuration, arms that change keys of it, seeds, steps, evaluations, and\n"
     "claims fixed beforehand (docs/compare.md). A suite that was killed goes on; finished runs are not repeated."
+)
+_AUDIT = (
+    "\n\nSUITE is a YAML file: a base configuration, targets, scores, and up to three experiments: random subsets,\n"
+    "rows left out alone, and the top rows left out (docs/compare.md). An audit that was killed goes on."
 )
 _ROWS = (
     "\n\nCOND compares columns of the table (docs/report.md): 'domain == \"code\" and (score > 2 or weight < 0.1)';\n"

@@ -1,7 +1,8 @@
-"""``dataflex compare``: trains a suite, or prints its commands, and tells what it came to."""
+"""``dataflex compare`` and ``audit``: train a suite, or print its commands, and tell what it came to."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from dataflex.compare.suite import Suite, read_suite
 from dataflex.errors import ConfigError
 from dataflex.mixing.runs import say
 from dataflex.record.text import signed
+from dataflex.state import replacing, write_json
 
 
 def compare(suite: Path, overrides: list[str], *, jobs: int, commands: bool) -> int:
@@ -37,6 +39,29 @@ def compare(suite: Path, overrides: list[str], *, jobs: int, commands: bool) -> 
     failed = run_all(found, jobs, say)
     _tell(read, found, failed)
     return 1 if failed else 0
+
+
+def audit(suite: Path, overrides: list[str]) -> int:
+    """Train without rows what is not finished, and write what scores of rows predict of it.
+
+    Args:
+        suite: A YAML or JSON file.
+        overrides: ``key=value`` texts over its keys.
+    """
+    from dataflex.compare.audit import as_markdown, read_audit
+
+    read = read_audit(suite, overrides)
+    from dataflex.offline.removal import run_audit
+
+    found = run_audit(read)
+    found["command"] = shlex.join(["dataflex", "audit", str(suite), *overrides])
+    write_json(read.out / "results.json", found)
+    text = as_markdown(found)
+    with replacing(read.out / "results.md") as file:
+        file.write(text.encode())
+    say("")
+    sys.stdout.write(text)
+    return 0
 
 
 def _tell(suite: Suite, jobs: list[Job], failed: dict[str, str]) -> None:

@@ -135,7 +135,7 @@ def read_suite(path: Path, overrides: Sequence[str] = (), *, work: Path) -> Suit
     settings = Settings(**{"suite": "", **given})
     if told := file_name_problem(settings.suite or "-"):
         problems.append(f"suite: the name {told}")
-    base, base_dir = _base(mapping.get("base"), path, problems)
+    base, base_dir = base_of(mapping.get("base"), path, problems)
     arms = _arms(mapping.get("arms"), problems)
     seeds = _seeds(mapping.get("seeds"), problems)
     steps = settings.steps or base.get("max_steps")
@@ -183,7 +183,7 @@ def read_suite(path: Path, overrides: Sequence[str] = (), *, work: Path) -> Suit
     )
 
 
-def _base(found: Any, path: Path, problems: list[str]) -> tuple[dict[str, Any], Path]:
+def base_of(found: Any, path: Path, problems: list[str]) -> tuple[dict[str, Any], Path]:
     """Return the base configuration and the folder that its plugins are looked for in."""
     if isinstance(found, str):
         file = path.parent / found

@@ -192,6 +192,7 @@ def score_request(
     targets: str | None = None,
     budget: int | None = None,
     store: str | None = None,
+    moments: bool = False,
 ) -> ScoreRequest:
     """Read and check what ``dataflex score`` is asked for; ``ConfigError`` with all problems.
 
@@ -205,6 +206,7 @@ def score_request(
         targets: Data sets for the methods that need targets and have none of their own.
         budget: Number of rows that every method is asked for; None: all.
         store: Folder for finished passes, kept; None: one beside ``out``, removed at the end.
+        moments: Whether the model is trained before it is asked, so that there are an optimizer's moments.
     """
     problems: list[str] = []
     ours = [text for text in overrides if text.partition("=")[0].partition(".")[0] in methods and "." in text]
@@ -244,7 +246,7 @@ def score_request(
     work = place / WORK if indexes else place.with_name(f"{place.name}.work")
     signals = replace(config.signals, store=store or config.signals.store or str(work / "store"), store_gb=_STORE_GB)
     config = replace(config, scorers=scorers, signals=signals, selector=None, mixer=None, weighter=None)
-    sources = _checked(lf, config, base_dir, bool(checkpoints), problems)
+    sources = _checked(lf, config, base_dir, moments or bool(checkpoints), problems)
     problems += index_problems(place) if indexes else out_problems(place) if out is not None else []
     if budget is not None and budget < 1:
         problems.append(f"--budget: {budget} rows; ask for at least 1, or leave it out for all")
