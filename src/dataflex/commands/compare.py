@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from dataflex.compare.running import Job, jobs_of, run_all
 from dataflex.compare.suite import Suite, read_suite
+from dataflex.console import others_aside, show_log
 from dataflex.errors import ConfigError
 from dataflex.mixing.runs import say
 from dataflex.record.text import signed
@@ -53,13 +54,15 @@ def audit(suite: Path, overrides: list[str]) -> int:
     read = read_audit(suite, overrides)
     from dataflex.offline.removal import run_audit
 
-    found = run_audit(read)
+    show_log()
+    # LLaMA-Factory prints an example and logs to the stdout that it finds; here stdout is for what was asked.
+    with others_aside():
+        found = run_audit(read)
     found["command"] = shlex.join(["dataflex", "audit", str(suite), *overrides])
     write_json(read.out / "results.json", found)
     text = as_markdown(found)
     with replacing(read.out / "results.md") as file:
         file.write(text.encode())
-    say("")
     sys.stdout.write(text)
     return 0
 

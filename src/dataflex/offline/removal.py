@@ -10,6 +10,7 @@ its weight. A run is a function of the kept rows alone, to the bit.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.compare.audit import FORMAT, LEDGER, Audit, Floats, filled, judged, mean_of
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.mixing.runs import say
 from dataflex.offline.scoring import WorkflowMixin, ask, context, left_by
 from dataflex.rng import permutations, stream
 from dataflex.signals.runner import SignalRunner
@@ -33,6 +33,8 @@ from dataflex.signals.sweep import fetch, preserve_state, to_device
 from dataflex.state import blake2b, replacing
 from dataflex.train.ledger import Ledger
 from dataflex.train.loader import ROWS
+
+logger = logging.getLogger(__name__)
 
 Kept = NDArray[np.bool_]
 
@@ -166,8 +168,8 @@ class Experiments:
                     ledger.end_step()
                 if self.args.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-                trainer.optimizer.step()
-                trainer.optimizer.zero_grad()
+            trainer.optimizer.step()  # without gradients nothing moves
+            trainer.optimizer.zero_grad()
             trainer.lr_scheduler.step()
         self.trained += 1
 
@@ -215,7 +217,7 @@ class Experiments:
                 self.run(np.ones(n, dtype=bool), until=after)
                 self.runner.begin(after)
                 state.append(after)
-            say(f"score {name}")
+            logger.info("score %s", name)
             ctx = context(
                 self.space.domains, self.runner, seed=self.seed, step=after, learning_rate=float(self._rate())
             )
@@ -229,7 +231,7 @@ class Experiments:
 
         def credits() -> Floats:
             assert audit.request.config.ledger is not None
-            say("score ledger: the full run, accounted for")
+            logger.info("score ledger: the full run, accounted for")
             ledger = Ledger(
                 access=self.runner.access, space=self.space, options=audit.request.config.ledger, seed=self.seed
             )
@@ -257,7 +259,7 @@ class Experiments:
             raise DataError(f"brittleness.rows: {removed.rows} of {len(self.pool)} rows")
         known, scores = len(self.journal.known), self.scores()
         full = self.losses_of(self.without(self.pool[:0]))
-        say(f"all rows: loss {self.mean(full):.4f} after {len(self.steps)} steps")
+        logger.info("all rows: loss %.4f after %d steps", self.mean(full), len(self.steps))
         measured: dict[str, Any] = {}
         if subsets is not None:
             size = min(max(round(subsets.fraction * len(self.pool)), 1), len(self.pool) - 1)
@@ -265,7 +267,7 @@ class Experiments:
             for at in range(subsets.count):
                 drawn = stream(self.seed, "audit subset", at).permutation(self.pool)[size:]
                 made.append((self.without(drawn), self.mean(self.losses_of(self.without(drawn)))))
-                say(f"subset {at + 1} of {subsets.count}: loss {made[-1][1]:.4f}")
+                logger.info("subset %d of %d: loss %.4f", at + 1, subsets.count, made[-1][1])
             kept = np.array([each[0] for each in made])
             kept[:, np.setdiff1d(self.space.all_rows(), self.pool)] = False  # never trained on
             measured["subsets"] = (kept, [each[1] for each in made])
@@ -273,13 +275,13 @@ class Experiments:
             rows, rises = np.sort(stream(self.seed, "audit leave one out").permutation(self.pool)[:alone]), []
             for row in rows:
                 rises.append(self.mean(self.losses_of(self.without(row))) - self.mean(full))
-                say(f"without row {row}: {rises[-1]:+.6f}")
+                logger.info("without row %d: %+.6f", row, rises[-1])
             measured["leave_one_out"] = (rows, np.array(rises))
         told = {
             name: {key: vars(each) for key, each in judged(found, measured).items()} for name, found in scores.items()
         }
         if removed is not None:
-            say(f"without {removed.rows} rows: {len(scores)} scores, {removed.random} random sets")
+            logger.info("without %d rows: %d scores, %d random sets", removed.rows, len(scores), removed.random)
             others = np.mean(
                 [
                     self.losses_of(
