@@ -73,6 +73,7 @@ evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many
 	test -f runs/evidence/w1_reference/config.json || \
 		$(TUNED) $(QUIET) $(RUN) -m dataflex train evidence/w1_reference.yaml
 	@set -e; for suite in $(SUITES); do $(COMPARE) evidence/$$suite.yaml; done
+	$(TUNED) $(QUIET) $(RUN) -m dataflex audit evidence/audit.yaml
 	$(RUN) evidence/render.py
 
 evidence-quick: $(VENV)/.installed  ## one small suite of the same kind

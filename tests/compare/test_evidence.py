@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dataflex.compare.audit import read_audit
 from dataflex.compare.suite import read_suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,9 @@ def test_suites_and_pools(data, tmp_path):
         assert len(suite.runs) == len(suite.seeds) * (len(suite.arms) + len(suite.lengths) - 1), name
         assert suite.claims, name
 
+    audit = read_audit(Path("evidence/audit.yaml"))
+    assert len(audit.names) == 15
+
     original = {row["instruction"]: row["output"] for row in rows(ROOT / "examples/data", "pool")}
     for name in ("s1", "s3"):
         pool = rows(data, name)
@@ -69,4 +73,6 @@ def test_results_are_rendered_between_their_marks(tmp_path):
     rendered = module_of("render").rendered(page, tmp_path)
     assert rendered == page.replace("old", "new\n\n| a |")
     real = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"<!-- suite (\w+) -->", real)) == [name.removesuffix(".yaml") for name in SUITES]
+    assert sorted(re.findall(r"<!-- suite (\w+) -->", real)) == sorted(
+        ["audit", *(name.removesuffix(".yaml") for name in SUITES)]
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dataflex.compare.audit import read_audit
 from dataflex.compare.suite import read_suite
 from dataflex.config.build import parse_dynamic
 from dataflex.config.check import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
@@ -65,7 +66,12 @@ def dynamic_blocks():
 @pytest.mark.parametrize(("page", "mapping"), dynamic_blocks())
 def test_every_yaml_block_is_valid(page, mapping, tmp_path, monkeypatch):
     """Strictly, as a configuration that lies in examples/ would be, or a suite beside the page."""
-    if "arms" in mapping:
+    if "leave_one_out" in mapping:
+        monkeypatch.chdir(ROOT)
+        file = tmp_path / "audit.json"
+        file.write_text(json.dumps({**mapping, "base": str((ROOT / page).parent / mapping["base"])}))
+        assert read_audit(file).names == list(mapping["scores"])
+    elif "arms" in mapping:
         monkeypatch.chdir(ROOT)
         base, file = str((ROOT / page).parent / mapping["base"]), tmp_path / "suite.json"
         file.write_text(json.dumps({**mapping, "base": base, "evaluate": None}))
