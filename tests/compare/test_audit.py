@@ -178,6 +178,22 @@ def test_what_is_left_out_leaves_no_other_trace(suite, monkeypatch):
         assert torch.allclose(value, found["rest3"][key], atol=2e-4), key
 
 
+@pytest.mark.slow
+def test_first_order_scores_predict_small_plain_steps(suite, tiny_model, data_dir, tmp_path):
+    """Under SGD with a small rate effects are of first order: the ledger's credits are them, and LESS is near."""
+    plain = {"optim": "sgd", "learning_rate": 1.0e-3, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    scores = {"less": {"normalize": False, "precondition": "none"}, "ledger": {}, "random": {}}
+    base = base_settings(tiny_model, data_dir) | plain
+    path = suite(base=base, scores=scores, subsets={"count": 12}, leave_one_out=20, brittleness=None)
+    assert main(["audit", str(path)]) == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())["scores"]
+    assert found["ledger"]["leave_one_out"]["value"] > 0.99
+    assert found["ledger"]["subsets"]["value"] > 0.97
+    assert found["less"]["leave_one_out"]["low"] > 0
+    for key in ("subsets", "leave_one_out"):
+        assert found["random"][key]["low"] < 0 < found["random"][key]["high"]
+
+
 def test_mistakes_are_told_together(suite):
     changes = {"scores": {"lesss": {}, "loss": 3, "ledger": {"a": 1}, "f": {"file": "none.parquet", "column": "x"}}}
     with pytest.raises(ConfigError) as told:

@@ -133,7 +133,8 @@ def read_audit(path: Path, overrides: Sequence[str] = ()) -> Audit:
     methods, columns = _scores(scores, plain, settings, out, problems)
     if problems or request is None:
         raise ConfigError(dict.fromkeys(problems))
-    ledger = LedgerConfig(targets=settings.targets, refresh_steps=1)  # makes the targets known, whoever asks
+    # Rows' credits alone, for which no look between two steps is needed; it makes the targets known, whoever asks.
+    ledger = LedgerConfig(targets=settings.targets, refresh_steps=1, unexplained=1.0)
     config = replace(request.config, scorers=tuple(methods.values()), ledger=ledger)
     return Audit(
         settings=settings,
