@@ -299,7 +299,7 @@ def as_markdown(told: Mapping[str, Any]) -> str:
     lines = [[name, *(part for key in made for part in _cells(line.get(key)))] for name, line in told["scores"].items()]
     rows = [f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *lines)]
     about = [told["about"], ""] if told["about"] else []
-    return "\n".join([f"### {told['suite']}", "", *about, told["sizes"], "", *rows, ""])
+    return "\n".join([f"### {told['suite']}", "", *about, f"{told['sizes']} By `{told['command']}`.", "", *rows, ""])
 
 
 def _cells(found: Mapping[str, Any] | None) -> list[str]:
