@@ -118,7 +118,7 @@ def test_a_missing_package_is_told_before_anything_loads(
     """And not at the first decision, which may come after hours of warm-up."""
     dynamic = {"dynamic": {"selector": selector, "interval_steps": 5}}
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataFlexError, match=rf"dataflex\[{extra}\]"):
+    with pytest.raises(DataFlexError, match=rf"dataflex-llm\[{extra}\]"):
         resolve(config(**dynamic), project)
     there = types.ModuleType(package)
     there.__spec__ = importlib.machinery.ModuleSpec(package, None)

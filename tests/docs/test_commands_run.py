@@ -54,8 +54,6 @@ ELSEWHERE = {
     "eval runs/offline/adapter --data gsm8k_test --choices runs/offline/choices.jsonl dataset_dir=examples/data "
     "template=default": EVAL,
     "eval examples/demo_static.yaml adapter_name_or_path=runs/offline/adapter": EVAL,
-    "compare suite.yaml": "tests/compare/test_compare.py",
-    "audit suite.yaml": "tests/compare/test_audit.py",
     "mix swarm small.yaml --runs 24 --out swarm --run": "tests/mixing/test_real_swarm.py",
     "mix fit swarm": SWARM,
     "mix propose swarm --budget 2000000 --max-epochs 4 --out mixture.json": SWARM,

@@ -247,7 +247,7 @@ def test_a_folder_of_another_configuration_is_refused(bench, capsys):
 
 def test_training_happens_in_a_process_of_its_own(monkeypatch):
     started = []
-    monkeypatch.setattr("dataflex.mixing.runs.run_child", lambda args: started.append(args) or 3)
+    monkeypatch.setattr("dataflex.mixing.runs.run_child", lambda args, **_: started.append(args) or 3)
     assert runs.train(Path("x.yaml")) == 3
     assert started == [[sys.executable, "-m", "dataflex", "train", "x.yaml"]]
 

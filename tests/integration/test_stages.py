@@ -185,7 +185,7 @@ def test_domains_by_column_and_scalars_in_tensorboard(run):
         board.Reload()
         tags |= set(board.Tags()["scalars"])
     assert any("dataflex/interval" in tag for tag in tags)
-    assert any("dataflex/mix/alpha0" in tag for tag in tags)
+    assert any("dataflex_mix/alpha0" in tag for tag in tags)
 
 
 def test_plan_files_hold_what_was_served(run):

@@ -276,5 +276,5 @@ def test_a_missing_library_is_told(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ConfigError, match=r"pip install 'dataflex\[cluster\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'dataflex-llm\[cluster\]'"):
         s2l(np.random.default_rng(0).random((9, 2)), {"all": 9}, 3, clusters=2)

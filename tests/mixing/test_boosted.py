@@ -111,5 +111,5 @@ def test_too_few_runs_are_refused(linear):
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightgbm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'dataflex\[lightgbm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'dataflex-llm\[lightgbm\]'"):
         fitting.lightgbm()

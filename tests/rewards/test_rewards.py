@@ -57,7 +57,7 @@ def test_rouge_of_known_pairs():
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(ConfigError, match=r"dataflex\[rewards\]"):
+    with pytest.raises(ConfigError, match=r"dataflex-llm\[rewards\]"):
         metric("rougeL")
 
 

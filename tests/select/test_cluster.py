@@ -100,5 +100,5 @@ def test_a_lost_cluster_is_started_again():
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ConfigError, match=r"dataflex\[cluster\]"):
+    with pytest.raises(ConfigError, match=r"dataflex-llm\[cluster\]"):
         kmeans(np.eye(3), 2, rng())

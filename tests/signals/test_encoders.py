@@ -120,7 +120,7 @@ def test_a_missing_optional_package_is_named(tmp_path, monkeypatch):
         "find_spec",
         lambda name, *rest: None if name == "sentence_transformers" else original(name, *rest),
     )
-    with pytest.raises(LoadError, match=r"pip install dataflex\[encoders\]"):
+    with pytest.raises(LoadError, match=r"pip install 'dataflex-llm\[encoders\]"):
         load_encoder(str(tmp_path))
 
 

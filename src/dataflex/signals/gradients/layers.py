@@ -133,7 +133,7 @@ def _rms_scale(module: Any, x: torch.Tensor) -> torch.Tensor:
     given = [getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
     # None is what torch.nn.RMSNorm(eps=None) has.
     eps = next((float(value) for value in given if value is not None), float(torch.finfo(x.dtype).eps))
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).float()
     return torch.rsqrt(norms.square() / x.shape[-1] + eps)
 
 
