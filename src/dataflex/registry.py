@@ -40,7 +40,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
     },
     "mixer": {
         "fixed": "static uniform size temperature unimax staged random",
-        "online": "odm ado",
+        "online": "odm ado softmax_loss",
         "held_out": "sheared velocity skill_it aioli dynamic_moe",
         "gradient_shares": "doge dga pike",
         "measured": "ledger",

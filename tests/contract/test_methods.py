@@ -65,6 +65,7 @@ MINIMAL = {
     ("mixer", "velocity"): lambda K: {"target_losses": [0.5] * K},
     ("mixer", "dynamic_moe"): lambda K: {},
     ("mixer", "ado"): lambda K: {},
+    ("mixer", "softmax_loss"): lambda K: {},
     ("mixer", "doge"): lambda K: {},
     ("mixer", "dga"): lambda K: {},
     ("mixer", "pike"): lambda K: {},

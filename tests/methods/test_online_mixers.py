@@ -27,7 +27,7 @@ from dataflex.mixers.held_out import (
     velocities,
 )
 from dataflex.mixers.measured import ByLedger
-from dataflex.mixers.online import Ado, Odm, PowerLaw, exploration, fit_power_law, policy, preference
+from dataflex.mixers.online import Ado, Odm, PowerLaw, SoftmaxLoss, exploration, fit_power_law, policy, preference
 from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats
@@ -51,6 +51,69 @@ def warming(ctx):
 def held(*losses):
     """Signals under which target k has the loss ``losses[k]``."""
     return FakeSignals(np.ones(16), targets={name: [loss] for name, loss in zip(HELD, losses, strict=True)})
+
+
+# ---------------------------------------------------------------- softmax of the losses
+
+THREE = {"a": 8, "b": 8, "c": 8}
+
+
+def softmax_loss(**params):
+    return SoftmaxLoss(SoftmaxLoss.Params(**params))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"), [(1.0, [0.231224, 0.140244, 0.628532]), (0.5, [0.114195, 0.042010, 0.843795])]
+)
+def test_proportions_are_the_softmax_of_the_losses(temperature, expected):
+    mixer = softmax_loss(temperature=temperature)
+    assert mixer.mix(context(THREE)).proportions.tolist() == [1 / 3] * 3
+    mixer.observe(example_stats([2.0, 1.5, 3.0], names=tuple(THREE)))
+    found = mixer.mix(context(THREE))
+    assert found.proportions.tolist() == pytest.approx(expected, abs=1e-6)
+    assert found.reason.startswith("largest loss 3 (c): ")
+
+
+def slow_softmax(intervals, temperature, relative):
+    """Return the shares after each interval, a list of steps with (loss, tokens) of each domain."""
+    num = len(intervals[0][0])
+    last, first, shares = [None] * num, [None] * num, []
+    for steps in intervals:
+        for k in range(num):
+            tokens = sum(step[k][1] for step in steps)
+            if tokens:
+                last[k] = sum(step[k][0] * step[k][1] for step in steps) / tokens
+                first[k] = last[k] if first[k] is None else first[k]
+        known = [last[k] / first[k] if relative else last[k] for k in range(num) if last[k] is not None]
+        scores = []
+        for k in range(num):
+            if last[k] is None:
+                scores.append(sum(known) / len(known))
+            else:
+                scores.append(last[k] / first[k] if relative else last[k])
+        powers = [math.exp(score / temperature) for score in scores]
+        shares.append([power / sum(powers) for power in powers])
+    return shares
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_absent_domains_keep_their_loss_and_unseen_ones_have_the_mean(relative):
+    rng = np.random.default_rng(0)
+
+    def drawn(interval, k):  # c is first served in the last intervals, b is absent from the second one
+        there = (k != 2 or interval > 2) and (k != 1 or interval != 1)
+        return float(rng.uniform(1, 4)), int(rng.integers(0, 9)) * there
+
+    intervals = [[[drawn(i, k) for k in range(3)] for _ in range(3)] for i in range(5)]
+    mixer, found = softmax_loss(temperature=0.7, relative=relative), []
+    mixer.mix(warming(context(THREE)))
+    for steps in intervals:
+        for step in steps:
+            losses, tokens = zip(*step, strict=True)
+            mixer.observe(example_stats(losses, tokens, names=tuple(THREE)))
+        found.append(mixer.mix(context(THREE)).proportions.tolist())
+    np.testing.assert_allclose(found, slow_softmax(intervals, 0.7, relative), rtol=1e-12)
+    assert len({tuple(shares) for shares in found}) == 5
 
 
 # ---------------------------------------------------------------- ODM

@@ -102,6 +102,15 @@ class InitialParams(Params):
             raise ValueError(f"initial: {self.initial!r} is neither 'size' nor 'uniform' nor numbers by domain")
 
 
+def first_proportions(written: Any, ctx: Context, method: str) -> Floats:
+    """Return proportions [K] as ``InitialParams.initial`` writes them."""
+    if written == "size":
+        return normalized(sizes(ctx, method))
+    if written == "uniform":
+        return equal(len(ctx.domains.names))
+    return by_domain(written, ctx.domains.names, "dynamic.mixer.initial")
+
+
 class ExponentiatedMixer(LearningMixer):
     """Moves proportions once per interval: p <- (1 - c) softmax(log p + eta s) + c / K; a subclass makes the scores s.
 
@@ -136,9 +145,4 @@ class ExponentiatedMixer(LearningMixer):
         raise NotImplementedError
 
     def _initial(self, ctx: Context) -> Floats:
-        written: Any = self.params.initial
-        if written == "size":
-            return normalized(sizes(ctx, self.name))
-        if written == "uniform":
-            return equal(len(ctx.domains.names))
-        return by_domain(written, ctx.domains.names, "dynamic.mixer.initial")
+        return first_proportions(self.params.initial, ctx, self.name)
