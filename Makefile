@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 TRL := .venv-trl
+OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 CODE := src tests benchmarks examples evidence docs
 
@@ -20,12 +21,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-trl check lint types pytest format docs bench evidence evidence-quick clean
+.PHONY: help demo test test-quick test-trl test-oldest check lint types pytest format docs bench evidence evidence-quick \
+	lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.installed  ## install, then train a small model with and without selection (about 7 minutes)
+# LOCK=1 installs the versions that the tests were run with, torch apart, which each machine has a build of its own of.
+LOCKED := $(if $(LOCK),--constraint requirements.lock)
+
+demo: $(VENV)/.installed  ## install (LOCK=1: versions of requirements.lock), then train a small model with and without selection (about 7 minutes)
 	@$(RUN) examples/demo.py
 
 test: $(VENV)/.installed-dev lint types pytest test-trl  ## install, then linter, type checker and all tests
@@ -37,6 +42,13 @@ test-quick: $(VENV)/.installed-dev  ## tests that train nothing and take less th
 test-trl: $(TRL)/.installed  ## tests of trainers with the current TRL, in an environment of their own
 	@echo "== pytest: current TRL"
 	$(TUNED) $(QUIET) $(TRL)/bin/python -m pytest -q tests/huggingface
+
+# The test that is left out is of what attention keeps for the backward pass, which newer versions of torch made less.
+test-oldest: $(OLDEST)/.installed  ## the quick tests with the oldest versions that pyproject.toml allows
+	@echo "== pytest: oldest versions"
+	$(TUNED) $(QUIET) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not slow and not gloo and not trains" --hypothesis-profile quick \
+		--deselect tests/config/test_memory.py::test_activations_of_a_layer_are_those_that_autograd_keeps
 
 check: lint types  ## linter, formatting and type checker, without tests
 	$(RUN) -m ruff format --check $(CODE)
@@ -81,8 +93,17 @@ evidence-quick: $(VENV)/.installed  ## one small suite of the same kind
 	$(COMPARE) evidence/quick.yaml
 	$(RUN) evidence/render.py
 
-clean:  ## remove the virtual environment, the runs and the caches
-	rm -rf $(VENV) $(TRL) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+# torch and what comes with it stay out: their builds are a machine's.
+lock: $(VENV)/.installed-dev  ## renew requirements.lock from what is installed
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m pip freeze --exclude-editable > $(VENV)/installed.txt
+	$(RUN) -m uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.11 \
+		--extra llamafactory --extra report --constraint $(VENV)/installed.txt pyproject.toml | \
+		grep -vE '^(torch|torchvision|torchaudio|triton|setuptools|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' > $(VENV)/lock.txt
+	mv $(VENV)/lock.txt requirements.lock
+
+clean:  ## remove the virtual environments, the runs and the caches
+	rm -rf $(VENV) $(TRL) $(OLDEST) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: a second call installs nothing, a changed pyproject.toml installs again.
 $(VENV)/bin/python:
@@ -92,7 +113,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "== installing dataflex and what it needs into $(VENV) (several minutes the first time)"
-	$(RUN) -m pip install --editable '.[llamafactory]'
+	$(RUN) -m pip install --editable '.[llamafactory,report]' $(LOCKED)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
@@ -107,4 +128,14 @@ $(TRL)/.installed: $(VENV)/.installed-dev
 	@$(TRL)/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "below.pth").write_text(sys.argv[1])' \
 		"import site; site.addsitedir('$$($(RUN) -c 'import site; print(site.getsitepackages()[0])')')"
 	$(TRL)/bin/python -m pip install --quiet --no-warn-conflicts 'trl>=1.16'
+	@touch $@
+
+# uv alone can ask for the oldest versions of what we ask for. The rest are the newest, where they still go together:
+# torchaudio does not say which torch it is built for, and matplotlib's old calls of pyparsing are warned of.
+$(OLDEST)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing the oldest versions into $(OLDEST)"
+	$(RUN) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/python -m uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		--editable '.[dev]' 'torchaudio<2.6' 'pyparsing<3.1'
 	@touch $@

@@ -22,12 +22,16 @@ from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 from dataflex.printable import Answer, plain, shown
 from dataflex.storage import storage_problem
+from dataflex.version import untested
 
 _FAILED = 1
 _MISTAKE = 2
 _CODES = (0, _MISTAKE, TERMINATED)
 
 _Handler = Callable[[argparse.Namespace], str | int]
+
+_TRAINS_OR_SCORES = ("train", "plan", "score", "query", "eval", "compare", "audit", "webui")
+"""Commands for which it matters what LLaMA-Factory and transformers are installed."""
 
 _EXAMPLES = {
     "train": "dataflex train run.yaml dynamic.interval_steps=20 output_dir=saves/run2",
@@ -116,6 +120,9 @@ def _run(arguments: list[str]) -> int:
     if command not in _EXAMPLES and not command.startswith("-"):
         known = list(_EXAMPLES)
         raise ConfigError(f"unknown command {command!r}{did_you_mean(command, known)} (commands: {', '.join(known)})")
+    if command in _TRAINS_OR_SCORES and os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & {*rest}:
+        for line in untested():
+            _tell(f"warning: {line}")
     if command == "train" and "--verbose" in rest:
         os.environ[VERBOSE] = "1"
         rest = [text for text in rest if text != "--verbose"]

@@ -107,9 +107,9 @@ def test_a_model_of_sentence_transformers_needs_the_package(
         ({"name": "s2l"}, "sklearn", "cluster"),
         ({"name": "cluster_less", "targets": ["t"]}, "sklearn", "cluster"),
         ({"represent": "embed", "rule": {"name": "cluster_quota", "within": "random"}}, "sklearn", "cluster"),
-        ({"name": "tsds", "targets": ["t"], "search": "faiss"}, "faiss", "faiss"),
-        ({"represent": "embed", "rule": {"name": "facility_location", "search": "faiss"}}, "faiss", "faiss"),
-        ({"represent": "embed", "targets": ["t"], "rule": {"name": "knn_kde", "search": "faiss"}}, "faiss", "faiss"),
+        ({"name": "tsds", "targets": ["t"], "search": "faiss"}, "faiss", "ann"),
+        ({"represent": "embed", "rule": {"name": "facility_location", "search": "faiss"}}, "faiss", "ann"),
+        ({"represent": "embed", "targets": ["t"], "rule": {"name": "knn_kde", "search": "faiss"}}, "faiss", "ann"),
     ],
 )
 def test_a_missing_package_is_told_before_anything_loads(

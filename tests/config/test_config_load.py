@@ -85,7 +85,7 @@ def test_override_adds_a_block(tmp_path: Path) -> None:
         ),
         ("run.yaml", "dynamic: {selector: loss\n", r"malformed YAML at line 2, column 1"),
         ("run.yaml", "a: 1\na: 2\n", r"malformed YAML at line 2, column 1: found duplicate key a"),
-        ("run.yaml", "a:\t1\n\tb: 2\n", r"malformed YAML at line 2, column 1"),
+        ("run.yaml", "a: 1\n\tb: 2\n", r"malformed YAML at line 2, column 1"),
         ("run.yaml", "- a\n- b\n", "the top level must be a mapping"),
         ("run.yaml", "just text\n", "the top level must be a mapping"),
         ("run.yaml", "", "is empty"),

@@ -52,7 +52,7 @@ def test_programs_are_known():
 
 @pytest.mark.parametrize(("page", "rest"), OF_MAKE)
 def test_every_target_of_make_exists(page, rest):
-    assert set(rest) <= targets()
+    assert {word for word in rest if "=" not in word} <= targets()
 
 
 @pytest.mark.parametrize(("page", "rest"), [each for each in OURS if is_mention(each[1])])

@@ -12,6 +12,7 @@ from dataflex.compare.suite import Suite, read_suite
 from dataflex.console import others_aside, show_log
 from dataflex.errors import ConfigError
 from dataflex.mixing.runs import say
+from dataflex.record.report import require_drawing
 from dataflex.record.text import signed
 from dataflex.state import replacing, write_json
 
@@ -35,6 +36,7 @@ def compare(suite: Path, overrides: list[str], *, jobs: int, commands: bool) -> 
             for command in job.commands:
                 say(job.line(command))
         return 0
+    require_drawing()
     left = sum(bool(job.commands) for job in found)
     say(f"{read.settings.suite}: {len(found)} runs in {read.out}, {left} of them to be done")
     failed = run_all(found, jobs, say)

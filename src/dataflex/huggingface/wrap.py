@@ -9,6 +9,7 @@ Upstream names relied upon: of the Trainer ``train_dataset``, ``data_collator``,
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -34,6 +35,9 @@ from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
 from dataflex.train.row_space import RowSpace, column_values
 from dataflex.train.session import Setup, elsewhere
+from dataflex.version import untested
+
+logger = logging.getLogger(__name__)
 
 _STAGES = {"SFTTrainer": "sft", "DPOTrainer": "dpo", "RewardTrainer": "rm", "KTOTrainer": "kto"}
 """Stage of TRL's trainers whose rows are fixed."""
@@ -67,6 +71,8 @@ def wrap(
         ConfigError: All problems of the block.
         UnsupportedError: The trainer's rows cannot be planned.
     """
+    for line in untested():
+        logger.warning("%s", line)
     config, stage = parse_dynamic(block, Path(base_dir)), _stage(trainer)
     problems = [*elsewhere(config)]
     for key, names in config.targets_by_key.items():

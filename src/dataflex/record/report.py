@@ -6,6 +6,7 @@ report can be renewed while somebody looks at it, which ``watch`` does.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.console import tell
-from dataflex.errors import DataError
+from dataflex.errors import DataError, UnsupportedError
 from dataflex.printable import Answer, printable
 from dataflex.record.read import ENDING, EVENTS
 from dataflex.record.recorded import Recorded, recorded
 from dataflex.record.summary import summary
 from dataflex.record.text import without_prefix
 from dataflex.state import replacing
+from dataflex.version import install
 
 if TYPE_CHECKING:
     from dataflex.record.chart import Chart, Json
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 PAGE, DATA, TEXT = "report.html", "report.json", "summary.txt"
 _EVERY = 10.0
 """Seconds between two looks at a run that goes on; longer where a page takes more than a tenth of that."""
+
+
+def require_drawing() -> None:
+    """Raise UnsupportedError if what draws pages and pictures is not installed; imports nothing."""
+    missing = [name for name in ("bokeh", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(f"a report needs {' and '.join(missing)}; install the extra: {install('report')}")
 
 
 def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, watched: bool = False) -> Answer:
@@ -46,7 +55,9 @@ def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, watched: 
 
     Raises:
         DataError: A folder has neither a record nor logs, nothing of it can be read, or ``out`` cannot be written.
+        UnsupportedError: The extra ``report`` is not installed.
     """
+    require_drawing()
     from dataflex.record.charts import CHARTS
     from dataflex.record.plots import draw
 

@@ -136,7 +136,7 @@ _PROBES = 10  # cells looked at per query, as in the code of TSDS
 def require_search(search: Search) -> None:
     """Raise UnsupportedError, before a model is loaded, if faiss is asked for and not installed; imports nothing."""
     if search == "faiss" and importlib.util.find_spec("faiss") is None:
-        raise UnsupportedError(f"search: faiss is not installed; {install('faiss')}, or set 'search: exact'")
+        raise UnsupportedError(f"search: faiss is not installed; {install('ann')}, or set 'search: exact'")
 
 
 def nearest(

@@ -27,7 +27,7 @@ from dataflex.select.neighbours import Search, require_search, round_robin_neare
 
 REPLACEMENT: Final = "draw with replacement, so that rows may repeat"
 QUERIES: Final = frozenset({"queries", "query_vectors"})
-SEARCH: Final = "exact, or approximate through faiss (extra: faiss)"
+SEARCH: Final = "exact, or approximate through faiss (extra: ann)"
 
 Chosen = NDArray[np.int64]
 
