@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.record.clock import PHASES
@@ -71,12 +73,17 @@ class PassCounter:
         key = f"{self._phase()}/{way}"
         self._own[key] = self._own.get(key, 0) + (tokens if weight == 1.0 else tokens * weight)
 
-    def totals(self) -> dict[str, float]:
-        """Return ``PHASE/forward`` and ``PHASE/backward`` in tokens, over ranks and earlier processes (collective)."""
+    def totals(self, beside: NDArray[np.int64]) -> tuple[dict[str, float], NDArray[np.int64]]:
+        """Return ``PHASE/forward`` and ``PHASE/backward`` in tokens, over ranks and earlier processes (collective).
+
+        ``beside`` has other counts of this rank; their sums over ranks come with it, in the same reduction.
+        """
         keys = [f"{phase}/{way}" for phase in PHASES for way in _WAYS]
-        own = torch.tensor([float(self._own.get(key, 0)) for key in keys], dtype=torch.float64, device=self._device)
-        sums = zip(keys, comm.gather_sum(own).tolist(), strict=True)
-        return {key: round(self.before.get(key, 0.0) + value) for key, value in sums if value or key in self.before}
+        own = [float(self._own.get(key, 0)) for key in keys] + beside.ravel().tolist()
+        sums = comm.gather_sum(torch.tensor(own, dtype=torch.float64, device=self._device)).tolist()
+        passes = zip(keys, sums[: len(keys)], strict=True)
+        found = {key: round(self.before.get(key, 0.0) + value) for key, value in passes if value or key in self.before}
+        return found, np.array(sums[len(keys) :], dtype=np.int64).reshape(beside.shape)
 
     def close(self) -> None:
         """Stop counting."""

@@ -526,8 +526,6 @@ class Controller:
                 counts = self.space.domains.counts(self.plan.rows)
                 self._shares = self.plan, counts / max(counts.sum(), 1)
             columns["mix"] = self._shares[1]
-        else:
-            self.totals.settle(self.signals.access.device)
         columns |= {
             "tokens": self.totals.tokens,
             "sequences": self.totals.rows,

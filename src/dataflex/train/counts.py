@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dataflex import comm
 from dataflex.method import Rows, State
 from dataflex.plan.domains import Domains
 from dataflex.plan.live import Served
@@ -86,7 +84,8 @@ class DomainTotals:
         self.rows: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
         self.tokens: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
         self._step = 0
-        self._noted: NDArray[np.int64] = np.zeros((2, len(domains.names)), dtype=np.int64)
+        self.noted: NDArray[np.int64] = np.zeros((2, len(domains.names)), dtype=np.int64)
+        """Rows and tokens [2, K] that this rank trained on beside the plans, not added yet."""
 
     def count(self, plan: DataPlan, step: int) -> None:
         """Add the rows of ``plan`` before ``step`` that were not counted yet."""
@@ -99,12 +98,12 @@ class DomainTotals:
 
     def note(self, rows: Rows) -> None:
         """Note rows that this rank trains on, which ``settle`` adds."""
-        self._noted = self._noted + self._sums(rows)
+        self.noted = self.noted + self._sums(rows)
 
-    def settle(self, device: torch.device) -> None:
-        """Add what all ranks noted (collective)."""
-        self._add(comm.gather_sum(torch.from_numpy(self._noted).to(device)).cpu().numpy())
-        self._noted = np.zeros_like(self._noted)
+    def settle(self, sums: NDArray[np.int64]) -> None:
+        """Add the sums over ranks of what each had ``noted``."""
+        self._add(sums)
+        self.noted = np.zeros_like(self.noted)
 
     def _sums(self, rows: Rows) -> NDArray[np.int64]:
         rows = rows[rows >= 0]

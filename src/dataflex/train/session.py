@@ -487,6 +487,11 @@ class Session:
 
     def scalars(self, step: int) -> dict[str, float]:
         """Return our numbers after ``step`` optimizer steps and start their sums again (collective)."""
+        if self.config.stock:
+            self._passes_so_far()
+        return self._numbers(step)
+
+    def _numbers(self, step: int) -> dict[str, float]:
         of_losses = self._loss.scalars()
         known = {name.partition("/")[2] for name in of_losses if name.startswith("loss/")}
         found = {**self.controller.scalars(step, known), **of_losses}
@@ -500,18 +505,24 @@ class Session:
         ``show`` is called with what belongs into the log, which is returned: without the numbers of single domains
         where these are very many.
         """
-        ours = self.scalars(step)
+        costs, ours = self._costs(), self._numbers(step)
         many = len(self.setup.rows.domains.names) > LOGGED_DOMAINS
         found = {**logs, **{name: value for name, value in ours.items() if not many or name.count("/") == 1}}
         show(found)
         told = {"no_loss_by_domain": self._loss.missing} if self._loss.missing else {}
-        self.recorder.stepped(step, {**found, **ours, **told, **self._costs()})
+        self.recorder.stepped(step, {**found, **ours, **told, **costs})
         return found
 
     def _costs(self) -> dict[str, Any]:
         """Return the passes so far by phase, and all of them in forward passes of one token (collective)."""
-        passes = self._passes.totals()
+        passes = self._passes_so_far()
         return {"passes": passes, "compute": compute(passes, self._passes.backward_cost)}
+
+    def _passes_so_far(self) -> dict[str, float]:
+        """Return the passes so far by phase, and add up the rows that ranks of a stock run noted (collective)."""
+        passes, noted = self._passes.totals(self.controller.totals.noted)
+        self.controller.totals.settle(noted)
+        return passes
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -546,10 +557,8 @@ class Session:
             loss.row_weights.gather()
         if self.controller.plan is not None:
             self.controller.totals.count(self.controller.plan, step)
-        if self.config.stock:
-            self.controller.totals.settle(self.loop.device)
         summed = {**(since_log or {}), "reweighter": loss.since_log()}
-        passes = self._passes.totals()
+        passes = self._passes_so_far()
         if self._writes:
             state = {
                 "controller": self.controller.state_dict(),
