@@ -93,6 +93,10 @@ def test_weights_do_not_enter(run):
     assert plain.series() != weighed.series()
 
 
+STREAM = {
+    **{"dataset": "alpha,beta,gamma", "streaming": True, "dataloader_num_workers": 1, "buffer_size": 8},
+    **{"num_train_epochs": 1.0, "max_steps": 10},
+}
 STOCK = {
     "plain": {},
     "shuffled": THREE,
@@ -107,6 +111,7 @@ STOCK = {
     "smoothed": {**THREE, "label_smoothing_factor": 0.1},
     "pretraining": {"stage": "pt", "dataset": "text", "packing": True, "disable_shuffling": False},
     "workers": {**THREE, "dataloader_num_workers": 1},
+    "streamed": {**STREAM, "mix_strategy": "interleave_over", "val_size": 4, "eval_strategy": "steps", "eval_steps": 5},
     "preferences": {"stage": "dpo", "dataset": "pairs", "finetuning_type": "lora", "disable_shuffling": False},
 }
 
@@ -127,6 +132,17 @@ def test_a_record_changes_nothing(run, case):
         others = {"plain": {"ones"}, "pretraining": {"text"}, "packed": {"all"}, "neatly packed": {"all"}}
         assert told == others.get(case, {"alpha", "beta", "gamma"})
     assert sum(of_domains(recorded, "sequences")[-1].values()) > 0
+
+
+def test_the_rows_of_a_stream_are_known(run, served):
+    """Each is that of its tokens, and its domain's losses are those of the rows that were read."""
+    run("recorded", **STREAM, dynamic={**RECORD, "domain_path": "*.jsonl"})
+    streamed = list(served)
+    served.clear()
+    run("whole", dataset="alpha,beta,gamma", num_train_epochs=1.0, max_steps=-1, dynamic=RECORD)
+    tokens = dict(served)
+    assert len(streamed) == 20
+    assert all(tokens[row] == feature for row, feature in streamed)
 
 
 @pytest.mark.parametrize("dynamic", [{"domain_column": "source"}, {"domain_path": "*.jsonl"}], ids=["column", "path"])

@@ -250,9 +250,17 @@ def test_a_record_alone_reads_a_copy_that_a_mixture_made(run, tmp_path):
     assert losses(recorded) == losses(run("plain", **settings, dynamic={"record": True}))
 
 
-def test_a_record_alone_of_a_stream_is_refused_with_the_way_out(run, tmp_path):
-    mapping = run.mapping("x", **SHORT, dataset="alpha,beta", streaming=True, dynamic={"record": True})
-    with pytest.raises(ConfigError, match=r"streaming: .* no number to tell their domain by.*'selector: all'"):
+def test_streaming_has_no_effect_on_a_copy(run, tmp_path):
+    settings = {**SHORT, "dataset": "alpha,beta", "tokenized_path": str(tmp_path / "copy")}
+    made = run("makes", **settings, dynamic={"selector": "all"})
+    mapped = run("streams", **settings, streaming=True, dynamic={"selector": "all"})
+    same(made, mapped)
+    assert losses(made) == losses(mapped)
+
+
+def test_a_record_alone_of_a_packed_stream_is_refused_with_the_way_out(run, tmp_path):
+    mapping = run.mapping("x", **SHORT, dataset="alpha,beta", streaming=True, packing=True, dynamic={"record": True})
+    with pytest.raises(ConfigError, match=r"streaming: .* no row can be told by its tokens.*'selector: all'"):
         resolve(mapping, tmp_path)
     out = run("all", **SHORT, dataset="alpha,beta", streaming=True, dynamic={"selector": "all"})
     rows_at_once = run("record", **SHORT, dataset="alpha,beta", dynamic={"record": True})

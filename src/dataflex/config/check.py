@@ -52,6 +52,10 @@ _LOOPS = ("use_mca", "use_hyper_parallel")
 """Those without LLaMA-Factory's trainer, in which nothing can be recorded either."""
 
 _LOSS_OF_ITS_OWN = "it computes a loss of its own, and so does the {method}; keep one of the two"
+_NO_PARTS = (
+    "dataloader_num_workers: LLaMA-Factory cuts a local data set that it streams into this number of parts, and 0 hold "
+    "no row; write 1, or name a method"
+)
 _FUSED = "its fused loss gives no loss per token, which the {method} needs; remove it or the {kind}"
 
 _REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
@@ -80,8 +84,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
             return []  # evaluation and prediction are LLaMA-Factory's own business
         sources, found = data_sets(lf, base_dir)
         if lf.streaming and not lf.on("dataloader_num_workers") and any(source.path is not None for source in sources):
-            told = "LLaMA-Factory cuts a local data set that it streams into so many parts, and 0 hold no row; write 1"
-            found = [*found, f"dataloader_num_workers: {told}, or name a method"]
+            found = [*found, _NO_PARTS]
         return told_once(lf, [*model_problems(lf), *found])
     skip = dynamic.on_bad_shard == "skip"
     of_stage = [*stage_problems(dynamic, lf)]
@@ -91,6 +94,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
     found = [
         *of_stage,
         *setting_problems(dynamic, lf),
+        *(_stream_problems(dynamic, lf, base_dir) if dynamic.stock else ()),
         *model_problems(lf),
         *unmet(dynamic, RunFacts(), models=True),
         *_output_problems(lf),
@@ -184,11 +188,6 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     if dynamic.stock:
-        if lf.streaming:
-            yield (
-                "streaming: rows of LLaMA-Factory's stream have no number to tell their domain by; remove it, or write "
-                "'selector: all' instead of 'record', which streams every row epoch by epoch and records it"
-            )
         return
     yield from _streaming_problems(dynamic, lf)
     yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
@@ -237,16 +236,33 @@ def _above_one(value: Any) -> bool:
     return isinstance(value, int | float) and value > 1
 
 
+def _stream_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
+    """Yield why the rows of LLaMA-Factory's own stream cannot be told, from which a stock run trains."""
+    if not lf.streaming:
+        return
+    instead = "remove it, or write 'selector: all' instead of 'record', which streams every row epoch by epoch"
+    if lf.stage not in ("pt", "sft") or lf.packed:
+        what = "packs its rows in an order of its own" if lf.packed else f"of stage {lf.stage} has pairs of texts"
+        yield f"streaming: LLaMA-Factory's stream {what}, so that no row can be told by its tokens; {instead}"
+    if lf.tokenized_path:
+        yield "streaming: the rows of a tokenized copy are mapped into memory; remove one of the two"
+    if dynamic.eval_by_domain:
+        yield "dynamic.eval_by_domain: rows that LLaMA-Factory holds out of its stream are not told apart; remove it"
+    sources, _ = find_sources(lf.train_sets, lf, "dataset", base_dir)
+    if not lf.on("dataloader_num_workers") and any(source.path is not None for source in sources):
+        yield _NO_PARTS
+
+
 def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     """Yield settings that do not work with streaming, where rows are tokenized when they are served."""
     if not lf.streaming:
         return
     if lf.stage not in ("pt", "sft"):
         yield f"streaming: rows of stage {lf.stage} are not tokenized one by one; remove it"
-    if lf.tokenized_path:
+    if lf.tokenized_path and not lf.tokenized:
         yield (
-            "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path), and one is mapped "
-            "into memory, not read into it; remove one of the two"
+            "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path); remove one of the "
+            "two"
         )
     if dynamic.requires.token_weights is not None:
         yield "streaming: weights of turns and tokens are not read from streamed rows; remove it"
@@ -391,7 +407,7 @@ def _by_domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
     several, share = len(lf.train_sets) > 1, lf.val_size
     if lf.tokenized:
         return
-    if several and share > _NOT_HELD_OUT:
+    if several and share > _NOT_HELD_OUT and not dynamic.stock:
         for key in ("predict_with_generate", "streaming"):
             if lf.on(key):
                 yield f"val_size: with {key} over several data sets there is no split; name an 'eval_dataset' instead"
@@ -662,6 +678,8 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
     sources, _ = find_sources(lf.train_sets, lf, "dataset", base_dir) if lf.streaming else ([], [])
     for name in (source.name for source in sources if source.path is None):
         yield f"streaming: the files of {name!r} are fetched first, whole: its rows are read at any place"
+    if lf.streaming and lf.tokenized:
+        yield "streaming: no effect on a tokenized copy, whose rows are mapped into memory"
     if "buffer_size" in lf and lf.streaming:
         yield f"buffer_size: {beside}: streamed rows are read at any place, so all can be shuffled"
     if lf.dataloader_drop_last and dynamic.full_steps:

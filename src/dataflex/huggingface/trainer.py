@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import rotate_checkpoints
 
 from dataflex import checkpoints, comm
@@ -24,7 +25,7 @@ from dataflex.huggingface.evaluation import EvaluationMixin
 from dataflex.huggingface.loop import EpochShell, StopOnTerm, loop_of, replaced
 from dataflex.huggingface.trackers import shown_apart
 from dataflex.train.average import WeightAverage
-from dataflex.train.loader import ROWS, NumberedBatches, unchanged
+from dataflex.train.loader import ROWS, NumberedBatches, NumberedStream, unchanged
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Session, Setup
 
@@ -55,6 +56,10 @@ class TrainerMixin(EvaluationMixin):
     def get_train_dataloader(self) -> Any:
         """Return a loader that has the right lengths and no batches; for a stock run its own, with ids of rows."""
         setup = self.dataflex_setup
+        if setup.config.stock and isinstance(self.train_dataset, IterableDataset):
+            numbering = NumberedStream(setup.rows.dataset.rows_of, self.data_collator)
+            with replaced((self, "data_collator", numbering)):
+                return super().get_train_dataloader()
         if setup.config.stock:
             numbered = NumberedBatches(self.train_dataset, self.data_collator)
             kept = (self.args, "remove_unused_columns", False)  # its features are batches
@@ -127,6 +132,8 @@ class TrainerMixin(EvaluationMixin):
         self._dataflex_restore_sums()
         if self.dataflex_setup.config.stock:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            for batch in batches:
+                batch[ROWS] = np.asarray(torch.as_tensor(batch[ROWS]).cpu())  # a stream's are a tensor on the device
             self.dataflex.serve(self.state.global_step, batches)
             self._dataflex_left = len(batches)
             return batches, num_items

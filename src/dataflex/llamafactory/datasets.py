@@ -66,12 +66,12 @@ class DataLoading:
         self._held_sources: list[str] | None = None  # source of each row that 'val_size' holds out of several sets
         self._documents_per_row: NDArray[np.float64] | None = None  # by source [K]; None where every row is one
         self._copied: Copied | None = None  # a tokenized copy that tells where its rows are from
+        self._stream: Any = None  # LLaMA-Factory's stream of the training rows, which a stock run reads
 
     def load(self) -> tuple[dict[str, Any], RowSpace]:
         """Return LLaMA-Factory's data set module and the row space."""
-        config, loader = self._config, self._loader
-        served = bool(loader.data_args.streaming)
-        module = self._module()
+        config, served = self._config, bool(self._loader.data_args.streaming)
+        module, loader = self._module(), self._loader
         if config.eval_by_domain:
             module["eval_dataset"] = self._held_out(module.get("eval_dataset"))
         train = module["train_dataset"]
@@ -116,6 +116,8 @@ class DataLoading:
         )
         if not config.stock:
             space.check_supervised()
+        if self._stream is not None:
+            module["train_dataset"] = self._stream
         return module, space
 
     def _module(self) -> dict[str, Any]:
@@ -125,6 +127,14 @@ class DataLoading:
         there = loader.written.tokenized
         if args.tokenized_path is not None and not loader.written.bare_copy and (there or not stock):
             return self._module_of_copy(Path(args.tokenized_path))
+        if stock and args.streaming:
+            module = loader.stream()
+            # What the stream holds out is known when it is read: all rows are counted.
+            self._loader = loader = replace(loader, data_args=changed_args(args, streaming=True, val_size=0.0))
+            parts = [loader.training(name) for name in names]
+            self._stream = module["train_dataset"]
+            self._source_of = np.repeat(np.arange(len(names), dtype=np.int32), [len(part) for part in parts])
+            return {**module, "train_dataset": JoinedRows(parts)}
         if stock and not there:
             return self._merged()
         if not there and len(names) > 1:

@@ -178,6 +178,11 @@ class Loader:
         with replaced((lf_loader, "align_dataset", aligned), (lf_loader, "_get_preprocessed_dataset", preprocessed)):
             return self.stock()
 
+    def stream(self) -> dict[str, Any]:
+        """Return what the workflow asked for as LLaMA-Factory's own stream, which is not among the ``origins``."""
+        args = changed_args(self.data_args, streaming=True)
+        return replace(self, origins=[])._load(args, dataset=args.dataset, eval_dataset=args.eval_dataset)
+
     def training(self, name: str) -> Any:
         """Return the rows of one of several training sets."""
         args = changed_args(self.data_args, dataset=[name], eval_dataset=None, val_size=0.0)

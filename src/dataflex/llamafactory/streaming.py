@@ -9,8 +9,8 @@ takes rows from the end of those of one length (``greedy_knapsack``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,17 @@ class _Counter:
         made = _texts(self.processor, single) if self.whole else self.processor.preprocess_dataset(single)
         if not made.get("input_ids"):  # a row that LLaMA-Factory drops
             return -1, 0, 0
-        ids, labels = made["input_ids"][0], made["labels"][0] if "labels" in made else None
+        row = {key: values[0] for key, values in made.items()}
+        ids, labels = row["input_ids"], row.get("labels")
         supervised = len(ids) if labels is None else sum(label != _IGNORE for label in labels)
-        content = np.asarray([*ids, _IGNORE, *(labels or ())], dtype=np.int64).tobytes()
-        length = max(made["position_ids"][0]) + 1 if self.packs else len(ids)  # a pack of one row is padded
-        return length, supervised, int.from_bytes(blake2b(content, size=7), "big")
+        length = max(row["position_ids"]) + 1 if self.packs else len(ids)  # a pack of one row is padded
+        return length, supervised, _digest(row)
+
+
+def _digest(row: Mapping[str, Any]) -> int:
+    """Return a hash of the tokens and labels of a tokenized row."""
+    content = np.asarray([*row["input_ids"], _IGNORE, *(row.get("labels") or ())], dtype=np.int64).tobytes()
+    return int.from_bytes(blake2b(content, size=7), "big")
 
 
 def _texts(processor: Any, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -189,6 +195,26 @@ class ServedRows:
             for first, stop, start, begin in zip(firsts, stops, self._starts, begins, strict=True)
         ]
         return np.frombuffer(b"".join(found), dtype="<u8")
+
+    def rows_of(self, features: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
+        """Return the rows that have these tokens and labels [B]; of equal rows the first.
+
+        Raises:
+            DataError: No row has them.
+        """
+        keys, order = self._known
+        asked = np.array([_digest(feature) for feature in features], dtype=np.uint64)
+        places = np.minimum(np.searchsorted(keys, asked), max(len(keys) - 1, 0))
+        if not len(keys) or not np.array_equal(keys[places], asked):
+            raise DataError("the stream has a row that was not there when rows were counted; the files have changed")
+        return order[places]
+
+    @cached_property
+    def _known(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """The hashes of all rows, ascending, and the rows that have them."""
+        keys = self.row_keys()
+        order = np.argsort(keys, kind="stable")
+        return keys[order], order
 
 
 def _packed(lengths: NDArray[np.int64], size: int, group: int) -> Iterator[NDArray[np.int64]]:

@@ -23,7 +23,7 @@ from dataflex.huggingface.loop import replaced
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.llamafactory.board import lines_shown
 from dataflex.llamafactory.datasets import DataLoading
-from dataflex.llamafactory.loading import Loader
+from dataflex.llamafactory.loading import Loader, changed_args
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.train.session import Setup
 
@@ -91,6 +91,8 @@ def swapped(
     ) -> dict[str, Any]:
         clock.switch(OTHER)
         with clock.phase("data"):
+            if written.tokenized and not config.stock:
+                data_args = changed_args(data_args)  # a copy is mapped into memory, streamed or not
             given = (template, model_args, data_args, training_args, stage, tokenizer_module)
             level, name = config.requires.token_weights or ("", "")
             turns = name if level == "turn" else ""

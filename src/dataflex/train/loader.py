@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataflex.ending import heed_parent_only
+from dataflex.method import Rows
 from dataflex.plan.plan import BatchShape, DataPlan
 
 ROWS = "dataflex_rows"
@@ -51,6 +52,18 @@ class NumberedBatches(Dataset[Any]):
         batch = self._collate(several(rows) if several is not None else [self._dataset[row] for row in rows])
         batch[ROWS] = np.array(rows, dtype=np.int64)
         return batch
+
+
+class NumberedStream:
+    """Collates rows of a stream, and adds their ids as ``rows_of`` tells them."""
+
+    def __init__(self, rows_of: Callable[[list[Any]], Rows], collate: Callable[[list[Any]], Any]) -> None:
+        self._rows_of, self._collate = rows_of, collate
+
+    def __call__(self, features: list[Any]) -> Any:
+        """Return the batch; ids are a tensor, which a loader that reads for several ranks can cut."""
+        rows = torch.from_numpy(self._rows_of(features))
+        return {**self._collate(features), ROWS: rows}
 
 
 def unchanged(batch: Any) -> Any:
