@@ -13,10 +13,11 @@ import pytest
 from dataflex.cli import main
 from dataflex.commands.rows import _excerpt
 from dataflex.errors import ConfigError
-from dataflex.record.chosen import text_of
+from dataflex.plan.domains import Domains
+from dataflex.record.chosen import Origins, Source, text_of
 from dataflex.record.text import WIDTH, width
 from dataflex.record.where import where
-from tests.record.test_chosen import begun, record, space
+from tests.record.test_chosen import begun, plan, record, space
 
 
 @pytest.fixture
@@ -124,11 +125,42 @@ def test_a_part_of_a_file_is_exported_too(tmp_path, capsys):
 
 def test_rows_without_a_place_are_not_exported(tmp_path, capsys):
     record(begun(tmp_path / "own" / "dataflex", space(tmp_path, origins=None)))
-    assert "7 of the 7 rows have no place of their own" in failed(
+    assert "7 of the 7 rows have no place in a file" in failed(
         capsys, tmp_path / "own", "--export", tmp_path / "x.jsonl"
     )
     assert main(["rows", str(tmp_path / "own"), "--text", "--limit", "1"]) == 0
     assert "(no text: its place in a file is not known)" in capsys.readouterr().out
+
+
+def test_packed_rows_have_the_places_of_their_documents(tmp_path, capsys):
+    """Three packs of the twelve documents of two sets; one document is in two of them, as text that was cut is."""
+    rows = space(tmp_path, size=3, keys=np.arange(3), domains=Domains.from_labels(["all"] * 3, np.full(3, 9)))
+    every = space(tmp_path).origins
+    packs = pa.array([[0, 7, 1], [1, 2], [8]])
+    lists = Origins(
+        sources=[Source(name="all")],
+        source_of=np.zeros(3, dtype=np.int32),
+        position=np.full(3, -1),
+        documents=(packs, every),
+    )
+    rows.origins = lists.taken(np.array([1, 0, 2]))
+    recorder = begun(tmp_path / "run" / "dataflex", rows)
+    plan(recorder, 0, (0, 1), [1, 2])
+    recorder.stepped(1, {"loss": 1.0})
+    found = told(capsys, tmp_path / "run", "--text")["rows"]
+    assert [row["row"] for row in found] == [1, 2]
+    assert found[0]["text"] == "id: 0 | text: line 0 || text: item 1 || id: 1 | text: line 1"
+    places = [(each["dataset"], each["line"], each["position"], each["id"]) for each in found[0]["documents"]]
+    assert places == [("a", 1, 0, "0"), ("b", None, 1, None), ("a", 2, 1, "1")]
+    assert (found[0]["dataset"], found[0]["line"], found[0]["position"]) == ("all", None, None)
+    assert main(["rows", str(tmp_path / "run")]) == 0
+    assert "    1  all:1 and 2 more  all" in capsys.readouterr().out
+    out = tmp_path / "export"
+    assert main(["rows", str(tmp_path / "run"), "--where", "row < 2", "--export", str(out)]) == 0
+    assert (
+        capsys.readouterr().out == f"3 rows (3 tokens) of a -> {out}/a.jsonl\n1 rows (0 tokens) of b -> {out}/b.json\n"
+    )
+    assert (out / "a.jsonl").read_text() == "".join(f'{{"id": {k}, "text": "line {k}"}}\n' for k in (0, 1, 2))
 
 
 def test_text_from_data_cannot_steer_the_terminal(tmp_path, capsys):

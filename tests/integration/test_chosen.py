@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dataflex.cli import main
 from dataflex.record.chosen import CHOSEN, ROWS, chosen_notes, chosen_table, raw_rows
 from tests.conftest import WORDS
 
@@ -65,6 +66,36 @@ def test_planted_rows_are_told_with_lines_though_rows_were_dropped_and_held_out(
     assert (left.folder / "dataflex" / ROWS).stat().st_mtime_ns > rows.st_mtime_ns
 
 
+@pytest.mark.parametrize("packing", ["packing", "neat_packing"])
+def test_packed_rows_are_told_with_the_lines_of_their_documents(run, planted, packing, capsys):
+    """Rows were dropped and held out; a label of a pack is a word of an answer, or its end."""
+    given = {"dataset_dir": str(planted), "dataset": "pool", "val_size": 0.2, packing: True, "cutoff_len": 80}
+    left = run("run", **given, preprocessing_batch_size=9, max_steps=2, dynamic={"selector": "all"})
+    table, lines = chosen_table(left.folder), (planted / "pool.jsonl").read_text().split("\n")
+    answers = {}
+    for row, pack in enumerate(column(table, "documents")):
+        told = [json.loads(lines[each["line"] - 1]) for each in pack]
+        answers |= {each["id"]: each["output"] for each in told}
+        assert [each["id"] for each in told] == [each["id"] for each in pack]
+        assert sum(1 + len(each["output"].split()) for each in told) == column(table, "supervised_tokens")[row]
+    assert None not in answers.values()
+    assert len(answers) == sum(map(len, column(table, "documents"))) == 24 - sum(k % 5 > 0 for k in held_out(30, 0.2))
+    served = {
+        each["line"]
+        for k, pack in enumerate(column(table, "documents"))
+        if column(table, "times_served")[k]
+        for each in pack
+    }
+    assert main(["rows", str(left.folder), "--export", str(planted / "kept.jsonl")]) == 0
+    assert set((planted / "kept.jsonl").read_text().splitlines()) == {lines[line - 1] for line in served}
+
+
+def held_out(size, share):
+    from dataflex.llamafactory.loading import split_rows
+
+    return split_rows(size, share, 7)["test"]
+
+
 def test_packed_rows_and_several_sets_and_weights(run, tiny_model):
     left = run(
         "packed",
@@ -76,6 +107,10 @@ def test_packed_rows_and_several_sets_and_weights(run, tiny_model):
     table = chosen_table(left.folder)
     assert set(column(table, "dataset")) == {"alpha", "beta"}
     assert set(column(table, "line")) == {None}
+    packs = list(zip(column(table, "dataset"), column(table, "documents"), strict=True))
+    assert {each["dataset"] == name for name, pack in packs for each in pack} == {True}
+    lines = sorted((each["dataset"], each["line"]) for _, pack in packs for each in pack)
+    assert lines == [(name, k + 1) for name, size in (("alpha", 40), ("beta", 21)) for k in range(size)]
     assert sum(column(table, "times_served")) == 8
     weighed = [row for row, weight in enumerate(column(table, "weight")) if weight is not None]
     assert weighed == [row for row, times in enumerate(column(table, "times_served")) if times]

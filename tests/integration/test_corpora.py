@@ -8,6 +8,7 @@ import multiprocessing
 import numpy as np
 import pytest
 
+from dataflex.record.chosen import chosen_table
 from tests.integration.test_identity import same
 
 
@@ -62,6 +63,14 @@ def test_served_rows_are_those_tokenized_beforehand(run, corpus, packing):
     spaces = [outcome.events[0]["row_space"] for outcome in (plain, served)]
     assert spaces[0]["domains"] == spaces[1]["domains"]
     assert spaces[0]["tokens"] == spaces[1]["tokens"]
+    assert places(plain) == places(served)
+    assert (None in places(plain)) != packing
+
+
+def places(outcome):
+    """Return the data set and position of each document of each row; None where a row is one document."""
+    told = chosen_table(outcome.folder).column("documents").to_pylist()
+    return [pack and sorted((each["dataset"], each["position"]) for each in pack) for pack in told]
 
 
 @pytest.mark.parametrize("options", [{}, {"streaming": True}, {"val_size": 6}])
@@ -95,6 +104,8 @@ def test_packed_instructions_too(run, packing):
     spaces = [outcome.events[0]["row_space"] for outcome in (plain, served)]
     assert spaces[0]["domains"] == spaces[1]["domains"]
     assert spaces[0]["tokens"] == spaces[1]["tokens"]
+    assert places(plain) == places(served)
+    assert sum(map(len, places(plain))) == 61
 
 
 def test_a_data_set_of_a_hub_is_served(run, corpus):
@@ -260,7 +271,6 @@ def test_bad_files_of_a_folder_are_told_by_plan_and_have_no_place(run, corpus, u
     """Rows after a file that was left out have their own files, and domains by path are those of the others."""
     from dataflex.config.split import resolve
     from dataflex.errors import ConfigError
-    from dataflex.record.chosen import chosen_table
 
     bad = corpus / "json" / "web-1.jsonl"
     bad.write_text(bad.read_text()[:-9])

@@ -127,8 +127,11 @@ def test_the_json_is_what_the_page_shows(tmp_path, capsys):
     plots = json.loads(page.scripts[1])
     panels = [panel for section in told["sections"] for chart in section["charts"] for panel in chart["panels"]]
     assert len(plots) == len([panel for panel in panels if panel["series"][0]["x"]])
-    loss = json.dumps(plots[0])
-    assert json.dumps(told["sections"][0]["charts"][0]["panels"][0]["series"][0]["y"]) in loss
+    for plot in plots:
+        section, chart, panel = plot["of"]
+        drawn = told["sections"][section]["charts"][chart]["panels"][panel]["series"]
+        assert len(drawn) == len(plot["names"]) == len(plot["colours"])
+    assert plots[0]["names"] == [series["name"] for series in told["sections"][0]["charts"][0]["panels"][0]["series"]]
 
 
 @pytest.mark.slow
@@ -147,8 +150,7 @@ def test_hostile_names_and_texts_stay_text(tmp_path):
     assert not {"\x1b", "\u202e"} & set(text)
     assert "onerror=alert(1)>" not in text
     assert any("onerror=alert(1)>" in told for told in page.texts)
-    plots = page.scripts[1]
-    assert "$$" not in json.dumps([told["doc"] for told in json.loads(plots)])
+    assert "$$" not in page.scripts[1]
 
 
 @pytest.mark.slow

@@ -226,7 +226,9 @@ def test_rows_without_an_answer_are_left_out_by_these_rules():
         source = inspect.getsource(processor.preprocess_dataset)
         assert source.count("continue") == 1
         assert f'if {prompt} or len(examples["_response"][i]) {answers}:' in source
-    assert "continue" not in inspect.getsource(pretrain.PretrainDatasetProcessor.preprocess_dataset)
+    source = inspect.getsource(pretrain.PretrainDatasetProcessor.preprocess_dataset)
+    assert "continue" not in source
+    assert "self.tokenizer(text_examples, add_special_tokens=False)" in source  # all documents of a group in one call
 
 
 def test_create_optimizer_needs_nothing():
@@ -252,7 +254,7 @@ def test_weights_of_turns_follow_conversions_and_encodings():
     for cls in (SupervisedDatasetProcessor, PackedSupervisedDatasetProcessor):
         source = inspect.getsource(cls.preprocess_dataset)
         assert source.count("self._encode_data_example(") == 1
-        assert "                prompt=examples" in source  # given by name
+        assert '                prompt=examples["_prompt"][i]' in source  # given by name, as it is
     assert "list[tuple[list[int], list[int]]]" in inspect.getsource(Template.encode_multiturn)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.method import Rows
 from dataflex.offline.subset import write_subset
 from dataflex.offline.table import ScoreTable
 from dataflex.printable import Answer, on_one_line
-from dataflex.record.chosen import chosen_notes, chosen_table, row_texts
+from dataflex.record.chosen import chosen_notes, chosen_table, places_of, row_texts
 from dataflex.record.order import By, floats, order
 from dataflex.record.text import WIDTH, cut, number, table, width
 from dataflex.record.where import where as fulfil
@@ -109,13 +109,15 @@ def _lines(found: pa.Table, chosen: Rows, texts: dict[int, str] | None) -> list[
     shown |= {name: ">" for name, column in optional.items() if any(row[column] is not None for row in part)}
     cells = [list(shown)]
     for row in part:
-        place = row["line"] if row["line"] is not None else None if row["position"] is None else row["position"] + 1
+        places = [_place(each) for each in row["documents"] or [row]]
+        origin = cut(str(row["dataset"]), 24) + (f":{places[0]}" if places[0] is not None else "")
+        origin += f" and {len(places) - 1} more" if len(places) > 1 else ""
         nearest = "-" if row["nearest_target"] is None else row["nearest_target"]
         if row["nearest_row"] is not None:
             nearest += f" {row['nearest_row']}"
         told = {
             "row": f"{row['row']}",
-            "from": cut(str(row["dataset"]), 24) + ("" if place is None else f":{place}"),
+            "from": origin,
             "domain": cut(str(row["domain"]), 24),
             "tokens": f"{row['tokens']}",
             "served": _or_dash(row["times_served"]),
@@ -147,6 +149,13 @@ def _excerpt(text: str) -> str:
     return f"{cut(text, WIDTH - 7 - _END)} {on_one_line(end)}"
 
 
+def _place(found: dict[str, Any]) -> int | None:
+    """Return the line of a row or document, or its place in the files from 1."""
+    if found["line"] is not None:
+        return int(found["line"])
+    return None if found["position"] is None else int(found["position"]) + 1
+
+
 def _or_dash(value: Any) -> str:
     return "-" if value is None else f"{value}"
 
@@ -168,25 +177,33 @@ def _exported(
     found: pa.Table, about: dict[str, Any], chosen: Rows, out: Path, asked: dict[str, Any], overwrite: bool
 ) -> Answer:
     """Write rows as they stand in their files, and return one line for each file."""
-    part = found.take(pa.array(chosen))
-    lost = part.column("position").null_count
     if not len(chosen):
         raise DataError("--export: no row is asked for")
+    places = list(places_of(found, chosen))
+    lost = len({row for row, _, place in places if place["position"] is None})
     if lost:
         raise ConfigError(
-            f"--export: {lost:,} of the {len(chosen):,} rows have no place of their own in a file: they are packed "
-            "from several, come from a hub, a part of a data set or a tokenized copy, or another loop read them"
+            f"--export: {lost:,} of the {len(chosen):,} rows have no place in a file: they come from a hub, a part of "
+            "a data set or a tokenized copy, or another loop read them"
         )
     sources = [one for one in about["sources"] if one["files"]]
     names = [one["name"] for one in sources]
+    of_row = found.select(["tokens", "supervised_tokens"]).take(pa.array(chosen))
+    tokens = {row: tuple(told.values()) for row, told in zip(chosen.tolist(), of_row.to_pylist(), strict=True)}
+    # A document that several packed rows have tokens of is written once; the tokens are those of the rows.
+    lines: dict[tuple[str, int], NDArray[np.int64]] = {}
+    for row, _, place in places:
+        counted = lines.setdefault((place["dataset"], place["position"]), np.zeros(2, dtype=np.int64))
+        counted += tokens.pop(row, (0, 0))
+    counts = np.array(list(lines.values()))
     everything = ScoreTable(
         datasets=tuple(names),
-        dataset_of=_index(found, "dataset", names),
+        dataset_of=np.array([names.index(name) for name, _ in lines]),
         domains=(),
         domain_of=np.zeros(0, dtype=np.int64),
-        position=np.nan_to_num(floats(found, "position"), nan=0.0).astype(np.int64),
-        tokens=found.column("tokens").to_numpy(),
-        supervised_tokens=found.column("supervised_tokens").to_numpy(),
+        position=np.array([position for _, position in lines]),
+        tokens=counts[:, 0],
+        supervised_tokens=counts[:, 1],
         columns={},
         provenance={
             "data": {"sources": sources},
@@ -198,13 +215,7 @@ def _exported(
         "fingerprint": about["fingerprint"],
         "dataflex": __version__,
     }
-    parts = write_subset(everything, chosen, out, order="preference", provenance=provenance, overwrite=overwrite)
+    parts = write_subset(
+        everything, np.arange(len(lines)), out, order="preference", provenance=provenance, overwrite=overwrite
+    )
     return Answer("\n".join(part.tell() for part in parts), {"files": [part.told() for part in parts]})
-
-
-def _index(found: pa.Table, name: str, names: Iterable[str]) -> Any:
-    """Return each row's index into ``names``, -1 for another."""
-    index = {value: place for place, value in enumerate(names)}
-    column = found.column(name).unify_dictionaries().combine_chunks()
-    values = column.dictionary.to_pylist()
-    return np.array([index.get(value, -1) for value in values], dtype=np.int64)[column.indices.to_numpy()]

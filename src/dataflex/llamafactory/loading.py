@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +34,7 @@ from dataflex.errors import ConfigError, DataError, DataFlexError
 from dataflex.huggingface.loop import replaced
 from dataflex.llamafactory.shards import BadShard, BadShards, bottom, load_sound, told
 from dataflex.llamafactory.streaming import serve
-from dataflex.llamafactory.turns import WeighedConverter, WeighedProcessor
+from dataflex.llamafactory.turns import DOCUMENTS, NUMBER, NumberedProcessor, WeighedConverter, WeighedProcessor
 from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
 from dataflex.train.row_space import column_values
 
@@ -54,8 +54,6 @@ _OF_TRAINING: dict[str, Any] = {
 """Settings of the training data alone, with their values for another data set."""
 FILE_COLUMN = "dataflex_file"
 """Raw column that holds the number of the file of a row, where domains are named by paths."""
-_NUMBER = "dataflex_number"
-"""Column of aligned rows, dropped when they are tokenized: their positions in all rows that were read."""
 _CHUNK_ROWS = 20_000
 
 
@@ -139,12 +137,19 @@ class Loader:
     turns: str = ""  # key of the messages' weights, which training rows then have as ``turns.WEIGHTS``
     numbers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """For ``train`` and ``test``, the position of each tokenized row in the raw rows that ``numbered`` read."""
+    documents: list[pa.ChunkedArray] = field(default_factory=list)
+    """Of packed rows, positions of those in each among the raw rows; for each loading of training rows."""
 
     @property
     def test_size(self) -> int | float:
         """Rows that ``val_size`` holds out: a number, a share of all, or 0."""
         size = self.data_args.val_size
         return 0 if size <= 1e-6 else int(size) if size > 1 else size
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed of several; LLaMA-Factory packs in two stages alone."""
+        return self.written.packed and self.stage in ("pt", "sft")
 
     def stock(self) -> dict[str, Any]:
         """Return what the workflow asked for."""
@@ -158,24 +163,20 @@ class Loader:
 
         Packed rows and those of a tokenized copy have none.
         """
-        align, preprocess, read = lf_loader.align_dataset, lf_loader._get_preprocessed_dataset, 0
-
-        def aligned(*args: Any, **kwargs: Any) -> Any:
-            nonlocal read
-            found = align(*args, **kwargs)
-            first, read = read, read + len(found)
-            return found.add_column(_NUMBER, np.arange(first, read, dtype=np.int64))
+        preprocess = lf_loader._get_preprocessed_dataset
 
         def preprocessed(dataset: Any, *args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
             if dataset is not None:
-                if not self.written.packed:
-                    kept = kept_rows(dataset, self.stage)
-                    numbers = column_values(dataset, _NUMBER)[kept]
-                    self.numbers["test" if is_eval else "train"] = numbers.astype(np.int64)
-                dataset = dataset.remove_columns(_NUMBER)
+                kept = kept_rows(dataset, self.stage)
+                self.numbers["test" if is_eval else "train"] = column_values(dataset, NUMBER)[kept].astype(np.int64)
+                dataset = dataset.remove_columns(NUMBER)
             return preprocess(dataset, *args, is_eval=is_eval, **kwargs)
 
-        with replaced((lf_loader, "align_dataset", aligned), (lf_loader, "_get_preprocessed_dataset", preprocessed)):
+        if self.packs:
+            return self.stock()
+        with replaced(
+            (lf_loader, "align_dataset", _numbering()), (lf_loader, "_get_preprocessed_dataset", preprocessed)
+        ):
             return self.stock()
 
     def stream(self) -> dict[str, Any]:
@@ -206,22 +207,29 @@ class Loader:
             changes.append((lf_loader, "load_dataset", self._load_numbered))
         if self.data_args.streaming:
             changes.append((lf_loader, "_get_preprocessed_dataset", serve))
-        if self.turns:
+        packs = self.packs and not self.data_args.streaming and args.tokenized_path is None
+        if packs:
+            changes.append((lf_loader, "align_dataset", _numbering()))
+        if self.turns or packs:
             make, preprocess = lf_converter.get_dataset_converter, lf_loader._get_preprocessed_dataset
-            processor = lf_loader._get_dataset_processor
+            processor, marks = lf_loader._get_dataset_processor, WeighedProcessor if self.turns else NumberedProcessor
 
-            def weighed(*args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
-                tokenizes = (
-                    processor if is_eval else lambda *given, **named: WeighedProcessor(processor(*given, **named))
-                )
+            def marked(*args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
+                tokenizes = processor if is_eval else lambda *given, **named: marks(processor(*given, **named))
                 with replaced((lf_loader, "_get_dataset_processor", tokenizes)):
                     return preprocess(*args, is_eval=is_eval, **kwargs)
 
-            converts = lambda *given: WeighedConverter(make(*given), self.turns)  # noqa: E731
-            changes.append((lf_converter, "get_dataset_converter", converts))
-            changes.append((lf_loader, "_get_preprocessed_dataset", weighed))
+            changes.append((lf_loader, "_get_preprocessed_dataset", marked))
+            if self.turns:
+                converts = lambda *given: WeighedConverter(make(*given), self.turns)  # noqa: E731
+                changes.append((lf_converter, "get_dataset_converter", converts))
         with replaced(*changes):
-            return self._load(args, **named)
+            module = self._load(args, **named)
+        if packs:
+            train = module["train_dataset"]
+            self.documents.append(train.select_columns([DOCUMENTS]).with_format("arrow")[:].column(DOCUMENTS))
+            module["train_dataset"] = train.remove_columns(DOCUMENTS)
+        return module
 
     def _load_numbered(self, *args: Any, data_files: Any = None, **kwargs: Any) -> Any:
         """Load files one by one, as ``datasets.load_dataset`` does, and add the number of the file to every row."""
@@ -281,6 +289,19 @@ class Loader:
 
 
 _load_dataset = lf_loader.load_dataset
+
+
+def _numbering() -> Callable[..., Any]:
+    """Return ``align_dataset`` with ``NUMBER`` as a column, counted over all data sets that it is called for."""
+    align, read = lf_loader.align_dataset, 0
+
+    def aligned(*args: Any, **kwargs: Any) -> Any:
+        nonlocal read
+        found = align(*args, **kwargs)
+        first, read = read, read + len(found)
+        return found.add_column(NUMBER, np.arange(first, read, dtype=np.int64))
+
+    return aligned
 
 
 def _reason(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from llamafactory.data import loader as lf_loader
 from llamafactory.data.processor.processor_utils import greedy_knapsack
@@ -176,6 +178,18 @@ class ServedRows:
             features["input_ids"][0] = self._processor.tokenizer.bos_token_id
         return features
 
+    def documents(self) -> pa.ListArray | None:
+        """Return the raw rows that each block or pack has tokens of [N]; None where rows have one each."""
+        if self._packs is not None:
+            return pa.ListArray.from_arrays(self._ends.astype(np.int32), self._packs)
+        if self._block is None:
+            return None
+        firsts = np.searchsorted(self._ends, self._starts, side="right")
+        counts = np.searchsorted(self._ends, self._starts + self._block, side="left") + 1 - firsts
+        ends = np.cumsum([0, *counts])
+        rows = np.arange(ends[-1]) + np.repeat(firsts - ends[:-1], counts)
+        return pa.ListArray.from_arrays(ends.astype(np.int32), rows)
+
     def measures(self) -> Measures:
         """Return lengths, supervised tokens and the fingerprint, as ``measure`` does for tokenized rows."""
         return Measures(lengths=self._lengths, supervised=self._supervised, fingerprint=self._fingerprint)
@@ -228,6 +242,16 @@ def _packed(lengths: NDArray[np.int64], size: int, group: int) -> Iterator[NDArr
             yield np.sort([rows_of[length].pop() for length in pack])
 
 
+def joined_documents(parts: Sequence[Any], offsets: Sequence[int]) -> pa.ListArray | None:
+    """Return lists of numbers, one data set's after the other, each's numbers counted from its offset."""
+    if any(part is None for part in parts):
+        return None
+    counts = [pc.list_value_length(part) for part in parts]
+    numbers = [pc.add(pc.list_flatten(part), at) for part, at in zip(parts, offsets, strict=True)]
+    ends = np.cumsum(np.concatenate([[0], *(count.to_numpy() for count in counts)]))
+    return pa.ListArray.from_arrays(ends.astype(np.int32), np.concatenate([each.to_numpy() for each in numbers]))
+
+
 class JoinedRows(ServedRows):
     """Several data sets of served rows, one after the other."""
 
@@ -236,6 +260,7 @@ class JoinedRows(ServedRows):
         self._ends = np.cumsum([0, *(len(part) for part in parts)])
         offsets = np.cumsum([0, *(len(part.raw) for part in parts)])
         self.raw_rows = np.concatenate([part.raw_rows + at for part, at in zip(parts, offsets[:-1], strict=True)])
+        self._offsets = offsets[:-1].tolist()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -250,6 +275,11 @@ class JoinedRows(ServedRows):
             for place, row in zip(places, served, strict=True):
                 found[place] = row
         return found
+
+    def documents(self) -> pa.ListArray | None:
+        """Return the raw rows of each block or pack, counted over all data sets [N]."""
+        found = [part.documents() for part in self._parts]
+        return joined_documents(found, self._offsets)
 
     def row_keys(self) -> NDArray[np.uint64]:
         """Return the hashes of the rows of all data sets [N]."""

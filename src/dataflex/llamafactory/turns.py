@@ -1,11 +1,11 @@
-"""Weights that messages of the data carry, on the tokens that the messages became.
+"""Which examples a packed row is made of, and the weights of messages, on the tokens that the messages became.
 
 Nothing of LLaMA-Factory's formats, templates, truncation and packing is repeated: a conversation is converted once more
 with the numbers of its messages as their contents, encoded once more with the numbers of its turns as their tokens, and
-packed once more with the weights as labels. Upstream names relied upon, each asserted by ``tests/upstream``:
-``get_dataset_converter`` of ``llamafactory.data.converter`` and what a converter makes of an example; the processors'
-``_encode_data_example``, ``preprocess_dataset`` and ``template``, whose ``encode_multiturn`` gives a pair of token ids
-for each turn.
+packed once more with the weights, or the examples' numbers, as labels. Upstream names relied upon, each asserted by
+``tests/upstream``: ``get_dataset_converter`` of ``llamafactory.data.converter`` and what a converter makes of an
+example; the processors' ``_encode_data_example``, ``preprocess_dataset``, ``tokenizer`` and ``template``, whose
+``encode_multiturn`` gives a pair of token ids for each turn.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from dataflex.config.data import WANTED_PART
 from dataflex.errors import DataError
 
 WEIGHTS = "dataflex_weights"
 """Column of tokenized rows: the weight of each token."""
+NUMBER = "dataflex_number"
+"""Column of aligned rows, dropped when they are tokenized: their positions in all rows that were read."""
+DOCUMENTS = "dataflex_documents"
+"""Column of packed rows: the numbers of the examples in each, in their order."""
 _WEIGHT = "dataflex_weight"
 _IGNORE = -100
 
@@ -82,8 +88,30 @@ class _Noted(_Marked):
         return list(self._pairs)
 
 
-class WeighedProcessor:
-    """Tokenizes converted examples as ``processor`` does, and gives the weight of each token as ``WEIGHTS``."""
+class _Counting:
+    """A tokenizer that notes how many tokens each text has."""
+
+    def __init__(self, tokenizer: Any, lengths: list[int]) -> None:
+        self._tokenizer, self._lengths = tokenizer, lengths
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._tokenizer(*args, **kwargs)
+        self._lengths[:] = map(len, made["input_ids"])
+        return made
+
+
+def _of_tokens(name: str, marks: list[Any]) -> list[Any]:
+    """Return a row of ``name`` from the marks of its tokens."""
+    if name == WEIGHTS:
+        return [0.0 if weight == _IGNORE else weight for weight in marks]
+    return list(dict.fromkeys(number for number in marks if number != _IGNORE))
+
+
+class NumberedProcessor:
+    """Tokenizes converted examples as ``processor`` does; of those that have a ``NUMBER``, gives ``DOCUMENTS``."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -93,22 +121,41 @@ class WeighedProcessor:
         self.processor.print_data_example(example)
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Return LLaMA-Factory's columns and ``WEIGHTS``."""
-        encoded: list[tuple[list[int], list[int], list[float]]] = []
+        """Return LLaMA-Factory's columns, and those of this class."""
+        if not hasattr(self.processor, "_encode_data_example"):
+            return self._cut(examples)
+        numbers = (
+            {id(k): n for k, n in zip(examples["_prompt"], examples[NUMBER], strict=True)} if NUMBER in examples else {}
+        )
+        encoded: list[tuple[list[int], list[int], dict[str, list[Any]]]] = []
 
-        def encode(*args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
-            encoded.append(self._encode(*args, **kwargs))
-            return encoded[-1][:2]
+        def encode(**given: Any) -> tuple[list[int], list[int]]:
+            ids, labels, marks = self._encode(**given)
+            marks |= {DOCUMENTS: [numbers[id(given["prompt"])]] * len(ids)} if numbers else {}
+            encoded.append((ids, labels, marks))
+            return ids, labels
 
         made: dict[str, list[Any]] = self._processed(examples, encode)
-        again = iter(encoded)
+        for name in encoded[0][2] if encoded else ():
+            again = ((ids, marks[name]) for ids, _, marks in encoded)
+            packed = self._processed(examples, lambda *_, again=again, **__: next(again))["labels"]
+            made[name] = [_of_tokens(name, row) for row in packed]
+        return made
 
-        def weigh(*_: Any, **__: Any) -> tuple[list[int], list[float]]:
-            ids, _labels, weights = next(again)
-            return ids, weights
-
-        packed = self._processed(examples, weigh)["labels"]
-        made[WEIGHTS] = [[0.0 if weight == _IGNORE else weight for weight in row] for row in packed]
+    def _cut(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Return the blocks of packed text, and the examples that each has tokens of."""
+        lengths: list[int] = []
+        tokenizer = self.processor.tokenizer
+        try:
+            self.processor.tokenizer = _Counting(tokenizer, lengths)
+            made: dict[str, list[Any]] = self.processor.preprocess_dataset(examples)
+        finally:
+            self.processor.tokenizer = tokenizer
+        blocks, ends, numbers = made["input_ids"], np.cumsum(lengths), np.asarray(examples[NUMBER])
+        size = len(blocks[0]) if blocks else 0
+        first = np.searchsorted(ends, size * np.arange(len(blocks)), side="right")
+        last = np.searchsorted(ends, size * np.arange(1, len(blocks) + 1), side="left")
+        made[DOCUMENTS] = [numbers[low : high + 1].tolist() for low, high in zip(first, last, strict=True)]
         return made
 
     def _processed(self, examples: dict[str, list[Any]], encode: Callable[..., Any]) -> Any:
@@ -118,8 +165,15 @@ class WeighedProcessor:
         finally:
             del self.processor._encode_data_example
 
-    def _encode(self, **given: Any) -> tuple[list[int], list[int], list[float]]:
-        """Return tokens, labels and weights of one example."""
+    def _encode(self, **given: Any) -> tuple[list[int], list[int], dict[str, list[Any]]]:
+        """Return tokens and labels of one example, and columns of marks by token."""
+        return *type(self.processor)._encode_data_example(self.processor, **given), {}
+
+
+class WeighedProcessor(NumberedProcessor):
+    """Tokenizes converted examples as ``processor`` does, and gives the weight of each token as ``WEIGHTS``."""
+
+    def _encode(self, **given: Any) -> tuple[list[int], list[int], dict[str, list[Any]]]:
         processor = self.processor
         pairs: list[tuple[list[int], list[int]]] = []
         encode, template = type(processor)._encode_data_example, processor.template
@@ -137,4 +191,4 @@ class WeighedProcessor:
             # What is supervised of a prompt that is not trained on is the end of the answer before it.
             ends = number % 2 == 0 and label != _IGNORE and not processor.data_args.train_on_prompt
             weights.append(of_message[max(number - ends, 0)])
-        return ids, labels, weights
+        return ids, labels, {WEIGHTS: weights}

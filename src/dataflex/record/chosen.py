@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -40,7 +41,7 @@ _POSITIONS = 1 << 25  # served rows up to which the steps of each are listed
 _NOTES = 20
 _UNRANKED = 8
 
-_KNOWN = ("dataset", "file", "line", "position", "id", "domain", "tokens", "supervised_tokens", "same_as")
+_KNOWN = ("dataset", "file", "line", "position", "id", "documents", "domain", "tokens", "supervised_tokens", "same_as")
 FIXED = (
     "row",
     *_KNOWN,
@@ -49,6 +50,15 @@ FIXED = (
     *("times_chosen", "times_scored", "weight", "times_weighed"),
 )
 """Columns that every table has."""
+_LATER = {
+    "same_as": pa.int64(),
+    "documents": pa.list_(
+        pa.struct(
+            {"dataset": pa.string(), "file": pa.string(), "line": pa.int64(), "position": pa.int64(), "id": pa.string()}
+        )
+    ),
+}
+"""Columns that tables of earlier versions lack, which are read as null."""
 _BY_ROW = ("scores", "target", "target_row")
 """Arrays of a plan that have one value for each row of its pool."""
 _PREFIXES = ("score_", "rank_", "credit_", "raw_")
@@ -62,11 +72,19 @@ class Origins:
     source_of: NDArray[np.integer]  # index into ``sources`` of each row [N]
     position: NDArray[np.int64]  # place among the rows of its data set's files, from 0 [N]; -1: not known, or several
     ids: pa.Array | None = None  # id that the data give each row, as text [N]
+    documents: tuple[pa.ListArray, Origins] | None = None
+    """Of packed rows: which documents each has tokens of [N], in their order, and where all documents come from."""
 
     def taken(self, rows: Rows) -> Origins:
         """Return the same of some of the rows."""
         ids = None if self.ids is None else self.ids.take(pa.array(rows))
-        return replace(self, source_of=self.source_of[rows], position=self.position[rows], ids=ids)
+        parts = None if self.documents is None else (self.documents[0].take(pa.array(rows)), self.documents[1])
+        return replace(self, source_of=self.source_of[rows], position=self.position[rows], ids=ids, documents=parts)
+
+    @property
+    def files_of(self) -> Sequence[Source]:
+        """The data sets whose files rows, or the documents in them, are in."""
+        return self.sources if self.documents is None else self.documents[1].sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +151,9 @@ def write_rows(folder: Path, space: Pool) -> bool:
             source_of=domains.domain_of,
             position=np.full(space.num_rows, -1, dtype=np.int64),
         )
-    file_of, lines, files = _places(origins)
     arrays: dict[str, Any] = {
-        "dataset": _named([source.name for source in origins.sources], origins.source_of),
-        "file": _named(files, file_of),
-        "line": _whole(lines),
-        "position": _whole(origins.position),
-        "id": pa.nulls(space.num_rows, pa.string()) if origins.ids is None else origins.ids,
+        **_origin_columns(origins),
+        "documents": _documents(origins),
         "domain": _named(domains.names, domains.domain_of),
         "tokens": pa.array(space.lengths),
         "supervised_tokens": pa.array(space.supervised),
@@ -158,7 +172,7 @@ def write_rows(folder: Path, space: Pool) -> bool:
                 "entry": source.entry,
                 "files": [asdict(FileRecord.of(path, most_bytes=MOST_READ_BYTES)) for path in source.paths],
             }
-            for source in origins.sources
+            for source in origins.files_of
         ],
     }
     metadata = {_KEY: json.dumps(plain(told), sort_keys=True), _IDENTITY: identity}
@@ -166,18 +180,45 @@ def write_rows(folder: Path, space: Pool) -> bool:
     return True
 
 
+def _origin_columns(origins: Origins) -> dict[str, pa.Array]:
+    """Return data set, file, line, place and id of each row."""
+    file_of, lines, files = _places(origins)
+    return {
+        "dataset": _named([source.name for source in origins.sources], origins.source_of),
+        "file": _named(files, file_of),
+        "line": _whole(lines),
+        "position": _whole(origins.position),
+        "id": pa.nulls(len(origins.position), pa.string()) if origins.ids is None else origins.ids,
+    }
+
+
+def _documents(origins: Origins) -> pa.Array:
+    """Return the same of the documents in each packed row, null for all where rows are not packed."""
+    kind = _LATER["documents"]
+    if origins.documents is None:
+        return pa.nulls(len(origins.position), kind)
+    parts, every = origins.documents
+    columns = _origin_columns(every)
+    table = pa.table({field.name: columns[field.name].cast(field.type) for field in kind.value_type})
+    listed = table.take(pc.list_flatten(parts)).to_struct_array().combine_chunks()
+    ends = np.cumsum(np.concatenate([[0], pc.list_value_length(parts).to_numpy()]))
+    return pa.ListArray.from_arrays(ends.astype(np.int32), listed)
+
+
 def _identity(space: Pool) -> str:
     """Return a hash of what the table of rows is made of; empty where that would take as long as the table."""
     columns = {name: np.asarray(values) for name, values in space.columns.items()}
     if any(values.dtype.kind not in "biuf" for values in columns.values()):
         return ""
-    sources = space.origins.sources if space.origins is not None else ()
+    origins = space.origins
+    sources = origins.files_of if origins is not None else ()
     try:
         states = [(path, path.stat()) for source in sources for path in source.paths]
     except OSError:
         return ""
     files = [(str(path), state.st_size, state.st_mtime_ns) for path, state in states]
-    named = repr((_FORMAT, space.fingerprint, files, space.domains.names, list(columns)))
+    packed = origins is not None and origins.documents is not None
+    named = repr((_FORMAT, packed, space.fingerprint, files, space.domains.names, list(columns)))
     arrays = (np.ascontiguousarray(each).tobytes() for each in (space.domains.domain_of, *columns.values()))
     return blake2b(named.encode(), *arrays).hex()
 
@@ -319,8 +360,9 @@ def _known(folder: Path, fingerprint: Any) -> tuple[pa.Table, dict[str, Any]]:
         told = json.loads((table.schema.metadata or {})[_KEY])
         version = told["format"]
         if version == _FORMAT:
-            if "same_as" not in table.column_names:  # written before it was there
-                table = table.append_column("same_as", pa.nulls(table.num_rows, pa.int64()))
+            for name, kind in _LATER.items():
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.nulls(table.num_rows, kind))
             missing = [name for name in _KNOWN if name not in table.column_names]
             if missing or not isinstance(told["sources"], list) or not all(_is_source(one) for one in told["sources"]):
                 raise ValueError(f"it lacks {', '.join(missing) or 'the data sets of the rows'}")
@@ -346,7 +388,7 @@ def _is_source(one: Any) -> bool:
 
 def _schema(table: pa.Table) -> pa.Schema:
     text, number = pa.dictionary(pa.int32(), pa.string()), pa.int64()
-    kinds = {"dataset": text, "file": text, "domain": text, "id": pa.string()}
+    kinds = {"dataset": text, "file": text, "domain": text, "id": pa.string(), **_LATER}
     return pa.schema(
         [pa.field(f.name, kinds.get(f.name, number if f.name in _KNOWN else f.type)) for f in table.schema]
     )
@@ -682,6 +724,7 @@ def _real(values: NDArray[np.floating]) -> pa.Array:
 
 def _write(path: Path, table: pa.Table) -> None:
     named = [column.name for column in table.schema if pa.types.is_dictionary(column.type)]
+    named += [f"documents.list.element.{name}" for name in ("dataset", "file")]
     with replacing(path) as file:
         pq.write_table(table, file, compression="zstd", use_dictionary=named)
 
@@ -689,21 +732,35 @@ def _write(path: Path, table: pa.Table) -> None:
 def raw_rows(table: pa.Table, rows: Rows) -> Iterator[tuple[int, bytes]]:
     """Yield rows of a table of chosen rows with their bytes in their file; those that cannot be found are left out.
 
-    The order is that of the files. docs/report.md tells which rows have a place in a file.
+    The order is that of the files; a packed row is there once for each of its documents. docs/report.md tells which
+    rows have a place in a file.
     """
+    yield from ((row, content) for (row, _), content in _found_in_files(table, rows))
+
+
+def places_of(table: pa.Table, rows: Rows) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield rows of a table of chosen rows, or each document of packed ones: row, its number there, and its place.
+
+    A place has the keys ``dataset``, ``file``, ``line``, ``position`` and ``id``.
+    """
+    part = table.select(["dataset", "file", "line", "position", "id", "documents"]).take(pa.array(rows))
+    for row, place in zip(rows.tolist(), part.to_pylist(), strict=True):
+        documents = place.pop("documents")
+        yield from ((row, at, each) for at, each in enumerate([place] if documents is None else documents))
+
+
+def _found_in_files(table: pa.Table, rows: Rows) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Yield row, number of its document and bytes, in the order of the files."""
     from dataflex.offline.files import SourceRows
 
     sources = {one["name"]: one for one in chosen_notes(table)["sources"]}
-    part = table.select(["dataset", "file", "line", "position"]).take(pa.array(rows))
-    names, files = (part.column(name).combine_chunks().to_pylist() for name in ("dataset", "file"))
-    lines, positions = (part.column(name).to_pylist() for name in ("line", "position"))
-    by_file: dict[str, dict[int, list[int]]] = {}
-    by_place: dict[str, dict[int, list[int]]] = {}
-    for row, name, file, line, position in zip(rows.tolist(), names, files, lines, positions, strict=True):
-        if file is not None and line is not None:
-            by_file.setdefault(file, {}).setdefault(line, []).append(row)
-        elif position is not None:
-            by_place.setdefault(name, {}).setdefault(position, []).append(row)
+    by_file: dict[str, dict[int, list[tuple[int, int]]]] = {}
+    by_place: dict[str, dict[int, list[tuple[int, int]]]] = {}
+    for row, at, place in places_of(table, rows):
+        if place["file"] is not None and place["line"] is not None:
+            by_file.setdefault(place["file"], {}).setdefault(place["line"], []).append((row, at))
+        elif place["position"] is not None:
+            by_place.setdefault(place["dataset"], {}).setdefault(place["position"], []).append((row, at))
     for path, wanted in by_file.items():
         left = set(wanted)
         with _opened(path, sources) as stream:
@@ -738,8 +795,14 @@ def _is_as_it_was(file: Path, sources: Mapping[str, Any]) -> bool:
 
 
 def row_texts(table: pa.Table, rows: Rows) -> dict[int, str]:
-    """Return the text of rows of a table of chosen rows, without those that cannot be found in their files."""
-    return {row: text_of(content) for row, content in raw_rows(table, rows)}
+    """Return the text of rows of a table of chosen rows, without those that cannot be found in their files.
+
+    The documents of a packed row stand in their order, with ``||`` between them.
+    """
+    texts: dict[int, list[str]] = {}
+    for (row, _), content in sorted(_found_in_files(table, rows), key=lambda each: each[0]):
+        texts.setdefault(row, []).append(text_of(content))
+    return {row: " || ".join(documents) for row, documents in texts.items()}
 
 
 def text_of(content: bytes) -> str:

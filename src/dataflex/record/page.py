@@ -11,14 +11,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dataflex.record.chart import Chart, Json, Panel
+from dataflex.record.chart import Chart, Json
 from dataflex.record.plots import COLOURS, GREY
 from dataflex.record.text import duration, middle, number, percent, signed
-
-if TYPE_CHECKING:
-    from bokeh.plotting import figure
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _HEIGHT, _SMALL = 300, 170
@@ -33,8 +30,8 @@ def page(told: Json, charts: Mapping[str, Chart], renewed_after: float | None = 
 
     ``renewed_after``: seconds after which the page loads itself anew; None: it does not.
     """
-    items: list[Any] = []
-    sections = [_section(at, section, charts, items) for at, section in enumerate(told["sections"])]
+    plots: list[Json] = []
+    sections = [_section(at, section, charts, plots) for at, section in enumerate(told["sections"])]
     contents = "".join(
         f'<li><a href="#{_text(section["id"])}">{_text(section["title"])}</a></li>' for section in told["sections"]
     )
@@ -46,7 +43,7 @@ def page(told: Json, charts: Mapping[str, Chart], renewed_after: float | None = 
         "foot": _foot(told),
         "renewed": f"{renewed_after or 0:.0f}",
         "report": in_script(told),
-        "plots": in_script(items),
+        "plots": in_script(plots),
         "bokeh": _bokeh("server/static/js/bokeh.min.js").replace("</script", "<\\/script"),
     }
     template = _TEMPLATE.read_text(encoding="utf-8")
@@ -94,7 +91,7 @@ def _foot(told: Json) -> str:
     return f"<p>{made}</p><details><summary>Licence of Bokeh</summary>{licence}</details>"
 
 
-def _section(at: int, section: Json, charts: Mapping[str, Chart], items: list[Any]) -> str:
+def _section(at: int, section: Json, charts: Mapping[str, Chart], plots: list[Json]) -> str:
     key = _text(section["id"])
     title = f'<h2 id="{key}-title">{at + 1}. {_text(section["title"])}</h2>'
     parts = [f'<section id="{key}" aria-labelledby="{key}-title">{title}']
@@ -103,7 +100,7 @@ def _section(at: int, section: Json, charts: Mapping[str, Chart], items: list[An
     else:
         parts += [f"<p>{_text(note)}</p>" for note in section["notes"]]
     for which, told in enumerate(section["charts"]):
-        parts.append(_chart(f"{at} {which}", told, charts[told["key"]], items))
+        parts.append(_chart(f"{at} {which}", told, charts[told["key"]], plots))
     tables = [_table(f"{at} {which}", told) for which, told in enumerate(section["tables"])]
     parts += tables if section["id"] != "rows" else [_tabs(section["tables"], tables)]
     for told in section["texts"]:
@@ -195,13 +192,13 @@ def _trend(values: Sequence[float]) -> str:
     return f'<svg width="82" height="20" role="img" aria-label="{_text(label)}">{title}{line}</svg>'
 
 
-def _chart(place: str, told: Json, chart: Chart, items: list[Any]) -> str:
+def _chart(place: str, told: Json, chart: Chart, plots: list[Json]) -> str:
     ident = "chart-" + place.replace(" ", "-")
     draws = {"bars": _bars, "heat": _heat}
     if chart.kind in draws:
         body = draws[chart.kind](told, ident)
     else:
-        body = _plots(told, chart, ident, items)
+        body = _plots(told, chart, place, ident, plots)
         body += f'<details class="numbers" data-chart="{place}"><summary>Numbers</summary></details>'
     return f'<figure aria-labelledby="{ident}"><h3 id="{ident}">{_text(told["headline"])}</h3>{body}</figure>'
 
@@ -229,15 +226,25 @@ def _legend(told: Json) -> str:
     return f'<ul class="legend">{"".join(entries)}</ul>' if len(entries) > 1 or not several else ""
 
 
-def _plots(told: Json, chart: Chart, ident: str, items: list[Any]) -> str:
-    from bokeh.embed import json_item
-
+def _plots(told: Json, chart: Chart, place: str, ident: str, plots: list[Json]) -> str:
+    """Return the places of a chart's panels, and add how each is drawn; what it shows are the numbers of the report."""
     small = len(chart.panels) > 3
     panels = []
     for at, (panel, says) in enumerate(zip(chart.panels, told["panels"], strict=True)):
         target = f"{ident}-{at}"
-        item: Any = json_item(_figure(told, panel, says, small=small), target)
-        items.append(item)
+        plots.append(
+            {
+                "target": target,
+                "of": [*map(int, place.split()), at],
+                "height": _SMALL if small else _HEIGHT,
+                "ticks": 4 if small else 6,
+                "x": _plain(panel.x or ("" if small else told["x"]), 60),
+                "y": _plain(panel.y or ("" if small else told["y"]), 60),
+                "steps": told["x"] == Chart.x,  # or tokens or seconds, which may be many
+                "names": [_plain(series["name"] or says["title"], 80) for series in says["series"]],
+                "colours": [_colour(series) for series in says["series"]],
+            }
+        )
         title = (
             f'<h4 title="{_text(says["title"])}">{_text(middle(says["title"], 30 if small else 60))}</h4>'
             if says["title"]
@@ -255,77 +262,6 @@ def _plots(told: Json, chart: Chart, ident: str, items: list[Any]) -> str:
 def _plain(text: str, columns: int) -> str:
     """Return a label for Bokeh, which would take what stands between ``$$`` for a formula."""
     return _MATH.sub(lambda found: f"{found.group()}\u2060", middle(text, columns))
-
-
-def _figure(told: Json, panel: Panel, says: Json, *, small: bool) -> figure:
-    """Return one panel as a figure of Bokeh's; what it shows are the numbers of ``says``."""
-    from bokeh.models import (
-        BasicTicker,
-        BoxAnnotation,
-        ColumnDataSource,
-        DataRange1d,
-        HoverTool,
-        NumeralTickFormatter,
-        Span,
-    )
-    from bokeh.plotting import figure
-
-    plot = figure(
-        height=_SMALL if small else _HEIGHT,
-        sizing_mode="stretch_width",
-        output_backend="svg",
-        toolbar_location=None,
-        tools="",
-        background_fill_color=None,
-        border_fill_color=None,
-        outline_line_color=None,
-        y_range=DataRange1d(start=0) if told["percent"] else DataRange1d(),
-        min_border_left=4,
-    )
-    shown = []
-    for series in says["series"]:
-        look: dict[str, Any] = {"color": _colour(series), "name": _plain(series["name"] or says["title"], 80)}
-        if series["look"] == "band":
-            ends = {"low": _gaps(series["y"]), "high": _gaps(series["high"])}
-            source = ColumnDataSource({"x": _gaps(series["x"]), **ends})
-            plot.varea("x", "low", "high", source=source, fill_alpha=0.25, **look)
-            continue
-        source = ColumnDataSource({"x": _gaps(series["x"]), "y": _gaps(series["y"])})
-        dash = [int(length) for length in _DASHES.get(series["look"], "").split()]
-        faint = series["look"] == "faint"
-        line = {"line_width": 1 if faint else 1.8, "line_alpha": 0.5 if faint else 1.0, "line_dash": dash}
-        shown.append(plot.line("x", "y", source=source, **line, **look))
-        if series["look"] == "points" or len(series["x"]) == 1:
-            plot.scatter("x", "y", source=source, size=5, **look)
-    for start, stop in told["spans"]:
-        plot.add_layout(BoxAnnotation(left=start, right=stop, fill_alpha=0.5, level="underlay"))
-    for step in told["marks"]:
-        plot.add_layout(Span(location=step, dimension="height", line_dash="dotted", line_color=GREY))
-    if told["level"]:
-        plot.add_layout(Span(location=told["level"][1], dimension="width", line_dash="dashed", line_color=GREY))
-    value = "@y{0.0 %}" if told["percent"] else "@y"
-    plot.add_tools(
-        HoverTool(renderers=shown, mode="vline", tooltips=[("", "$name"), (told["x"][:40], "@x"), ("", value)])
-    )
-    plot.grid.grid_line_color = "#E5E5E5"
-    for axis, label in (
-        (plot.xaxis[0], panel.x or ("" if small else told["x"])),
-        (plot.yaxis[0], panel.y or ("" if small else told["y"])),
-    ):
-        axis.axis_label = _plain(label, 60) or None
-        axis.axis_label_text_font_style = "normal"
-        axis.minor_tick_line_color = None
-        axis.ticker = BasicTicker(desired_num_ticks=4 if small else 6, mantissas=[1, 2, 5])
-    if told["percent"]:
-        plot.yaxis[0].formatter = NumeralTickFormatter(format="0 %")
-    if told["x"] == Chart.x:  # steps, tokens or seconds, which may be many
-        plot.xaxis[0].formatter = NumeralTickFormatter(format="0,0.[00]")
-    return plot
-
-
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    """Return numbers as Bokeh takes them: NaN where there is none, and no integers that JavaScript has not."""
-    return [float("nan") if value is None else float(value) if abs(value) >= 2**53 else value for value in values]
 
 
 def _bars(told: Json, ident: str) -> str:

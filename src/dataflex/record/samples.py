@@ -108,7 +108,9 @@ def _table(caption: str, found: pa.Table, rows: Rows, texts: dict[int, str]) -> 
 
 
 def _origin(line: dict[str, Any]) -> str:
-    """Return file and line of a row, or its data set and place."""
+    """Return file and line of a row, or its data set and place; of a packed row those of each document."""
+    if line.get("documents") is not None:
+        return "; ".join(map(_origin, line["documents"]))
     name = str(line["file"]).rpartition("/")[2] if line["file"] else str(line["dataset"])
     place = f":{line['line']}" if line["line"] is not None else ""
     if not place and line["position"] is not None:
