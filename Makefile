@@ -21,8 +21,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-trl test-oldest check lint types pytest format docs bench evidence evidence-quick \
-	lock clean
+.PHONY: help demo test test-quick test-trl test-oldest check lint types pytest format docs bench fuzz kills evidence \
+	evidence-quick lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,14 @@ docs: $(VENV)/.installed-dev  ## render docs/methods.md from the methods' classe
 
 bench: $(VENV)/.installed  ## all benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(TUNED) $(RUN) $$file; done
+
+SEED ?= 1
+fuzz: $(VENV)/.installed-dev  ## plan 500 random configurations and train what is accepted (SEED=, COUNT=; half an hour)
+	$(TUNED) $(QUIET) $(RUN) -m benchmarks.soak.fuzz --seed $(SEED) --count $(or $(COUNT),500)
+
+kills: $(VENV)/.installed-dev  ## kill runs 300 times and compare what goes on; watch memory over 300 intervals (hours)
+	$(TUNED) $(QUIET) $(RUN) -m benchmarks.soak.kills --seed $(SEED) --count $(or $(COUNT),300)
+	HF_HUB_OFFLINE=1 $(QUIET) $(RUN) -m benchmarks.soak.growth
 
 SUITES := aa s1 s2 s3 m1 m3 w1
 COMPARE = $(TUNED) $(QUIET) OMP_NUM_THREADS=1 $(RUN) -m dataflex compare --jobs 2

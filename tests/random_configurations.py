@@ -1,9 +1,7 @@
 """Random configurations, half of them mutated, for 'what plan accepts, trains'.
 
-    python -m tests.random_configurations plan 500 MODEL DATA      plan gives no traceback
-    python -m tests.random_configurations train 60 MODEL DATA      what plan accepts trains for 3 steps
-
-MODEL and DATA are folders as the fixtures ``tiny_model`` and ``data_dir`` make them.
+``python -m benchmarks.soak.fuzz`` tries many; tests try a few. Model and data are folders as the fixtures
+``tiny_model`` and ``data_dir`` make them.
 """
 
 from __future__ import annotations
@@ -13,8 +11,6 @@ import copy
 import io
 import json
 import random
-import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,29 +19,52 @@ from typing import Any
 __all__ = ["accepted", "configurations", "trained"]
 
 _SELECTORS: tuple[Any, ...] = (
-    None,
-    None,
+    *[None] * 8,
     "random",
+    "random_balanced",
     "all",
     "loss",
     {"name": "loss", "focus": "high"},
+    "delta_loss",
     "longest",
     "grad_norm",
-    {"name": "less", "targets": ["goal"], "precondition": "none"},
-    {"name": "rds_plus", "targets": ["goal"]},
-    {"name": "bm25", "targets": ["goal"]},
-    {"name": "dsir", "targets": ["goal"]},
     "el2n",
+    {"name": "ifd", "min_answer_tokens": 1},
+    {"name": "s2l", "clusters": 3},
+    {"name": "coincide", "clusters": 3},
+    {"name": "rho_loss", "reference": "MODEL"},
+    {"name": "less", "targets": ["goal"], "precondition": "none"},
+    {"name": "less", "targets": ["goal", "held"]},
+    *[{"name": name, "targets": ["goal"]} for name in ("rds_plus", "near", "tsds", "bm25", "dsir", "icons")],
+    {"name": "cluster_less", "targets": ["goal"], "clusters": 4},
+    {"name": "tacs", "targets": ["goal"], "learning_rate": 0.01},
+    {"name": "zeroth", "targets": ["goal"], "directions": 2},
+    {"represent": "rds_plus", "aggregate": "round_robin", "rule": "knn_kde", "targets": ["goal"]},
 )
+_EACH_STEP: tuple[Any, ...] = (
+    {"name": "greats", "targets": ["goal"], "target_rows": 2},
+    {"name": "opus", "targets": ["goal"], "target_rows": 2},
+    "uds",
+)
+"""Selectors that choose among the candidates of one step."""
 _MIXERS: tuple[Any, ...] = (
-    None,
-    None,
+    *[None] * 8,
     "uniform",
     "size",
-    {"name": "temperature", "temperature": 2.0},
+    {"name": "temperature", "tau": 2.0},
     {"name": "static", "proportions": {"alpha": 0.5, "beta": 0.5}},
+    {"name": "unimax", "max_epochs": 1.0},
+    {"name": "staged", "stages": [{"start_step": 0, "proportions": [1, 0]}, {"start_step": 2, "proportions": [1, 2]}]},
     "odm",
     "random",
+    {"name": "sheared", "targets": ["goal", "held"], "target_losses": {"alpha": 3.0, "beta": 2.0}},
+    {"name": "velocity", "targets": ["goal", "held"], "target_losses": {"alpha": 3.0, "beta": 2.0}},
+    {"name": "skill_it", "targets": ["goal", "held"], "graph": [[1.0, 0.5], [0.0, 1.0]]},
+    {"name": "aioli", "targets": ["goal", "held"], "sweeps": 1, "hold": 1},
+    {"name": "pike", "rows_per_domain": 2},
+    {"name": "doge", "rows_per_domain": 2},
+    {"name": "dga", "targets": ["goal"], "rows_per_domain": 2},
+    "group_dro",
 )
 _ORDERERS: tuple[Any, ...] = (
     {"name": "sorting", "by": "length"},
@@ -56,13 +75,20 @@ _ORDERERS: tuple[Any, ...] = (
     "shuffle",
 )
 _WEIGHTERS: tuple[Any, ...] = (
-    None,
-    None,
-    {"name": "loss"},
+    *[None] * 8,
+    {"name": "loss", "warmup_steps": 0},
     "focal",
     "token",
     {"name": "column", "column": "sample_weight"},
     ["focal", {"name": "column", "column": "sample_weight"}],
+    {"name": "rho", "reference": "MODEL"},
+    {"name": "slm", "reference": "MODEL", "keep": 0.6},
+    {"name": "meta", "targets": ["goal"]},
+    {"name": "adapt", "targets": ["goal"], "refresh_steps": 2},
+    {"name": "joint_update_aware", "targets": ["goal"]},
+    {"name": "presence", "group_rows": 2},
+    {"name": "group", "strategy": "class_balanced"},
+    {"name": "group", "strategy": "group_dro"},
 )
 _ODD: tuple[Any, ...] = (
     None,
@@ -119,6 +145,12 @@ def configurations(seed: int, count: int, model: Path, data: Path) -> Iterator[d
         yield mapping
 
 
+def _datasets(rng: random.Random, pretraining: bool, *, several: bool) -> str:
+    if pretraining and not several:
+        return "text"
+    return "alpha,beta" if several or rng.random() < 0.5 else "alpha"
+
+
 def _paced(rng: random.Random, method: Any, paces: tuple[int, ...] = (1, 2, 3)) -> Any:
     """Give some methods a cadence of their own."""
     if method is None or rng.random() < 0.8:
@@ -131,28 +163,36 @@ def _sound(rng: random.Random, model: Path, data: Path) -> dict[str, Any]:
     def some(share: float, **keys: Any) -> dict[str, Any]:
         return keys if rng.random() < share else {}
 
-    mixer = rng.choice(_MIXERS)
+    selector, mixer, weighter = (copy.deepcopy(rng.choice(each)) for each in (_SELECTORS, _MIXERS, _WEIGHTERS))
+    each_step = selector is None and mixer is None and rng.random() < 0.2
     dynamic: dict[str, Any] = {
-        "selector": _paced(rng, rng.choice(_SELECTORS)),
+        "selector": rng.choice(_EACH_STEP) if each_step else _paced(rng, selector),
         "mixer": _paced(rng, mixer),
-        "weighter": rng.choice(_WEIGHTERS),
-        "interval_steps": rng.choice([1, 2]),
+        "weighter": weighter,
+        "interval_steps": 1 if each_step else rng.choice([1, 2]),
+        **(dict(candidate_batches=2) if each_step else {}),
         **some(0.3, warmup_steps=1),
-        **some(0.5, repeat=True),
-        **some(0.2, keep_ratio=0.5),
-        **some(0.2, exclude_seen=True),
-        **some(0.2, signals=rng.choice([{"pool_fraction": 0.5}, {"max_age_steps": 2}])),
+        **some(0.5 if selector else 0, repeat=True),
+        **some(1.0 if selector and mixer else 0.2 if selector and selector != "all" else 0, keep_ratio=0.5),
+        **some(0.2 if selector and not mixer else 0, exclude_seen=True),
+        **some(0.2, signals=rng.choice([{"pool_fraction": 0.5}, {"max_age_steps": 2}, {"store": "signals"}])),
+        **some(0.1, signals={"budget": 2.0}),
         **some(0.1, seed=3),
-        **some(0.3, orderer=_paced(rng, rng.choice(_ORDERERS))),
+        **some(0.2, orderer=_paced(rng, rng.choice(_ORDERERS))),
         **some(0.1, average_weights={"last_steps": rng.choice([2, 3])}),
+        **some(0.1, ledger={"targets": ["goal"], "refresh_steps": 2, "target_rows": 2}),
     }
+    for method in dynamic.values():
+        if isinstance(method, dict) and "reference" in method:
+            method["reference"] = str(model)
+    pretraining = rng.random() < 0.1
     return {
         "model_name_or_path": str(model),
-        "stage": "sft",
+        "stage": "pt" if pretraining else "sft",
         "do_train": True,
         "finetuning_type": rng.choice(["full", "lora"]),
         "dataset_dir": str(data),
-        "dataset": "alpha,beta" if mixer or rng.random() < 0.5 else "alpha",
+        "dataset": _datasets(rng, pretraining, several=mixer is not None),
         "template": rng.choice(["default", "alpaca", "empty"]),
         "cutoff_len": rng.choice([32, 64]),
         "per_device_train_batch_size": rng.choice([1, 2]),
@@ -206,7 +246,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def accepted(mapping: dict[str, Any], folder: Path) -> bool:
-    """Whether ``plan`` accepts a configuration; whatever it raises comes through."""
+    """Whether ``plan`` accepts a configuration, told in ``plan.txt``; whatever it raises comes through."""
     from dataflex.cli import main
 
     file = folder / "run.json"
@@ -214,6 +254,7 @@ def accepted(mapping: dict[str, Any], folder: Path) -> bool:
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         code = main(["plan", str(file)])
+    (folder / "plan.txt").write_text(told.getvalue(), errors="backslashreplace")
     assert code in (0, 2), told.getvalue()
     assert code == 0 or all(line.startswith("dataflex: ") for line in told.getvalue().splitlines()), told.getvalue()
     return code == 0
@@ -231,30 +272,3 @@ def trained(folder: Path) -> str:
     except Exception:  # noqa: BLE001
         return traceback.format_exc()
     return ""
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command line at the top."""
-    what, count, model, data = arguments[0], int(arguments[1]), Path(arguments[2]), Path(arguments[3])
-    wrong = done = 0
-    for number, mapping in enumerate(configurations(1, 1_000_000, model, data)):
-        if done == count:
-            break
-        with tempfile.TemporaryDirectory() as name:
-            problem, good = "", False
-            try:
-                good = accepted(mapping, Path(name))
-            except Exception:  # noqa: BLE001
-                problem = traceback.format_exc()
-            if good and what == "train":
-                problem = trained(Path(name))
-            done += good or what == "plan"
-        if problem:
-            wrong += "Traceback" in problem
-            sys.stdout.write(f"#{number} {mapping}\n{problem}\n")
-    sys.stdout.write(f"{done} configurations, {wrong} with a traceback\n")
-    return int(wrong > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -142,6 +142,7 @@ def test_a_resumed_run_is_as_if_never_stopped(run, monkeypatch, selector):
         )
         assert resumed.series() == straight.series(), step
         for ours, theirs in zip(decisions(resumed), decisions(straight), strict=True):
+            assert ours["reason"] == theirs["reason"], "numbers of this decision alone, in one order"
             rows = [
                 load_plan(one.folder, event["interval"]).rows for one, event in ((resumed, ours), (straight, theirs))
             ]

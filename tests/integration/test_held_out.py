@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 
+from dataflex.errors import DataError
+
 BASE = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "do_eval": True, "per_device_eval_batch_size": 2}
 SELECTOR = {"selector": "all"}
 
@@ -97,3 +99,11 @@ def test_nothing_held_out_is_told(run):
 
     with pytest.raises(ConfigError, match=r"dynamic.eval_by_domain: no rows are held out"):
         run("none", max_steps=2, dynamic={**SELECTOR, "eval_by_domain": True})
+
+
+def test_an_evaluation_without_a_batch_is_refused_before_training(run):
+    """Stock, it has no loss: a run of stage pt fails over that when it is through."""
+    few = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8}
+    with pytest.raises(DataError, match="nothing of 7 evaluation rows: 1 ranks x 8 sequences need 8"):
+        run("few", **{**BASE, **few}, eval_dataset="held", dynamic=SELECTOR)
+    assert not list((run.folder / "few").glob("*.safetensors"))

@@ -15,6 +15,7 @@ import torch
 from datasets import concatenate_datasets
 
 from dataflex import comm
+from dataflex.errors import DataError
 from dataflex.huggingface.loop import replaced
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Session
@@ -99,6 +100,19 @@ class EvaluationMixin(_Trainer):
             sums = torch.stack([loss.detach().double() * divisor, tokens.to(loss.device)])
             self._sums = sums if self._sums is None else self._sums + sums
         return found
+
+    def refuse_unseen(self) -> None:
+        """Raise DataError for an evaluation set of which ``dataloader_drop_last`` leaves no batch, so no loss."""
+        args, found = self.args, self.eval_dataset
+        if not args.dataloader_drop_last or found is None or not (args.do_eval or args.eval_strategy != "no"):
+            return
+        size = args.eval_batch_size * comm.world()
+        for rows in found.values() if isinstance(found, dict) else (found,):
+            if hasattr(rows, "__len__") and len(rows) < size:
+                raise DataError(
+                    f"dataloader_drop_last leaves nothing of {len(rows):,} evaluation rows: {comm.world()} ranks x "
+                    f"{args.eval_batch_size} sequences need {size:,}. Use a smaller per_device_eval_batch_size."
+                )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any

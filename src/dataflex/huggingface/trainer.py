@@ -80,6 +80,8 @@ class TrainerMixin(EvaluationMixin):
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Take the number of steps from the Trainer's own count and prepare the session."""
         values = super().set_initial_training_values(args, dataloader)
+        if not self.dataflex_setup.config.stock:
+            self.refuse_unseen()
         self.dataflex.prepare(loop_of(self, self.dataflex_setup, int(values[-1])))
         return values
 

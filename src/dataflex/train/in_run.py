@@ -314,7 +314,7 @@ class InRun:
         """Look at the targets, judge the predictions of the interval that is over, look at pilots, and predict anew."""
         self.gather()
         tokens, both = self._price(interval, global_batch)
-        self._predicted = None
+        self._predicted, self.told = None, {}  # also what a resumed run begins with
         left = self._left(interval, tokens, both)
         if interval.start_step or (self.scores and self.budget is None):
             if self.targets:
