@@ -227,6 +227,10 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     report.add_argument("--out", type=Path, default=None, help="folder for all files (default: inside the first RUN)")
     told = "renew the page while the first RUN goes on, until it has ended or Ctrl-C"
     report.add_argument("--watch", dest="watched", action="store_true", help=told)
+    told = "renew the page until Ctrl-C, and serve it to browsers on this machine"
+    report.add_argument("--serve", dest="served", action="store_true", help=told)
+    report.add_argument("--port", type=int, help="port to serve at (default: 8765; 0: any that is free)")
+    report.add_argument("--host", metavar="ADDRESS", help="loopback address to serve at (default: 127.0.0.1)")
     board = _calls("dataflex.llamafactory.board", "webui")
     add("webui", "LLaMA-Factory's web UI; runs whose extra arguments hold a 'dynamic' block are ours.", board, _WEBUI)
     add("version", "Print the versions of dataflex and what it stands on.", version)

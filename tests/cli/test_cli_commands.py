@@ -126,17 +126,22 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_report_prints_the_summary(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import dataflex.record.report
 
-    seen: list[tuple[list[Path], Path | None, bool]] = []
+    seen: list[tuple[object, ...]] = []
 
-    def report(run_dirs: list[Path], out: Path | None, watched: bool) -> str:
-        seen.append((run_dirs, out, watched))
+    def report(run_dirs: list[Path], out: Path | None, watched: bool, served: bool, **address: object) -> str:
+        seen.append((run_dirs, out, watched, *((address["host"], address["port"]) if served else ())))
         return "summary"
 
     monkeypatch.setattr(dataflex.record.report, "report", report)
     assert main(["report", "saves/run"]) == 0
     assert main(["report", "saves/run", "b", "--out", "plots", "--watch"]) == 0
-    assert seen == [([Path("saves/run")], None, False), ([Path("saves/run"), Path("b")], Path("plots"), True)]
-    assert capsys.readouterr().out == "summary\nsummary\n"
+    assert main(["report", "saves/run", "--serve", "--port", "0"]) == 0
+    assert seen == [
+        ([Path("saves/run")], None, False),
+        ([Path("saves/run"), Path("b")], Path("plots"), True),
+        ([Path("saves/run")], None, False, None, 0),
+    ]
+    assert capsys.readouterr().out == "summary\n" * 3
 
 
 def test_version_names_what_it_stands_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,14 @@ import re
 import struct
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import pytest
 
-from dataflex.errors import DataError
+from dataflex.errors import ConfigError, DataError
 from dataflex.record import report as report_module
 from dataflex.record.read import load_plan
 from dataflex.record.recorder import RunRecorder
@@ -136,6 +139,67 @@ def test_a_watched_run_has_a_page_at_every_moment_until_it_ends(tmp_path, monkey
     assert all("const renewed = 10;" in page for page in pages)
     assert "const renewed = 0;" in (folder / "report.html").read_text()
     assert (folder / "report" / "loss.png").is_file()
+
+
+def get(address, host=None):
+    request = urllib.request.Request(address, headers={} if host is None else {"Host": host})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_served_page_is_that_of_the_run_until_an_interrupt(tmp_path, monkeypatch, capsys):
+    """Fetched from a thread between two looks at the run, which has logged more by then."""
+    folder, found = tmp_path / "dataflex", []
+    simulate(folder, **MIXTURE, stop_step=130)
+    lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "events.jsonl").write_bytes(b"".join(lines[:40]))
+
+    def wait(_: float) -> None:
+        address = re.findall(r"^step \d+: (http://127.0.0.1:\d+/)$", "".join(capsys.readouterr().err), re.MULTILINE)[0]
+        asked = [
+            (address, None),
+            (address + "report.html?x", "localhost:1"),
+            (address, "evil.example"),
+            (address + "x", None),
+        ]
+        with ThreadPoolExecutor() as threads:
+            found.append(list(threads.map(get, *zip(*asked, strict=True))))
+        with pytest.raises(
+            ConfigError, match=r"--port: \d+ on 127.0.0.1 cannot be used \(Address already in use\); name"
+        ):
+            report([tmp_path], served=True, port=int(address.rsplit(":", 1)[1].strip("/")))
+        if len(found) == 2:
+            raise KeyboardInterrupt
+        (folder / "events.jsonl").write_bytes(b"".join(lines))
+
+    monkeypatch.setattr(report_module.time, "sleep", wait)
+    monkeypatch.setattr("dataflex.record.plots.draw", lambda charts: {})
+    text = report([tmp_path], served=True, host="localhost", port=0)
+    assert "still running, or stopped, at step 130" in text
+    for answers in found:
+        assert [code for code, _ in answers] == [200, 200, 403, 404]
+        assert answers[0][1] == answers[1][1]
+        assert "const renewed = 10;" in answers[0][1]
+    assert found[0][0][1] != found[1][0][1]
+    assert "step 130 of 600" in found[1][0][1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"served": True, "host": "0.0.0.0"}, "--host: '0.0.0.0' is not of this machine alone; expected 127.0.0.1"),
+        ({"served": True, "host": "example.org"}, "--host: 'example.org' is not of this machine alone"),
+        ({"served": True, "port": 65536}, "--port: expected 0 \\(any that is free\\) to 65535, found 65536"),
+        ({"port": 80}, "--host and --port say where the page is served; add --serve"),
+    ],
+)
+def test_where_a_page_cannot_be_served_is_told(tmp_path, given, message):
+    simulate(tmp_path / "dataflex", **MIXTURE, stop_step=130)
+    with pytest.raises(ConfigError, match=message):
+        report([tmp_path], **given)
 
 
 def test_watching_ends_with_an_interrupt_or_at_once_where_there_is_no_run(tmp_path, monkeypatch):

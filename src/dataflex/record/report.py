@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.console import tell
-from dataflex.errors import DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.printable import Answer, printable
 from dataflex.record.read import ENDING, EVENTS
 from dataflex.record.recorded import Recorded, recorded
+from dataflex.record.serve import PORT, Served, serving
 from dataflex.record.summary import summary
 from dataflex.record.text import without_prefix
 from dataflex.state import replacing
@@ -39,7 +40,15 @@ def require_drawing() -> None:
         raise UnsupportedError(f"a report needs {' and '.join(missing)}; install the extra: {install('report')}")
 
 
-def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, watched: bool = False) -> Answer:
+def report(
+    run_dirs: Sequence[Path | str],
+    out: Path | None = None,
+    *,
+    watched: bool = False,
+    served: bool = False,
+    host: str | None = None,
+    port: int | None = None,
+) -> Answer:
     """Write the page and, in the folder ``report``, the summary, the page's values and its pictures.
 
     Pictures of an earlier report that have no data any more are removed. The first run is the one that is told of;
@@ -49,19 +58,28 @@ def report(run_dirs: Sequence[Path | str], out: Path | None = None, *, watched: 
         run_dirs: The runs' ``output_dir``, or the ``dataflex`` folders in them.
         out: Folder for all files; None: the page in the first run's ``<output_dir>/dataflex``, the rest in ``report``.
         watched: Renew the page while the first run goes on, and write the rest once it has ended.
+        served: The same until Ctrl-C, and serve the page on this machine.
+        host: Loopback address to serve at; None: 127.0.0.1.
+        port: Port to serve at; None: 8765.
 
     Returns:
         The summary and the files' paths, and what the page says.
 
     Raises:
         DataError: A folder has neither a record nor logs, nothing of it can be read, or ``out`` cannot be written.
+        ConfigError: The page cannot be served at this address.
         UnsupportedError: The extra ``report`` is not installed.
     """
     require_drawing()
     from dataflex.record.charts import CHARTS
     from dataflex.record.plots import draw
 
-    if watched:
+    if served:
+        with serving(host or "127.0.0.1", PORT if port is None else port) as server:
+            _watch(run_dirs, out, server)
+    elif host is not None or port is not None:
+        raise ConfigError("--host and --port say where the page is served; add --serve")
+    elif watched:
         _watch(run_dirs, out)
     view, folder, made, told, content = _page(run_dirs, out)
     pictures = draw(made)
@@ -106,10 +124,11 @@ def _page(
     return view, folder, made, told, page(told, made, renewed_after).encode("utf-8", "backslashreplace")
 
 
-def _watch(run_dirs: Sequence[Path | str], out: Path | None) -> None:
+def _watch(run_dirs: Sequence[Path | str], out: Path | None, server: Served | None = None) -> None:
     """Write the page anew whenever the first run has recorded something, until it has ended or Ctrl-C is pressed.
 
-    What cannot be read at a moment, such as the record of a run that begins anew, is told and tried again.
+    With a ``server`` only Ctrl-C ends it. What cannot be read at a moment, such as the record of a run that begins
+    anew, is told and tried again.
     """
     first, every, seen = Path(run_dirs[0]), _EVERY, list[tuple[int, int]]()
     files = [folder / name for folder in (first / "dataflex", first) for name in (EVENTS, ENDING)]
@@ -124,8 +143,10 @@ def _watch(run_dirs: Sequence[Path | str], out: Path | None) -> None:
                     place = (view.folder if out is None else folder) / PAGE
                     with replacing(place) as file:
                         file.write(content)
-                    tell(f"step {view.run.steps_done}: {place}")
-                    if (view.folder / ENDING).is_file():
+                    if server is not None:
+                        server.page = content
+                    tell(f"step {view.run.steps_done}: {place if server is None else server.address}")
+                    if (view.folder / ENDING).is_file() and server is None:
                         return
             except (DataError, OSError) as error:
                 if not seen:
