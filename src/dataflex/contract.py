@@ -131,6 +131,8 @@ def _part_problem(call: str, value: Any) -> str:
             return f"gave rows as {_described(rows)}; expected int64 [n]"
         if scores is not None and not _numeric(scores):
             return f"gave scores as {_described(scores)}"
+        if value.weights is not None and not _numeric(value.weights):
+            return f"gave weights as {_described(value.weights)}"
     elif call == "mix" and not _numeric(np.asarray(value.proportions)):
         return f"gave proportions as {_described(value.proportions)}"
     if call in ("select", "mix") and not isinstance(value.reason, str):

@@ -125,6 +125,7 @@ class Requires:
     embedding: Embedding | None = None  # how in_run_embeddings are made, or a weighter's BatchView.embeddings_BH
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
     token_weights: tuple[Literal["turn", "token"], str] | None = None  # weighters: whose weights, and their name
+    row_weights: Literal["num_tokens", "weight_sum"] | None = None  # selectors: denominator of Selection.weights
     ledger: bool = False  # mixers: Context.benefit is needed, which takes a ledger of its targets
     selector_scores: bool = False  # orderers: Context.scores is needed, which takes a selector that gives scores
     score_files: tuple[ScoreFile, ...] = ()  # orderers: files of scores that are read into Context.columns
@@ -257,6 +258,9 @@ class Selection:
     scores: NDArray[np.floating] | None = None  # score of every pool row in pool order [len(pool)], NaN where none
     reason: str = ""  # one line for the record
     ordered: bool = False  # whether the rows are in the order in which they are to be served
+    weights: NDArray[np.floating] | None = None
+    """Weight of each of ``rows`` in the loss [n], >= 0, by the denominator that ``Requires.row_weights`` names; None: 1
+    each. They stand as long as the selection does."""
     nearest: tuple[NDArray[np.integer], NDArray[np.integer]] | None = None
     """Of every pool row the target that it is nearest to, as an index into ``Context.targets``, and that target's row
     [len(pool)] each; -1 where there is none. For the record."""

@@ -36,6 +36,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "texts": "bm25 dsir",
         "clusters": "s2l coincide",
         "candidates": "greats opus uds",
+        "infobatch": "infobatch",
         "compose": "compose",
     },
     "mixer": {

@@ -64,6 +64,24 @@ def test_one_domain_is_refused(kind: str, name: str, config: Config, project: Pa
 
 
 @pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        ({"weighter": {"name": "loss"}}, "dynamic.weighter: the infobatch selector gives rows weights in the loss"),
+        ({"weighter": ["column", "meta"]}, ""),
+        ({"mixer": "group_dro", "keep_ratio": 0.5}, "dynamic.mixer: the infobatch selector gives rows weights"),
+        ({"signals": {"budget": 0.5}}, "dynamic.signals.budget: the infobatch selector gives rows weights"),
+        ({"weighter": "focal"}, None),
+        ({"mixer": "odm", "keep_ratio": 0.5}, None),
+    ],
+)
+def test_what_leaves_no_place_for_the_weights_of_a_selection(
+    beside: Any, told: str | None, config: Config, project: Path
+) -> None:
+    found = problems(config(dataset="a,b", dynamic={"selector": "infobatch", "interval_steps": 1, **beside}), project)
+    assert (found == []) if told is None else any(told in line for line in found), found
+
+
+@pytest.mark.parametrize(
     "block", [{"weighter": "group"}, {"selector": "random_balanced"}, {"weighter": ["focal", "group"]}]
 )
 def test_a_bare_copy_of_several_sets_is_one_domain(block: Any, config: Config, project: Path) -> None:
@@ -175,6 +193,15 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
         ("mixer", ("turn", "w"), None, "requires token_weights, which only a weighter is given"),
         ("weighter", ("turn", "w"), RunFacts(copied=True), "tokenized_path: a tokenized copy does not keep the 'w'"),
         ("weighter", ("token", "w"), RunFacts(copied=False), "weights of tokens are read from a tokenized copy"),
+    ],
+    "row_weights": [
+        ("mixer", "num_tokens", None, "requires row_weights, which only a selector is given"),
+        (
+            "selector",
+            "num_tokens",
+            RunFacts(stage="dpo"),
+            "gives rows weights, and stage dpo trains on a loss of its own",
+        ),
     ],
     "ledger": [
         ("weighter", True, None, "requires ledger, which only a mixer is given"),

@@ -14,7 +14,7 @@ import torch
 from dataflex.config.build import half_read, method_block
 from dataflex.contract import BASES
 from dataflex.errors import DataFlexError
-from dataflex.method import STAGES, DomainWeighter, Mixer, Orderer, Requires, Selector
+from dataflex.method import IN_RUN, SIGNALS, STAGES, DomainWeighter, Mixer, Orderer, Requires, Selector
 from dataflex.registry import KINDS, find, names
 from dataflex.testing import FakeSignals, example_batch, example_context, example_stats, global_random_state_untouched
 
@@ -48,6 +48,7 @@ MINIMAL = {
     ("selector", "greats"): lambda K: {},
     ("selector", "opus"): lambda K: {},
     ("selector", "uds"): lambda K: {},
+    ("selector", "infobatch"): lambda K: {},
     ("mixer", "static"): lambda K: {"proportions": [1.0] * K},
     ("mixer", "uniform"): lambda K: {},
     ("mixer", "size"): lambda K: {},
@@ -108,6 +109,7 @@ DRAWS = {  # another seed, another answer
     ("selector", "zeroth"),
     ("selector", "nice"),
     ("selector", "opus"),
+    ("selector", "infobatch"),
     ("mixer", "random"),
     ("mixer", "doge"),
     ("mixer", "dga"),
@@ -336,7 +338,7 @@ def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
     selector = build("selector", name)
     selection = selector.select(pool_of(NUM_ROWS), 48, example_context(signals=FakeSignals(losses)))
     check_selection(selector, selection, pool_of(NUM_ROWS), 48)
-    if selector.requires().signals:
+    if selector.requires().signals - {*IN_RUN}:  # steps tell nothing of rows that they did not serve
         assert (selection.rows % 2 == 1).all()
         assert np.isnan(selection.scores[::2]).all()
 
@@ -429,10 +431,10 @@ def test_the_card_is_complete(kind, name):
     assert card.paper
     assert card.cost
     assert "baseline" in card.paper or "arXiv" in card.paper
-    assert (needs.passes.pool[0] > 0) == (kind in ("selector", "orderer") and bool(needs.signals - {"texts"}))
+    assert (needs.passes.pool[0] > 0) == (kind in ("selector", "orderer") and bool(needs.signals - {"texts", *IN_RUN}))
     assert set(needs.stages) <= set(STAGES)
     assert needs.stages
-    assert needs.signals <= {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}
+    assert needs.signals <= {*SIGNALS}
     assert cls.__doc__
     assert sys.modules[cls.__module__].__doc__
 

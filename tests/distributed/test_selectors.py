@@ -32,6 +32,7 @@ def blocks(model):
         "compose": {"represent": "rds_plus", "aggregate": "mean_then_max", "rule": "gumbel_top_k", **goal},
         "s2l": {"name": "s2l", "clusters": 3},
         "budget": {"name": "less", **goal},
+        "infobatch": {"name": "infobatch", "delta": 1.0},
     }
 
 
@@ -44,10 +45,13 @@ COMMON = {
 }
 
 
+OWN = {"infobatch": {"dataset": "beta", "max_steps": 8}}  # losses of most rows are known at its second decision
+
+
 def block_of(name, selector):
     """The block; under a budget every row of the first plan is scored in its own step, on whichever rank."""
     own = {"signals": {"budget": 2.0}, "max_repeats": None} if name == "budget" else {}
-    return {"selector": selector, "interval_steps": 2, **own}
+    return {"selector": selector, "interval_steps": 4 if name in OWN else 2, **own}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +60,14 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
     runner, selectors, configs = Runner(base_settings(tiny_model, data_dir), folder), blocks(tiny_model), []
     for name, selector in selectors.items():
         dynamic = block_of(name, selector)
-        settings = {**COMMON, "per_device_train_batch_size": 2, "ddp_find_unused_parameters": False, "dynamic": dynamic}
+        settings = {**COMMON, **OWN.get(name, {}), "ddp_find_unused_parameters": False, "dynamic": dynamic}
+        settings["per_device_train_batch_size"] = 2
         configs.append(folder / f"two-{name}.json")
         configs[-1].write_text(json.dumps(runner.mapping(f"two-{name}", **settings)))
     two_ranks(configs)
     for name, selector in selectors.items():
         dynamic = block_of(name, selector)
-        runner(f"one-{name}", **COMMON, per_device_train_batch_size=4, dynamic=dynamic)
+        runner(f"one-{name}", **{**COMMON, **OWN.get(name, {})}, per_device_train_batch_size=4, dynamic=dynamic)
     return folder
 
 
@@ -81,3 +86,10 @@ def chosen(folder, job):
 @pytest.mark.parametrize("name", list(blocks("model")))
 def test_the_same_rows_on_one_rank_and_two(outcomes, name):
     assert chosen(outcomes, f"two-{name}") == chosen(outcomes, f"one-{name}")
+
+
+def test_rows_weigh_the_same_on_two_ranks(outcomes):
+    one, two = (Outcome(outcomes / f"{ranks}-infobatch") for ranks in ("one", "two"))
+    assert max(one.series("dataflex/weight_max")) > 1.0
+    assert two.series("dataflex/weight_max") == pytest.approx(one.series("dataflex/weight_max"))
+    assert two.series() == pytest.approx(one.series(), rel=1e-3)

@@ -16,7 +16,7 @@ from dataflex.train.feedback import WeightStats
 from dataflex.train.loss import Reweighter
 from dataflex.weighters.likeness import Adapt, JointUpdateAware
 from dataflex.weighters.loss import LossWeighter, Rho, SelectiveLanguageModelling
-from dataflex.weighters.product import Factor, Product
+from dataflex.weighters.product import Factor, OfSelection, Product
 from dataflex.weighters.rows import Column, GroupWeighter
 from dataflex.weighters.token import Focal, TokenWeighter
 from tests.train.ranks import Ranks
@@ -282,6 +282,26 @@ def test_weights_multiply_before_one_normalization(monkeypatch, normalizer, over
     pairs = [sums(side) for side in sides]
     wanted = sum(a for a, _ in pairs) / sum(b for _, b in pairs) if over_ranks else sum(a / b for a, b in pairs) / 2
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("beside", ["nothing", "column"])
+def test_weights_of_a_selection_multiply_those_of_a_weighter(beside):
+    """The step's loss against loops: sum of selection's weight x column x token loss over the number of tokens."""
+    data, chosen = Data(), np.linspace(0.5, 3.0, ROWS)
+
+    def make():
+        ours = OfSelection("num_tokens", lambda rows: chosen[rows])
+        return ours if beside == "nothing" else Product.joined(Column(Column.Params(normalizer="num_tokens")), ours)
+
+    loss, _ = step_of(data, make, PARTS)
+    log_p, above, tokens = F.log_softmax(data.logits.double(), dim=-1), 0.0, 0
+    for row in np.concatenate(PARTS).tolist():
+        weight = chosen[row] * (1.0 if beside == "nothing" else 1.0 + row % 3)
+        for t in range(1, WIDTH):
+            if data.labels[row, t] != -100:
+                above -= weight * float(log_p[row, t - 1, data.labels[row, t]])
+                tokens += 1
+    assert float(loss) == pytest.approx(above / tokens, rel=1e-5)
 
 
 def test_in_the_warmup_the_mixer_weighs_alone():

@@ -298,7 +298,7 @@ def takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
     if mixer is not None and issubclass(mixer.cls, Mixer):
         if mixer.cls.observes or issubclass(mixer.cls, DomainWeighter):
             return mixer
-    return dynamic.watches
+    return dynamic.watches or next((each for each in dynamic.methods if each.requires.row_weights is not None), None)
 
 
 def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:

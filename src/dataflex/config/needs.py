@@ -12,7 +12,7 @@ from pathlib import Path
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.schema import AverageConfig, DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.errors import DataError, did_you_mean
-from dataflex.method import IN_RUN, Method, Requires, RunFacts, Selector, Weighter
+from dataflex.method import IN_RUN, DomainWeighter, Method, Requires, RunFacts, Selector, Weighter
 from dataflex.registry import one_of
 from dataflex.version import install
 
@@ -40,6 +40,7 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "embedding": ("weighter",),
     "entropy": ("weighter",),
     "token_weights": ("weighter",),
+    "row_weights": ("selector",),
 }
 """Fields of ``Requires`` that are provided to these kinds of methods only."""
 
@@ -96,6 +97,7 @@ def unmet(
         yield from _average(dynamic.average_weights, run)
     if run is None:
         yield from _one_reference(dynamic)
+        yield from _row_weights(dynamic)
     else:
         yield from _columns(dynamic, run)
         yield from _pilot(dynamic, run)
@@ -178,6 +180,28 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
         )
 
 
+def _row_weights(dynamic: DynamicConfig) -> Iterator[str]:
+    """Yield what leaves no place for the weights that a selector gives its rows."""
+    selector, weighter, mixer = dynamic.selector, dynamic.weighter, dynamic.mixer
+    if selector is None or selector.requires.row_weights is None:
+        return
+    told = f"the {selector.name} selector gives rows weights in the loss"
+    built = None if weighter is None else weighter.build()
+    if isinstance(built, Weighter) and built.normalizer == "num_sequences":
+        yield (
+            f"dynamic.weighter: {told}, and {built.name} divides each micro-batch's weights by their sum, which undoes "
+            "them; use one of the two"
+        )
+    method = None if mixer is None else mixer.build()
+    if isinstance(method, DomainWeighter) and method.loss_normalizer == "domain":
+        yield (
+            f"dynamic.mixer: {told}, and the {method.name} mixer's loss is a weighted sum of domains' mean losses; use "
+            "one of the two"
+        )
+    if dynamic.signals.budget is not None:
+        yield f"dynamic.signals.budget: {told}, and a budget adds rows that it did not choose; remove it"
+
+
 _IDLE_WITHIN_BUDGET = ("bf16", "include_momentum", "sketch_size", "target_gradient", "target_rows")
 """Parameters of passes that no run with a budget makes."""
 
@@ -254,6 +278,8 @@ def _stage(method: MethodConfig, needs: Requires, stage: str) -> Iterator[str]:
             f"{where}reweighting needs per-token losses of a causal LM, and stage {stage} trains on a loss of "
             "its own; remove the weighter, or train with stage pt or sft"
         )
+    elif needs.row_weights is not None and stage not in _CAUSAL:
+        yield f"{where}{method.name} gives rows weights, and stage {stage} trains on a loss of its own; use pt or sft"
     elif stage not in needs.stages:
         yield f"{where}{method.name} does not work under stage {stage} (works under: {', '.join(needs.stages)})"
     else:

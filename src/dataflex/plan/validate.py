@@ -56,11 +56,30 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
             f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows; it must give one for "
             f"each, in the order of the pool: {_select_of(selector)}"
         )
+    if selection.weights is not None:
+        _check_row_weights(selector, selection)
     if selection.nearest is not None and any(len(each) != len(pool) for each in selection.nearest):
         raise ComponentError(
             f"{what} returned 'nearest' that are not a target and a row for each of the pool's {len(pool):,} rows: "
             f"{_select_of(selector)}"
         )
+
+
+def _check_row_weights(selector: Selector, selection: Selection) -> None:
+    """Raise ComponentError unless the weights are as ``Requires.row_weights`` says, numbers >= 0, one for each row."""
+    what, weights, rows = f"selector {selector.name!r}", np.asarray(selection.weights), selection.rows
+    if selector.requires().row_weights is None:
+        problem = "gave weights of rows; state their denominator, Requires(row_weights='num_tokens') or 'weight_sum'"
+    elif weights.shape != rows.shape:
+        problem = f"gave {len(weights):,} weights for {len(rows):,} rows"
+    elif not (np.isfinite(weights) & (weights >= 0)).all():
+        problem = f"gave negative or non-finite weights, such as {weights[~(np.isfinite(weights) & (weights >= 0))][0]}"
+    else:
+        _, first, place = np.unique(rows, return_index=True, return_inverse=True)
+        if np.array_equal(weights[first][place], weights):
+            return
+        problem = "gave a row that is there twice two weights"
+    raise ComponentError(f"{what} {problem}: {_select_of(selector)}")
 
 
 def _select_of(selector: Selector) -> str:

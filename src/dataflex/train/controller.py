@@ -89,6 +89,8 @@ class Controller:
         # up where a shorter one had cut it.
         self._earlier: Rows = np.empty(0, dtype=np.int64)
         self._kept: Rows | None = None  # what the selector chose last
+        self._kept_weights: NDArray[np.float64] | None = None  # their weights in the loss, where it gave any [n]
+        self._row_weights: NDArray[np.float64] | None = None  # the same of all rows [N]
         self._nominal: NDArray[np.float64] | None = None  # what the mixer said last [K]
         self._carried = np.zeros(len(domains.names))  # what quotas were rounded off since the selection was made [K]
         # Sampling proportions of sequences in the plan in progress.
@@ -239,9 +241,12 @@ class Controller:
                 if note:
                     selection = replace(selection, reason=f"{selection.reason}; {note}")
                 self._kept = selection.rows
+                self._weigh(selection.weights)
             else:
                 assert self._kept is not None
                 selection = Selection(rows=self._kept, reason="the selection stands")
+        else:
+            self._weigh(None)
         rows, proportions, reason = self._lay_out(interval, ctx, pool, selection, asked)
         if self.in_run is not None and selection is None:
             before = self._earlier if self.selects_subset else self._earlier[:0]
@@ -275,6 +280,18 @@ class Controller:
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
         self._record(plan, pool, selection if asked else None, proportions, phases)
         return plan
+
+    def _weigh(self, weights: NDArray[Any] | None) -> None:
+        """Note the weights of the rows kept [n], or that they have none."""
+        self._kept_weights = self._row_weights = None
+        if weights is not None:
+            assert self._kept is not None
+            self._kept_weights, self._row_weights = np.asarray(weights, np.float64), np.ones(self.space.num_rows)
+            self._row_weights[self._kept] = self._kept_weights
+
+    def weights_of(self, rows: Rows) -> NDArray[np.float64]:
+        """Return the weights in the loss that the selector gave rows [len(rows)]; 1 where it gave none."""
+        return np.ones(len(rows)) if self._row_weights is None else self._row_weights[rows]
 
     def _context(self, interval: Interval, method: MethodConfig | None) -> Context:
         return Context(
@@ -554,6 +571,7 @@ class Controller:
             **(self.ordering.state_dict() if self.ordering else {}),
             "proportions": self.proportions,
             "kept": self._kept,
+            "kept_weights": self._kept_weights,
             "nominal": self._nominal,
             "carried": self._carried,
         }
@@ -589,6 +607,7 @@ class Controller:
         self.ends_at = state["ends_at"] if capped and same else None
         self._earlier, self.proportions = state["earlier"], state["proportions"]
         self._kept, self._nominal, self._carried = state["kept"], state["nominal"], state["carried"]
+        self._weigh(state["kept_weights"])
         if self._unplanned is not None:
             self._unplanned = np.unpackbits(state["unplanned"], count=self.space.num_rows).astype(np.bool_)
 

@@ -24,7 +24,7 @@ from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import FSDP2, unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
-from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
+from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts, Weighter
 from dataflex.offline.table import read_scores, score_column
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import write_proportions
@@ -49,6 +49,7 @@ from dataflex.train.loader import ROWS, PlanFeed
 from dataflex.train.loss import Reweighter, counted_tokens
 from dataflex.train.row_space import RowSpace
 from dataflex.version import versions
+from dataflex.weighters.product import OfSelection, Product
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Session:
             None if method is None else method.build() for method in (getattr(config, k) for k in KINDS)
         ]
         self.selector, self.mixer, self.orderer, weighter = built
-        self.weighter = None if weighter is None or weighter.neutral else weighter
+        self.weighter = self._with_row_weights(None if weighter is None or weighter.neutral else weighter)
         told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
         self._told_mixer: Mixer | None = self.mixer if told else None
         self.weighs = self.weighter is not None or told or config.watches is not None
@@ -169,6 +170,14 @@ class Session:
         self._moved: tuple[str, Rows] | None = None  # the pool before, and the row there of each row
         self._passes: PassCounter
         self._rows: Path | None = None  # file of what rows are known by, for checkpoints
+
+    def _with_row_weights(self, weighter: Weighter | None) -> Weighter | None:
+        """Return the weighter, times the weights that the selector gives rows where it does."""
+        normalizer = None if self.selector is None else self.selector.requires().row_weights
+        if normalizer is None:
+            return weighter
+        ours = OfSelection(normalizer, lambda rows: self.controller.weights_of(rows))
+        return ours if weighter is None else Product.joined(weighter, ours)
 
     @classmethod
     def open(
@@ -256,8 +265,6 @@ class Session:
         )
         if not self.tells_losses:
             self._loss.missing = f"rows of stage {setup.stage} have no token losses"
-        if self.weighter is not None:
-            self._loss.check_known(space.all_rows())
         seed = loop.seed if config.seed is None else config.seed
         self.controller = Controller(
             config=config,
@@ -272,6 +279,7 @@ class Session:
             clock=setup.clock,
             weighs_documents=setup.packed and self.weighter is not None,
         )
+        self._loss.check_known(space.all_rows())
         if (in_run := self.controller.in_run) is not None:
             self._loss.watch = in_run.watch
         self._passes = PassCounter(loop.model, lambda: setup.clock.now, loop.device)

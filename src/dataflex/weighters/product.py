@@ -12,7 +12,7 @@ A list, ``weighter: [column, {name: slm, ...}]``, is the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from dataflex.method import (
     RunFacts,
     State,
     Weighter,
+    WeighterParams,
     param,
 )
 from dataflex.method import Params as BaseParams
@@ -62,6 +63,20 @@ class Factor(Part):
         method = find("weighter", self.name)(self.params)
         assert isinstance(method, Weighter)
         return method
+
+
+class OfSelection(Weighter):
+    """Weigh rows as the selector did that chose them (``Selection.weights``)."""
+
+    name = "of_selection"
+    card = Card(summary="Weighs rows as the selector did that chose them.", paper="baseline", cost="none")
+
+    def __init__(self, normalizer: Normalizer, weights_of: Callable[[Rows], NDArray[np.float64]]) -> None:
+        super().__init__(WeighterParams())
+        self.normalizer, self._weights_of = normalizer, weights_of
+
+    def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return self._weights_of(rows).astype(np.float32)
 
 
 class Product(Weighter):
@@ -110,16 +125,25 @@ class Product(Weighter):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.factors = [factor.build() for factor in params.of]
-        given = {factor.normalizer for factor in self.factors}
-        self.normalizer = next(kind for kind in _PRECEDENCE if kind in given)
+        self._take([factor.build() for factor in params.of])
+
+    @classmethod
+    def joined(cls, *factors: Weighter) -> Product:
+        """Return the product of weighters that are built already."""
+        product = cls.__new__(cls)
+        product._take(list(factors))
+        return product
+
+    def _take(self, factors: list[Weighter]) -> None:
+        given = {factor.normalizer for factor in factors}
+        self.factors, self.normalizer = factors, next(kind for kind in _PRECEDENCE if kind in given)
 
     @property
     def _by_place(self) -> dict[str, Weighter]:
         return {f"{place}-{factor.name}": factor for place, factor in enumerate(self.factors)}
 
     def requires(self) -> Requires:
-        needs = [(factor, factor.requires()) for factor in (named.build() for named in self.params.of)]
+        needs = [(factor, factor.requires()) for factor in self.factors]
         merged = Requires.merged({f"of[{place}]": each for place, (_, each) in enumerate(needs)})
         told = "; ".join(f"{factor.name}: {each.passes.told or factor.card.cost}" for factor, each in needs)
         return replace(merged, passes=replace(merged.passes, told=told))
