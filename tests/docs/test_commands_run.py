@@ -208,9 +208,14 @@ def test_commands_of_others_exist():
     for page, _, words in SHOWN:
         program, *rest = words
         if program in ("python", "torchrun"):
-            script = next(word for word in rest if word.endswith(".py"))
+            if rest[0] == "-m":
+                script = f"{rest[1].replace('.', '/')}/__main__.py"
+                after = rest[2:]
+            else:
+                script = next(word for word in rest if word.endswith(".py"))
+                after = rest[rest.index(script) :]
             source = (ROOT / script).read_text(encoding="utf-8")
-            for option in (word for word in rest[rest.index(script) :] if word.startswith("--")):
+            for option in (word for word in after if word.startswith("--")):
                 assert f'"{option}"' in source or f'"-{option[2:3]}"' in source, f"{page}: {option} of {script}"
         else:
             assert program in ("dataflex", "make", "pip", "pre-commit"), f"{page}: nobody runs {program}"
