@@ -30,6 +30,7 @@ from tests.record.synthetic import SELECTION, simulate, space_of
 
 EVAL = "tests/offline/test_eval.py"
 SWARM = "tests/mixing/test_mix_commands.py"
+REUSE = "tests/mixing/test_reuse.py"
 SCALE = "tests/examples/test_scale.py"
 OF_DOREMI = [f"doremi_{step}" for step in ("1_reference", "2_proxy", "3_final_6b")]
 ELSEWHERE = {
@@ -57,6 +58,9 @@ ELSEWHERE = {
     "mix swarm small.yaml --runs 24 --out swarm --run": "tests/mixing/test_real_swarm.py",
     "mix fit swarm": SWARM,
     "mix propose swarm --budget 2000000 --max-epochs 4 --out mixture.json": SWARM,
+    "mix swarm small.yaml --runs 9 --reuse old.json --changed math --out swarm --run": REUSE,
+    "mix propose swarm --cap kept=0.8 --out shares.json": SWARM,
+    "mix reuse old.json --shares shares.json --out mixture.json": REUSE,
     "mix doremi run.yaml --small small.yaml --out runs/doremi": "tests/integration/test_mix_doremi.py",
     "mix mixmin --models web=runs/web,code=runs/code --target goal.jsonl --out mixture.json": (
         "tests/mixing/test_real_swarm.py"

@@ -65,6 +65,10 @@ MIX_STEPS = {
             "--max-ratio": dict(type=float, metavar="X", help="largest multiple of the natural share (regmix: 15)"),
             "--min-weight": dict(type=float, metavar="W", help="shares below it become 0 (default: 0.0002)"),
             "--round": dict(type=float, metavar="W", help="shares are multiples of it (default: 0.0002)"),
+            "--reuse": dict(
+                type=Path, metavar="FILE", help="proportions file whose domains keep their shares among one another"
+            ),
+            "--changed": dict(metavar="NAME[,NAME]", help="domains of that file that changed (see 'mix reuse')"),
             "overrides": _OVERRIDES,
         },
     ),
@@ -96,6 +100,23 @@ MIX_STEPS = {
             "--natural": dict(metavar="WHAT", help="sizes, for a folder without swarm.json (see 'mix swarm')"),
             "--seed": dict(type=int, default=0, help="seed of the search among mixtures (lightgbm)"),
             "--out": dict(type=Path, metavar="FILE", help="proportions file to write (default: DIR/proportions.json)"),
+        },
+    ),
+    "reuse": Step(
+        "Carry proportions over to domains of which some changed; the others keep their relative shares.",
+        "dataflex mix reuse old.json --shares kept=0.7,math=0.3 --out mixture.json",
+        "reuse",
+        {
+            "old": dict(type=Path, metavar="FILE", help="proportions file of the domains before"),
+            "--shares": dict(
+                metavar="WHAT",
+                help="shares of 'kept' and of each changed domain: kept=0.7,math=0.3, or the file of a proposal",
+            ),
+            "--keep": dict(metavar="NAME[,NAME]", help="domains that are kept (default: all that did not change)"),
+            "--natural": dict(metavar="WHAT", help="sizes by name, or a run's folder, for --budget"),
+            "--budget": dict(type=float, metavar="R", help="what the large run uses, in the unit of the sizes"),
+            "--max-epochs": dict(type=float, metavar="N", help="maximum epochs over a domain within --budget (4)"),
+            "--out": _OUT,
         },
     ),
     "mixmin": Step(

@@ -9,21 +9,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.args import LlamaFactoryArgs, data_set_names
 from dataflex.config.data import count_bytes, count_rows, find_sources
 from dataflex.config.load import load_mapping
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.options import check_names, numbers_by_name
+from dataflex.mixing.reuse import collapsed_domains, expanded
 from dataflex.mixing.runs import (
     RATIOS,
     Table,
@@ -184,6 +185,7 @@ class Swarm:
     held_out: tuple[str, ...]  # held-out sets that the runs evaluate; "eval" is an unnamed one
     config_digest: str  # of the user's configuration
     provenance: Mapping[str, Any]
+    kept: Mapping[str, float] = field(default_factory=dict)  # shares of the domains in the virtual one of 'mix reuse'
 
     def config(self, run: str) -> Path:
         """Path of a run's configuration."""
@@ -223,6 +225,7 @@ def read_swarm(folder: Path) -> Swarm:
             held_out=tuple(body["held_out"]),
             config_digest=body["config_digest"],
             provenance=body["provenance"],
+            kept=body.get("kept", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
@@ -293,12 +296,20 @@ def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig,
 
 
 def write_swarm(
-    mapping: Mapping[str, Any], base_dir: Path, folder: Path, settings: SwarmSettings, natural: str | None
+    mapping: Mapping[str, Any],
+    base_dir: Path,
+    folder: Path,
+    settings: SwarmSettings,
+    natural: str | None,
+    *,
+    reuse: Path | None = None,
+    changed: Sequence[str] = (),
 ) -> Swarm:
     """Draw the mixtures, check the first run's configuration, and write everything; ``swarm.json`` comes last.
 
     Runs keep the user's configuration except its mixer. A swarm that is there already is extended when it was made
-    from the same configuration and settings; its runs stay as they are. Another one is refused.
+    from the same configuration and settings; its runs stay as they are. Another one is refused. With the proportions
+    file ``reuse``, what is drawn are shares of the ``changed`` domains, of new ones, and of all others together.
     """
     written = mapping.get("dynamic") or {}
     for key in ("initial_proportions", "min_proportion"):
@@ -306,6 +317,9 @@ def write_swarm(
             raise ConfigError(f"dynamic.{key}: a run of a swarm keeps one mixture throughout; remove the key")
     lf, dynamic = without_mixer(mapping, base_dir)
     by_name, unit = _natural_of(natural, lf, dynamic, base_dir)
+    kept: dict[str, float] = {}
+    if reuse is not None:
+        by_name, kept = collapsed_domains(reuse, tuple(by_name), by_name, changed)
     names, sizes = tuple(by_name), np.asarray(list(by_name.values()), dtype=np.float64)
     mixtures = sample_swarm(sizes, settings)
     unseen = np.flatnonzero((mixtures.max(axis=0) == 0) & (sizes > 0))
@@ -327,12 +341,14 @@ def write_swarm(
         held_out=lf.eval_sets or (("eval",) if lf.val_size > 0 else ()),
         config_digest=digest_of({key: value for key, value in mapping.items() if key != "output_dir"}),
         provenance=provenance("dataflex mix swarm", settings={"natural": natural, **dataclasses.asdict(settings)}),
+        kept=kept,
     )
     _check_earlier(swarm)
     evaluation = {"do_eval": True, "eval_on_each_dataset": True} if lf.eval_sets else {"do_eval": True}
     base, configs = {**mapping, **(evaluation if swarm.held_out else {})}, {}
     for run, mixture in zip(swarm.runs, mixtures, strict=True):
-        mixer = {"name": "static", "proportions": dict(zip(names, mixture.tolist(), strict=True))}
+        drawn = dict(zip(names, mixture.tolist(), strict=True))
+        mixer = {"name": "static", "proportions": expanded(drawn, kept) if kept else drawn}
         block = {**written, "mixer": mixer}
         configs[swarm.config(run)] = configuration(base, swarm.output_dir(run), run, block, dynamic.plugins)
     resolve(configs[swarm.config(swarm.runs[0])], base_dir)
@@ -352,6 +368,7 @@ def _check_earlier(swarm: Swarm) -> None:
     differences = (
         (old.config_digest != swarm.config_digest, "another configuration (or other overrides)"),
         (other_sizes, "other natural sizes"),
+        (dict(old.kept) != dict(swarm.kept), "other shares of the domains that are kept"),
         (replace(old.settings, runs=swarm.settings.runs) != swarm.settings, "other settings of the draws"),
         (len(old.runs) > len(swarm.runs), f"{len(old.runs)} runs, more than the {len(swarm.runs)} asked for"),
     )
@@ -396,7 +413,18 @@ def swarm_step(options: argparse.Namespace) -> Answer | int:
         min_weight=options.min_weight,
         step=options.round,
     )
-    swarm = write_swarm(mapping, options.config.absolute().parent, options.out, settings, options.natural)
+    changed = data_set_names(options.changed)
+    if changed and options.reuse is None:
+        raise ConfigError("--changed: has no effect without --reuse, the proportions before")
+    swarm = write_swarm(
+        mapping,
+        options.config.absolute().parent,
+        options.out,
+        settings,
+        options.natural,
+        reuse=options.reuse,
+        changed=changed,
+    )
     natural = swarm.sizes / swarm.sizes.sum()
     table = [["domain", f"natural ({swarm.unit})", "least", "mean", "most"]]
     for k in np.argsort(-natural, kind="stable")[:32]:
