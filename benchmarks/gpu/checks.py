@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.shapes import IGNORE, Bench, Shape
 from torch.profiler import ProfilerActivity, profile
 
+from dataflex import Session
 from dataflex.signals.gradients.consumers import Dots
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
@@ -172,7 +174,6 @@ def less_cost(setting: Setting) -> tuple[bool | None, Values]:
     return setting.judged(max(values.values()) <= 1.10), values
 
 
-STATIC: dict[str, Any] = {}
 BLOCKS = {
     "selection": {"selector": "random", "interval_steps": 1000},
     "mixture and weights": {"mixer": "odm", "weighter": "focal", "interval_steps": 1000},
@@ -185,28 +186,38 @@ BLOCKS = {
 }
 
 
-def paced(setting: Setting, name: str, blocks: tuple[str, ...], steps: int) -> tuple[float, dict[str, float]]:
-    """Return tokens a second of the static loop, and by block how much longer a step is; loops take turns by step."""
-    bench = setting.bench(name, bf16=True)
-    sessions = {block: bench.session(BLOCKS[block], steps + 2) for block in blocks}
-    rates: dict[str, list[float]] = {each: [] for each in ("static", *blocks)}
+def seconds_per_token(bench: Bench, session: Session | None, steps: int) -> float:
+    """Return the median seconds of a step over its tokens, of the static loop or of a session's, after two steps."""
+    found = []
     for step in range(steps + 2):
-        for each, found in rates.items():
-            tokens = 0
+        tokens = 0
 
-            def take(each: str = each, step: int = step) -> None:
-                nonlocal tokens
-                session = sessions.get(each)
-                tokens = bench.static_step(step) if session is None else bench.dynamic_step(session, step)
+        def take(step: int = step) -> None:
+            nonlocal tokens
+            tokens = bench.static_step(step) if session is None else bench.dynamic_step(session, step)
 
-            taken = bench.seconds(take)
-            if step >= 2:  # the first decide, and warm up
-                found.append(taken / tokens)
-    for session in sessions.values():
+        taken = bench.seconds(take)
+        if step >= 2:  # the first decides, and warms up
+            found.append(taken / tokens)
+    return statistics.median(found)
+
+
+def paced(setting: Setting, name: str, blocks: tuple[str, ...], steps: int) -> tuple[float, dict[str, float]]:
+    """Return tokens a second of the static loop, measured before and after the others, and how much longer they take.
+
+    Each has the model for itself: a session that listens to training steps has hooks on it.
+    """
+    bench = setting.bench(name, bf16=True)
+    static, found = [seconds_per_token(bench, None, steps)], {}
+    for block in blocks:
+        session = bench.session(BLOCKS[block], steps + 2)
+        found[block] = seconds_per_token(bench, session, steps)
         session.close()
+        del session
+    static.append(seconds_per_token(bench, None, steps))
     bench.close()
-    median = {each: statistics.median(found) for each, found in rates.items()}
-    return 1 / median["static"], {block: median[block] / median["static"] for block in blocks}
+    median = statistics.mean(static)
+    return 1 / median, {block: seconds / median for block, seconds in found.items()}
 
 
 def step_time(setting: Setting) -> tuple[bool | None, Values]:
@@ -267,6 +278,11 @@ def synchronizations(setting: Setting) -> tuple[bool, Values]:
     return max(told) <= 0, values
 
 
+def held(bench: Bench) -> float:
+    """Return the MiB that are allocated on a GPU; 0 on a CPU."""
+    return torch.cuda.memory_allocated() / 2**20 if bench.device.type == "cuda" else 0.0
+
+
 def peak(bench: Bench, action: Callable[[], Any]) -> float:
     """Return the largest memory in MiB that was held at once during an action, above what was held before."""
     if bench.device.type == "cuda":
@@ -278,11 +294,11 @@ def peak(bench: Bench, action: Callable[[], Any]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         action()
-    held = most = 0
+    now = most = 0
     for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            now += event.nbytes()
+            most = max(most, now)
     return most / 2**20
 
 
@@ -305,9 +321,11 @@ def loss_kernels(setting: Setting) -> tuple[bool | None, Values]:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         # Liger writes the gradient over its input, so it is given a copy.
-        ways["Liger"] = lambda: liger_cross_entropy(logits.clone(), labels, reduction="sum")
-    except ImportError:
-        pass
+        liger = lambda: liger_cross_entropy(logits.clone(), labels, reduction="sum")  # noqa: E731
+        liger().backward()
+        ways["Liger"], absent = liger, ""
+    except Exception as error:  # noqa: BLE001
+        absent = "not installed" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
 
     def both(way: Callable[[], torch.Tensor]) -> torch.Tensor:
         logits.grad = None
@@ -326,8 +344,8 @@ def loss_kernels(setting: Setting) -> tuple[bool | None, Values]:
         values[f"{name}, relative difference of the gradient"] = float(
             (logits.grad.float() - wanted).norm() / wanted.norm()
         )
-    if "Liger" not in ways:
-        values["Liger"] = "not installed"
+    if absent:
+        values["Liger"] = absent
     bench.close()
     return setting.judged(values["ours, peak MiB"] <= values["torch, peak MiB"]), values
 
@@ -336,10 +354,12 @@ def less_memory(setting: Setting) -> tuple[bool | None, Values]:
     """Peak memory of a LESS pass over a micro-batch of the 7B model with adapters, and of a training step on it."""
     bench = taught(setting.bench("7b-lora", bf16=True, pool=16), 2)
     training = peak(bench, lambda: bench.static_step(0))
+    before = held(bench)
     less = Less(bench)
+    own = held(bench) - before  # the target's vector, which scoring needs beside what its passes take
     with less.engine.observing():
         less.score()
-        scoring = peak(bench, less.score)
+        scoring = own + peak(bench, less.score)
     parameters = sum(p.numel() for p in bench.model.parameters())
     del less
     bench.close()
@@ -373,7 +393,8 @@ def run(name: str, setting: Setting) -> dict[str, Any]:
         problem = ""
     except Exception as error:  # noqa: BLE001
         passed, values, problem = False, {}, f"{type(error).__name__}: {error}"
-    if setting.device.type == "cuda":
+    gc.collect()  # models lie in cycles
+    if setting.gpu:
         torch.cuda.empty_cache()
     return {
         "name": name,

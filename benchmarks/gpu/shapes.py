@@ -6,6 +6,7 @@ Nothing is fetched, and no trainer is imported: a plain loop around ``dataflex.S
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -265,5 +266,6 @@ class Bench:
         """Free the model and what the sessions wrote."""
         self.folder.cleanup()
         del self.model, self.optimizer
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
