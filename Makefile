@@ -21,8 +21,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-trl test-oldest check lint types pytest format docs bench fuzz kills evidence \
-	evidence-quick lock clean
+.PHONY: help demo test test-quick test-trl test-oldest check lint types pytest format docs site bench fuzz kills \
+	evidence evidence-quick lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
 
 docs: $(VENV)/.installed-dev  ## render docs/methods.md from the methods' classes
 	$(RUN) docs/render_methods.py
+
+site: $(VENV)/.installed-dev  ## build the site of the documentation into runs/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench: $(VENV)/.installed  ## all benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(TUNED) $(RUN) $$file; done

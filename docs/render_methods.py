@@ -22,7 +22,7 @@ from dataflex.config.split import split
 from dataflex.method import STAGES, Method
 from dataflex.registry import KINDS, find, names
 
-__all__ = ["PAGE", "built_in", "render"]
+__all__ = ["PAGE", "built_in", "method_pages", "render"]
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "methods.md"
@@ -47,13 +47,28 @@ def built_in() -> dict[str, list[type[Method]]]:
 
 def render() -> str:
     """Return the whole page."""
-    methods, uses = built_in(), _uses()
-    blocks = [_HEAD]
-    for kind, classes in methods.items():
-        rows = [(f"[{c.name}](#{kind}-{c.name})", c.card.summary, "; ".join(_needs(c)), c.card.cost) for c in classes]
-        blocks.append(f"## {kind.capitalize()}s\n\n" + _table(("name", "what it does", "needs", "cost"), rows))
+    uses, blocks = _uses(), [_HEAD]
+    for kind, classes in built_in().items():
+        blocks.append(_overview(kind, classes, f"#{kind}-{{}}"))
         blocks += [_section(cls, uses.get((kind, cls.name), [])) for cls in classes]
     return "\n".join(blocks)
+
+
+def method_pages() -> dict[str, str]:
+    """Return the same as pages of the site by path: a list of all methods, and a page for each."""
+    uses, methods = _uses(), built_in()
+    lists = [_overview(kind, classes, f"methods.md#{kind}-{{}}") for kind, classes in methods.items()]
+    pages = {"methods/index.md": "\n".join([_HEAD, *lists])}
+    for kind, classes in methods.items():
+        for cls in classes:
+            text = _section(cls, uses.get((kind, cls.name), []))
+            pages[f"methods/{kind}/{cls.name}.md"] = text.replace(f"### {kind} ", "# ", 1)
+    return pages
+
+
+def _overview(kind: str, classes: list[type[Method]], link: str) -> str:
+    rows = [(f"[{c.name}]({link.format(c.name)})", c.card.summary, "; ".join(_needs(c)), c.card.cost) for c in classes]
+    return f"## {kind.capitalize()}s\n\n" + _table(("name", "what it does", "needs", "cost"), rows)
 
 
 def _uses() -> dict[tuple[str, str], list[str]]:
