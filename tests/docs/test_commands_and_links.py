@@ -123,7 +123,7 @@ def test_every_plot_is_described():
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_pages_are_plain_text_without_paths_of_a_machine(page):
-    assert TEXTS[page].isascii()
+    assert TEXTS[page].isascii() or page == "README.zh-CN.md"
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|opt)/", TEXTS[page])
 
 

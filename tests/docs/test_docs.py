@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import sys
 from dataclasses import MISSING, fields, is_dataclass
@@ -164,7 +165,6 @@ def test_the_gallery_check_can_fail(renderer, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("kind", "name"), METHODS)
 def test_every_method_is_in_the_tables(kind, name):
-    assert f"| {kind} | `{name}` |" in TEXTS["README.md"]
     assert f"{kind} [`{name}`](methods.md#{kind}-{name})" in TEXTS["docs/paper-index.md"]
     assert f"\n### {kind} {name}\n" in TEXTS["docs/methods.md"]
 
@@ -172,8 +172,65 @@ def test_every_method_is_in_the_tables(kind, name):
 def test_every_paper_is_in_the_index():
     for kind, name in METHODS:
         for number in re.findall(r"arXiv (\d{4}\.\d{5})", find(kind, name).card.paper):
-            for page in ("README.md", "docs/paper-index.md"):
-                assert f"(https://arxiv.org/abs/{number})" in TEXTS[page], (page, name)
+            assert f"(https://arxiv.org/abs/{number})" in TEXTS["docs/paper-index.md"], name
+
+
+def test_the_methods_that_the_readme_names_are_of_the_family():
+    for page in ("README.md", "README.zh-CN.md"):
+        rows = re.findall(r"^\| \[.*\]\(docs/methods\.md#(\w+)s\) .*\|(.*)\|$", TEXTS[page], re.MULTILINE)
+        assert [kind for kind, _ in rows] == list(KINDS)
+        for kind, listed in rows:
+            assert set(re.findall(r"`(\w+)`", listed)) <= set(names(kind))
+
+
+def test_the_methods_that_the_guide_recommends_exist():
+    known = {name for kind in KINDS for name in names(kind)}
+    rows = re.findall(r"^\| [^|]+ \| ([^|]*`[^|]*) \|", TEXTS["docs/choosing.md"], re.MULTILINE)
+    assert len(rows) > 12
+    first = [re.match(r"`(\w+)`", row) for row in rows]
+    assert [found.group(1) for found in first if found and found.group(1) not in known] == []
+
+
+def test_the_translation_has_the_commands_of_the_readme():
+    def commands(page):
+        shown = [code for at, code in blocks("bash") if at == page]
+        return [line.partition("#")[0].strip() for code in shown for line in code.splitlines()]
+
+    assert commands("README.zh-CN.md") == commands("README.md")
+    configurations = {page: yaml.safe_load(code) for page, code in reversed(blocks("yaml"))}
+    assert configurations["README.zh-CN.md"] == configurations["README.md"]
+
+
+def test_the_messages_on_the_page_are_those_of_the_code():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "dataflex").rglob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)
+    shown = re.findall(r"^\| `([^`]+)`(?: on resume)? \|", TEXTS["docs/troubleshooting.md"], re.MULTILINE)
+    assert len(shown) > 10
+    for message in shown:
+        parts = [part.strip(" :;()>-") for part in message.split("...")]
+        for part in parts:
+            assert part in sources, part
+
+
+@pytest.mark.slow
+def test_the_site_has_no_broken_link(tmp_path, monkeypatch):
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    counted = logging.getLogger("mkdocs")
+    found = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    counted.addHandler(handler)
+    try:
+        build(load_config("mkdocs.yml", site_dir=str(tmp_path / "site")))
+    finally:
+        counted.removeHandler(handler)
+    assert found == []
+    for kind, name in METHODS:
+        assert "<h1" in (tmp_path / "site" / "methods" / kind / name / "index.html").read_text(encoding="utf-8")
+    assert "doremi" in (tmp_path / "site" / "zh" / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_selector_in_the_guide_is_the_example():
