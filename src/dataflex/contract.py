@@ -65,6 +65,10 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "an array of one number per row, or None",
         lambda value: value is None or _numeric(value.reshape(-1) if isinstance(value, np.ndarray) else value),
     ),
+    "keeps": (
+        "an array of one switch per group",
+        lambda value: isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "b",
+    ),
     "loss_weights": ("an array of one number per domain", lambda value: _numeric(np.asarray(value))),
     "sort_keys": ("an array of one number per row", _numeric),
     "ranks": (
@@ -84,7 +88,7 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool),
     ),
 }
-_WATCHED = (*_ANSWERS, "__init__", "load_state_dict", "observe", "outcome", "prepare", "check")
+_WATCHED = (*_ANSWERS, "__init__", "load_state_dict", "observe", "observe_rollouts", "outcome", "prepare", "check")
 
 
 def is_ours(cls: type) -> bool:

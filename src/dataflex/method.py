@@ -18,6 +18,7 @@ from dataflex.errors import CheckpointError
 from dataflex.parts import Params, param
 from dataflex.plan.domains import Domains, DomainStats, Floats, Rows
 from dataflex.plan.proportions import ProportionsFile
+from dataflex.plan.rollouts import RolloutStats
 from dataflex.plan.schedule import Interval
 from dataflex.rng import stream
 from dataflex.state import State, is_absent, restored, saved_form
@@ -34,12 +35,14 @@ Normalizer = Literal["weight_sum", "num_tokens", "num_sequences"]
 
 DomainNormalizer = Literal["weight_sum", "domain"]
 
-STAGES = ("pt", "sft", "rm", "dpo", "kto")
+STAGES = ("pt", "sft", "rm", "dpo", "kto", "rl")
+"""LLaMA-Factory's stages, and ``rl``: TRL's trainers whose rows are prompts, and which generate the answers."""
 
 IN_RUN = ("in_run_losses", "in_run_norms", "in_run_scores", "in_run_embeddings")
 """What training steps show of the rows that they serve; see ``signals.kinds.InRun``."""
-SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts", *IN_RUN)
-"""What a method may ask the model or the rows for; "texts" are tokens and texts, which take no pass."""
+SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts", "rollouts", *IN_RUN)
+"""What a method may ask the model or the rows for; "texts" are tokens and texts, which take no pass, and "rollouts"
+the rewards of answers, which ``observe_rollouts`` is given."""
 
 
 # ---- what a method states about itself
@@ -112,7 +115,7 @@ class Requires:
     signals: frozenset[str] = frozenset()  # some of SIGNALS
     targets: bool = False  # targets: [data set, ...] must be given
     domains: int = 1  # least number of domains
-    stages: tuple[str, ...] = STAGES  # LLaMA-Factory's stages in which it works
+    stages: tuple[str, ...] = STAGES  # stages in which it works
     whole_parameters: bool = False  # each rank must hold all parameters (no DeepSpeed ZeRO-3, no FSDP)
     needs_interval: bool = False  # a decision depends on the model or the step: interval_steps must be given
     within_batch: bool = False  # it selects within a batch of candidates: candidate_batches must be given
@@ -369,6 +372,13 @@ class Selector(Method):
         """Whether its selections have scores, which an orderer may go by."""
         return True
 
+    def observe_rollouts(self, stats: RolloutStats) -> None:
+        """Learn from the rewards of one generation, in stage ``rl``; the same numbers on every rank."""
+
+    def keeps(self, stats: RolloutStats) -> NDArray[np.bool_]:
+        """Return which groups of a generation are trained on [P], in stage ``rl``; those of equal rewards cannot be."""
+        return stats.informative
+
 
 class Mixer(Method):
     """Sets the proportions in which domains are served during an interval.
@@ -386,6 +396,9 @@ class Mixer(Method):
 
     def observe(self, stats: DomainStats) -> None:
         """Learn from one optimizer step; deterministic, on the CPU in float64."""
+
+    def observe_rollouts(self, stats: RolloutStats) -> None:
+        """Learn from the rewards of one generation, in stage ``rl``; the same numbers on every rank."""
 
     def outcome(self) -> ProportionsFile | None:
         """Return the proportions that the run has found so far, for the file ``OUTPUT_DIR/dataflex/<name>.json``."""

@@ -38,6 +38,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "candidates": "greats opus uds",
         "infobatch": "infobatch",
         "compose": "compose",
+        "rollouts": "pass_band pass_schedule mopps greso",
     },
     "mixer": {
         "fixed": "static uniform size temperature unimax staged random",
@@ -46,6 +47,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "gradient_shares": "doge dga pike",
         "measured": "ledger",
         "loss_weights": "doremi group_dro",
+        "bandits": "sec dump_ucb tscl",
     },
     "orderer": {"patterns": "sorting folding zigzag segment stair saw shuffle", "pacing": "pacing"},
     "weighter": {

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.method import BatchView, Benefit, Context, Rows
 from dataflex.plan.domains import Domains, DomainStats
+from dataflex.plan.rollouts import RolloutStats
 from dataflex.plan.schedule import Interval
 from dataflex.rng import rademacher, uniforms
 from dataflex.signals import kinds
@@ -315,6 +316,39 @@ def example_stats(
         micro_batches=(tokens_K > 0).astype(np.float64),
         proportions=np.full(num_domains, 1 / num_domains) if proportions is None else np.array(proportions, float),
         learning_rate=1e-3,
+    )
+
+
+def example_rollouts(
+    rewards: ArrayLike,
+    *,
+    rows: Sequence[int] | None = None,
+    domains: Sequence[int] | None = None,
+    names: Sequence[str] = ("web", "code", "math"),
+    num_rows: int = 64,
+    step: int = 0,
+) -> RolloutStats:
+    """Return one generation, without a model.
+
+    Args:
+        rewards: Reward of each answer [P, G], NaN for none.
+        rows: Row of each group's prompt [P]; by default 0, 1, 2, ...
+        domains: Domain of each group's prompt [P]; by default all of the first.
+        names: Names of the domains.
+        num_rows: Prompts of the training set.
+        step: Generation, counted from 0.
+    """
+    rewards_PG = np.asarray(rewards, dtype=np.float64)
+    count = len(rewards_PG)
+    return RolloutStats(
+        rows=np.asarray(range(count) if rows is None else rows, dtype=np.int64),
+        rewards_PG=rewards_PG,
+        lengths_PG=np.ones(rewards_PG.shape, dtype=np.int64),
+        truncated_PG=np.zeros(rewards_PG.shape, dtype=np.bool_),
+        domains_P=np.asarray([0] * count if domains is None else domains, dtype=np.int64),
+        names=tuple(names),
+        num_rows=num_rows,
+        step=step,
     )
 
 

@@ -16,7 +16,14 @@ from dataflex.contract import BASES
 from dataflex.errors import DataFlexError
 from dataflex.method import IN_RUN, SIGNALS, STAGES, DomainWeighter, Mixer, Orderer, Requires, Selector
 from dataflex.registry import KINDS, find, names
-from dataflex.testing import FakeSignals, example_batch, example_context, example_stats, global_random_state_untouched
+from dataflex.testing import (
+    FakeSignals,
+    example_batch,
+    example_context,
+    example_rollouts,
+    example_stats,
+    global_random_state_untouched,
+)
 
 # The parameters that cannot be left out, for K domains. A new method gets one line here.
 MINIMAL = {
@@ -49,6 +56,13 @@ MINIMAL = {
     ("selector", "opus"): lambda K: {},
     ("selector", "uds"): lambda K: {},
     ("selector", "infobatch"): lambda K: {},
+    ("selector", "pass_band"): lambda K: {},
+    ("selector", "pass_schedule"): lambda K: {},
+    ("selector", "mopps"): lambda K: {},
+    ("selector", "greso"): lambda K: {},
+    ("mixer", "sec"): lambda K: {},
+    ("mixer", "dump_ucb"): lambda K: {},
+    ("mixer", "tscl"): lambda K: {},
     ("mixer", "static"): lambda K: {"proportions": [1.0] * K},
     ("mixer", "uniform"): lambda K: {},
     ("mixer", "size"): lambda K: {},
@@ -98,6 +112,10 @@ MINIMAL = {
     ("weighter", "product"): lambda K: {"of": ["column", "group"]},
 }
 DRAWS = {  # another seed, another answer
+    ("selector", "pass_band"),
+    ("selector", "pass_schedule"),
+    ("selector", "mopps"),
+    ("selector", "greso"),
     ("selector", "random"),
     ("selector", "loss"),
     ("selector", "tsds"),
@@ -157,6 +175,8 @@ def decide(method, **options):
     ctx = example_context(columns=COLUMNS, **options)
     if isinstance(method, Selector):
         selection = method.select(pool_of(NUM_ROWS), 16, ctx)
+        if "rollouts" in method.requires().signals:
+            method.observe_rollouts(rollouts(selection.rows, ctx))
         return selection.rows.tolist(), None if selection.scores is None else selection.scores.tolist()
     if isinstance(method, Mixer):
         return mixed(method, ctx)
@@ -170,6 +190,14 @@ def decide(method, **options):
     return method.weigh(example_batch([1.0, 2.0, 3.0, 0.5], step=ctx.interval.index)).tolist()
 
 
+def rollouts(rows, ctx):
+    """Return rewards of rows, some of them all equal, and of one row none."""
+    rewards = (rows[:, None] * np.array([1, 3, 5, 7]) // 4 % 3 > 0).astype(float)
+    rewards[rows % 16 == 5] = math.nan
+    domains = rows % len(ctx.domains.names)
+    return example_rollouts(rewards, rows=rows, domains=domains, names=ctx.domains.names, step=ctx.interval.start_step)
+
+
 def prepare(weighter, ctx):
     if weighter.due(ctx.interval.start_step):
         weighter.prepare(ctx, pool_of(8))
@@ -180,6 +208,8 @@ def mixed(mixer, ctx):
     held = ctx.domains.names if mixer.requires().targets else ()
     proportions = mixer.mix(dataclasses.replace(ctx, targets=held)).proportions.tolist()
     weights = mixer.loss_weights().tolist() if isinstance(mixer, DomainWeighter) else None
+    if "rollouts" in mixer.requires().signals:
+        mixer.observe_rollouts(rollouts(pool_of(6), ctx))
     if mixer.observes:
         step = ctx.interval.start_step
         losses = [2.0 + 0.1 * k + math.cos(step + k) for k in range(len(ctx.domains.names))]
@@ -338,7 +368,7 @@ def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
     selector = build("selector", name)
     selection = selector.select(pool_of(NUM_ROWS), 48, example_context(signals=FakeSignals(losses)))
     check_selection(selector, selection, pool_of(NUM_ROWS), 48)
-    if selector.requires().signals - {*IN_RUN}:  # steps tell nothing of rows that they did not serve
+    if selector.requires().signals - {"rollouts", *IN_RUN}:  # which tell nothing of rows that were not served
         assert (selection.rows % 2 == 1).all()
         assert np.isnan(selection.scores[::2]).all()
 
@@ -431,7 +461,8 @@ def test_the_card_is_complete(kind, name):
     assert card.paper
     assert card.cost
     assert "baseline" in card.paper or "arXiv" in card.paper
-    assert (needs.passes.pool[0] > 0) == (kind in ("selector", "orderer") and bool(needs.signals - {"texts", *IN_RUN}))
+    asks = needs.signals - {"texts", "rollouts", *IN_RUN}
+    assert (needs.passes.pool[0] > 0) == (kind in ("selector", "orderer") and bool(asks))
     assert set(needs.stages) <= set(STAGES)
     assert needs.stages
     assert needs.signals <= {*SIGNALS}
@@ -450,7 +481,7 @@ def test_signals_asked_for_are_those_declared(kind, name):
     signals = FakeSignals(1.0 + 0.01 * np.arange(NUM_ROWS))
     method = build(kind, name)
     decide(method, signals=signals)
-    assert signals.asked == method.requires().signals
+    assert signals.asked == method.requires().signals - {"rollouts"}  # which are observed
 
 
 def test_methods_are_imported_without_torch():

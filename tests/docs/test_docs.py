@@ -24,6 +24,7 @@ from dataflex.contract import class_problems
 from dataflex.method import SIGNALS, BatchView, Context, Params, Requires, Signals
 from dataflex.orderers.patterns import By
 from dataflex.plan.domains import DomainStats
+from dataflex.plan.rollouts import RolloutStats
 from dataflex.plan.schedule import Interval
 from dataflex.registry import KINDS, find, names
 from dataflex.signals import kinds
@@ -279,7 +280,7 @@ def test_the_orderer_in_the_guide_ranks_what_it_names():
     assert orderer.sort_keys(np.arange(3), example_context({"a": 3}, lengths=[3, 1, 2])).tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize("cls", [Context, Interval, BatchView, DomainStats, Requires])
+@pytest.mark.parametrize("cls", [Context, Interval, BatchView, DomainStats, RolloutStats, Requires])
 def test_the_guide_names_all_that_a_method_is_given_and_may_require(cls):
     told = TEXTS["docs/writing-a-method.md"]
     assert [field.name for field in fields(cls) if f"`{field.name}`" not in told] == []

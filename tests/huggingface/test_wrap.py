@@ -262,6 +262,12 @@ for name in tests.LANGUAGE:
         made.train()
         if dist.get_rank() == 0:
             print("LOSSES " + json.dumps([name, method, tests.losses(made)]))
+if tests.loads("GRPOTrainer"):
+    from tests.huggingface import test_prompts as prompts
+
+    found = [*prompts.two_ranks(Path(sys.argv[1]), Path(sys.argv[2]) / "prompts")]
+    if dist.get_rank() == 0:
+        print("PROMPTS " + json.dumps(found))
 """
 
 
@@ -280,6 +286,11 @@ def test_two_ranks_serve_the_rows_of_one(kind, tiny_model, tmp_path):
         folder = f"{name}/{method}"
         np.testing.assert_array_equal(served(tmp_path / "two" / folder), served(tmp_path / "one" / folder))
         assert two == pytest.approx(losses(one), rel=1e-4), folder
+    if loads("GRPOTrainer"):
+        from tests.huggingface.test_prompts import two_ranks
+
+        (found,) = [json.loads(line[8:]) for line in told.stdout.splitlines() if line.startswith("PROMPTS ")]
+        assert found == [list(run) for run in two_ranks(tiny_model, tmp_path / "one" / "prompts")]
 
 
 def test_what_is_supervised_is_what_the_collator_supervises(kind, tmp_path):
@@ -397,9 +408,13 @@ def test_classes_that_cannot_be_wrapped_are_refused():
         dataflex.wrap(Trainer, BLOCKS["less"], targets={"goals": Dataset.from_list([])})
     with pytest.raises(ConfigError, match=r"dynamic\.eval_by_domain: evaluation sets are the loop's"):
         dataflex.wrap(Trainer, {**BLOCKS["odm"], "eval_by_domain": True})
-    grpo = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
-    with pytest.raises(UnsupportedError, match="the rows of TRL's GRPOTrainer are not planned"):
-        dataflex.wrap(grpo, BLOCKS["loss"])
+    online = type("OnlineDPOTrainer", (Trainer,), {"__module__": "trl.trainer.online_dpo_trainer"})
+    with pytest.raises(UnsupportedError, match="the rows of TRL's OnlineDPOTrainer are not planned"):
+        dataflex.wrap(online, BLOCKS["loss"])
+    if not loads("GRPOTrainer"):
+        grpo = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
+        with pytest.raises(UnsupportedError, match=r"GRPOTrainer of TRL 0\..* is not supported; install 'trl>=1.16'"):
+            dataflex.wrap(grpo, BLOCKS["loss"])
 
 
 @pytest.mark.parametrize("name", ["hf_trainer", "trl_sft"])

@@ -135,7 +135,7 @@ def stage_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str
     if lf.stage == "ppo":
         yield (
             "stage: ppo is not supported: the policy writes its own training batches, so there are no fixed rows to "
-            f"decide about; use one of {', '.join(STAGES)}"
+            f"decide about; use one of {', '.join(stage for stage in STAGES if stage != 'rl')}"
         )
         return
     yield from unmet(dynamic, RunFacts(stage=lf.stage, partitioned=partitioned_by(lf)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.schema import AverageConfig, DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.errors import DataError, did_you_mean
-from dataflex.method import IN_RUN, DomainWeighter, Method, Requires, RunFacts, Selector, Weighter
+from dataflex.method import IN_RUN, STAGES, DomainWeighter, Method, Requires, RunFacts, Selector, Weighter
 from dataflex.registry import one_of
 from dataflex.version import install
 
@@ -28,6 +28,8 @@ _CAUSAL = ("pt", "sft")
 _STAGES_OF_SIGNALS: dict[str, tuple[str, ...]] = {
     "losses": ("pt", "sft", "dpo", "kto"),
     **dict.fromkeys(("gradients", "logits", "generate", "gates", *IN_RUN), _CAUSAL),
+    **dict.fromkeys(("embeddings", "texts"), tuple(stage for stage in STAGES if stage != "rl")),
+    "rollouts": ("rl",),
 }
 _TAKERS: dict[str, tuple[str, ...]] = {
     "needs_interval": ("selector", "mixer", "orderer"),
@@ -285,7 +287,14 @@ def _stage(method: MethodConfig, needs: Requires, stage: str) -> Iterator[str]:
     else:
         for signal in sorted(needs.signals):
             known = _STAGES_OF_SIGNALS.get(signal, (stage,))
-            if stage not in known:
+            if signal == "rollouts" and stage not in known:
+                told = "or give it a 'column' of pass rates" if hasattr(method.params, "column") else ""
+                yield (
+                    f"{where}{method.name} learns from rewards of answers that the model generates in training, and "
+                    f"stage {stage} generates none; use it with TRL's GRPOTrainer or RLOOTrainer (dataflex.wrap)"
+                    f"{told and ', '}{told}"
+                )
+            elif stage not in known:
                 yield (
                     f"{where}{method.name} asks for {signal}, which a model under stage {stage} does not give "
                     f"(given under: {', '.join(known)})"

@@ -27,7 +27,7 @@ from dataflex.huggingface.trackers import shown_apart
 from dataflex.train.average import WeightAverage
 from dataflex.train.loader import ROWS, NumberedBatches, NumberedStream, unchanged
 from dataflex.train.loss import balance_loss
-from dataflex.train.session import Session, Setup
+from dataflex.train.session import Loop, Session, Setup
 
 
 class TrainerMixin(EvaluationMixin):
@@ -53,6 +53,13 @@ class TrainerMixin(EvaluationMixin):
 
     # -- before training ------------------------------------------------------------------------
 
+    def _dataflex_loop(self, total_steps: int) -> Loop:
+        return loop_of(self, self.dataflex_setup, total_steps)
+
+    def _dataflex_index(self, step: int) -> int:
+        """Return the session's step of an optimizer step."""
+        return step
+
     def get_train_dataloader(self) -> Any:
         """Return a loader that has the right lengths and no batches; for a stock run its own, with ids of rows."""
         setup = self.dataflex_setup
@@ -67,7 +74,7 @@ class TrainerMixin(EvaluationMixin):
                 return super().get_train_dataloader()
         if setup.config.total_steps is not None:
             self.args.max_steps = setup.config.total_steps
-        micro_batches = self.dataflex.micro_batches_per_epoch(loop_of(self, setup, 1).shape)
+        micro_batches = self.dataflex.micro_batches_per_epoch(self._dataflex_loop(1).shape)
         return EpochShell(setup.rows.num_rows, micro_batches)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +89,7 @@ class TrainerMixin(EvaluationMixin):
         values = super().set_initial_training_values(args, dataloader)
         if not self.dataflex_setup.config.stock:
             self.refuse_unseen()
-        self.dataflex.prepare(loop_of(self, self.dataflex_setup, int(values[-1])))
+        self.dataflex.prepare(self._dataflex_loop(int(values[-1])))
         return values
 
     def _init_training_state(
@@ -90,7 +97,7 @@ class TrainerMixin(EvaluationMixin):
     ) -> Any:
         """Open the record; on a resumed run, restore plan and states first."""
         values = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
-        self.dataflex.start(resume, self.state.global_step)
+        self.dataflex.start(resume, self._dataflex_index(self.state.global_step))
         if resume is not None:
             self._dataflex_resumed = (Path(resume).resolve(), self.state.global_step)
         return values
@@ -111,7 +118,7 @@ class TrainerMixin(EvaluationMixin):
         """After SIGTERM, end with a checkpoint instead of what follows a finished training."""
         stop, step = self._dataflex_stop, self.state.global_step
         if stop is None or not stop.settle():
-            self.dataflex.settle(step)
+            self.dataflex.settle(self._dataflex_index(step))
             found = super()._finalize_training(*args, **kwargs)
             average = self.dataflex.average
             self._dataflex_average = None if average is None else average.found()
@@ -181,7 +188,7 @@ class TrainerMixin(EvaluationMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log our scalars beside the loss, and record both."""
-        session, step, began = self.dataflex, self.state.global_step, self.dataflex.began
+        session, step, began = self.dataflex, self._dataflex_index(self.state.global_step), self.dataflex.began
         if "loss" in logs and began:
             session.log(step, logs, lambda found: super(TrainerMixin, self).log(found, *args, **kwargs))
             return
@@ -232,7 +239,7 @@ class TrainerMixin(EvaluationMixin):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as stock; a checkpoint counts once the callbacks have seen it."""
-        self.dataflex.updated(self.state.global_step)
+        self.dataflex.updated(self._dataflex_index(self.state.global_step))
         with replaced((self, "_dataflex_sealed_later", True)):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         self._dataflex_seal()
@@ -246,7 +253,7 @@ class TrainerMixin(EvaluationMixin):
                 use_mtime=True,
             )
 
-        if self.dataflex.seal_checkpoint(self.state.global_step, rotate):
+        if self.dataflex.seal_checkpoint(self._dataflex_index(self.state.global_step), rotate):
             self._dataflex_saved_at = self.state.global_step
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -258,7 +265,7 @@ class TrainerMixin(EvaluationMixin):
             "total_loss": float(self._total_loss_scalar),
             "logged_step": int(self._globalstep_last_logged),
         }
-        self.dataflex.save(Path(output_dir), self.state.global_step, sums)
+        self.dataflex.save(Path(output_dir), self._dataflex_index(self.state.global_step), sums)
 
     def _dataflex_restore_sums(self) -> None:
         """Restore the loss sums since the last log; once, after the Trainer has set its own to zero."""

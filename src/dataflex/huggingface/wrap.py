@@ -11,8 +11,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,17 +31,20 @@ from dataflex.config.mappings import as_mapping, shown
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.table import table
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
-from dataflex.huggingface.loop import loop_of
+from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_space
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
 from dataflex.train.row_space import RowSpace, column_values
-from dataflex.train.session import Setup, elsewhere
+from dataflex.train.session import Loop, Setup, elsewhere
 from dataflex.version import untested
 
 logger = logging.getLogger(__name__)
 
-_STAGES = {"SFTTrainer": "sft", "DPOTrainer": "dpo", "RewardTrainer": "rm", "KTOTrainer": "kto"}
-"""Stage of TRL's trainers whose rows are fixed."""
+_STAGES = {
+    **{"SFTTrainer": "sft", "DPOTrainer": "dpo", "RewardTrainer": "rm", "KTOTrainer": "kto"},
+    **{"GRPOTrainer": "rl", "RLOOTrainer": "rl"},
+}
+"""Stage of TRL's trainers."""
 _PAIR = {"prompt": ("prompt_input_ids", "prompt_ids"), "chosen": ("chosen_input_ids", "chosen_ids")}
 """Columns of a preference, as different versions of TRL name them."""
 
@@ -59,8 +63,8 @@ def wrap(
     """Return a subclass of a trainer whose data is decided during training; it is made and used as the trainer is.
 
     Args:
-        trainer: ``transformers.Trainer``, a subclass of it, or TRL's ``SFTTrainer``, ``DPOTrainer``, ``RewardTrainer``
-            or ``KTOTrainer``.
+        trainer: ``transformers.Trainer``, a subclass of it, or TRL's ``SFTTrainer``, ``DPOTrainer``, ``RewardTrainer``,
+            ``KTOTrainer``, ``GRPOTrainer`` or ``RLOOTrainer``; of the last two rows are prompts, and steps generations.
         block: The ``dynamic`` block: methods, and when they decide.
         domains: Column of the training set that holds each row's domain, as text; None: all rows are of one domain.
         targets: Target data sets by name. They are tokenized, or rows as the trainer prepares its training set from.
@@ -90,7 +94,8 @@ def wrap(
         targets=dict(targets or {}),
         columns=tuple(columns),
     )
-    return type(f"Dynamic{trainer.__name__}", (TrainerMixin, _Door, trainer), {"_dataflex_asked": asked})
+    mixin = PromptMixin if stage == "rl" else TrainerMixin
+    return type(f"Dynamic{trainer.__name__}", (mixin, _Door, trainer), {"_dataflex_asked": asked})
 
 
 def _stage(trainer: type[Trainer]) -> str:
@@ -102,7 +107,12 @@ def _stage(trainer: type[Trainer]) -> str:
     for base in trainer.__mro__:
         if base.__module__.partition(".")[0] == "trl" and issubclass(base, Trainer):
             if base.__name__ in _STAGES:
-                return _STAGES[base.__name__]
+                stage = _STAGES[base.__name__]
+                if stage == "rl" and (found := version("trl")).startswith("0."):
+                    raise UnsupportedError(
+                        f"wrap: {base.__name__} of TRL {found} is not supported; install 'trl>=1.16'"
+                    )
+                return stage
             if not base.__name__.startswith("_"):
                 known = ", ".join(_STAGES)
                 raise UnsupportedError(f"wrap: the rows of TRL's {base.__name__} are not planned (known: {known})")
@@ -125,6 +135,7 @@ class _Door(Trainer):
     """Stands between ``TrainerMixin`` and a trainer: prepares the session's set-up once the trainer is made."""
 
     _dataflex_asked: _Asked
+    _dataflex_loop: Callable[[int], Loop]
     train_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -154,7 +165,7 @@ class _Door(Trainer):
         from dataflex.commands.plan import foretold
 
         setup, args = self.dataflex_setup, self.args
-        batch, space = loop_of(self, setup, 1).shape, setup.rows
+        batch, space = self._dataflex_loop(1).shape, setup.rows
         per_epoch = batch.steps_per_epoch(space.num_rows)
         view = Forecast(
             dynamic=setup.config,
@@ -162,7 +173,9 @@ class _Door(Trainer):
             counts=dict(zip(space.domains.names, space.domains.num_rows.tolist(), strict=True)),
             packs=False,
             rows=space.num_rows,
-            steps=args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch),
+            steps=self._dataflex_loop(args.max_steps).total_steps
+            if args.max_steps > 0
+            else math.ceil(args.num_train_epochs * per_epoch),
             targets={name: len(corpus.lengths) for name, corpus in space.targets.items()},
         )
         return foretold(view, LlamaFactoryArgs.read(setup.resolved))
@@ -172,6 +185,9 @@ class _Door(Trainer):
         asked, rows, collator = self._dataflex_asked, self.train_dataset, self.data_collator
         base, taker = asked.trainer, takes_token_losses(asked.config)
         own = base.compute_loss is not Trainer.compute_loss and not base.__module__.startswith("trl.")
+        if asked.stage == "rl":
+            taker = None  # refused by its stage
+            yield from prompt_problems(self, asked.config)
         if taker is not None and (own or self.compute_loss_func is not None):
             what = "a compute_loss of its own" if own else "a compute_loss_func"
             yield f"dynamic.{taker.kind}: {base.__name__} has {what}, which {taker.name} would have no part in"
@@ -210,9 +226,12 @@ class _Door(Trainer):
             for name in chosen.requires.columns:
                 refused = chosen.build().refused_values(name, columns[name])
                 _refuse_values(f"dynamic.{chosen.kind}", name, columns[name], refused)
+        labels = None if domains is None else domains.tolist()
+        if asked.stage == "rl":
+            return prompt_space(self, rows, domains=labels, columns=columns)
         return RowSpace.of(
             _supervised(self.train_dataset, self.data_collator),
-            domains=None if domains is None else domains.tolist(),
+            domains=labels,
             columns=columns,
             targets={
                 name: self._dataflex_prepared(name, asked.targets[name], formatting) for name in asked.config.targets

@@ -99,6 +99,10 @@ _OPTIONAL: dict[str, dict[str, Check]] = {
     },
     "stepped": {"loss": _real},
     "credited": {"tokens": _counts, "looked_at": _count, "looks": _count, "targets": _each(_account)},
+    "rolled_out": {
+        **dict.fromkeys(("groups", "answers", "tokens", "informative", "dropped", "unscored", "truncated"), _count),
+        **{"mean_reward": _real, "uniform_share": _share, "saved_answers": _real, "domains": _each(_with())},
+    },
     "finished": {"seconds": _each(_seconds, or_null=True)},
 }
 

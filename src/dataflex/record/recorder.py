@@ -281,6 +281,10 @@ class RunRecorder:
                 file.write(rows)
         self._write("credited", step, accounts)
 
+    def rolled_out(self, step: int, account: Mapping[str, Any]) -> None:
+        """Record what was generated for step ``step - 1``: groups, rewards, and answers saved, see docs/report.md."""
+        self._write("rolled_out", step, account)
+
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of one evaluation ("eval_loss", "eval_runtime", ...)."""
         self._write("evaluated", step, {"metrics": metrics})

@@ -35,6 +35,7 @@ from dataflex.plan.planner import (
     warmup_rows,
 )
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain, per_domain
+from dataflex.plan.rollouts import RolloutAccount
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
 from dataflex.plan.validate import check_mix, check_selection, check_state, quota_rows
 from dataflex.record.clock import PhaseClock
@@ -76,6 +77,7 @@ class Controller:
     ends_at: int | None = None  # step at which the data run out under ``at_cap: stop``
     decided: int = 0  # number of decisions before this run, unless the plan in progress tells it
     clock: PhaseClock = field(default_factory=PhaseClock)
+    rollouts: RolloutAccount | None = None  # what was generated, where rows are prompts
     weighs_documents: bool = False  # a weighter may weigh the documents of a packed row differently
 
     def __post_init__(self) -> None:
@@ -548,6 +550,8 @@ class Controller:
             "sequences": self.totals.rows,
             "epochs": self.totals.rows / self.space.domains.num_rows,
         }
+        if self.rollouts is not None:
+            told |= self.rollouts.scalars()
         if self.mixer is not None:
             columns["nominal"] = self.proportions
         few = len(names) <= LOGGED_DOMAINS
@@ -589,6 +593,7 @@ class Controller:
             "totals": self.totals,
             "in_run": self.in_run,
             "ledger": self.ledger,
+            "rollouts": self.rollouts,
         }
         return {key: part for key, part in parts.items() if part is not None}
 

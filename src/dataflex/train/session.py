@@ -14,7 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
@@ -28,6 +30,7 @@ from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts, Weighter
 from dataflex.offline.table import read_scores, score_column
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import write_proportions
+from dataflex.plan.rollouts import RolloutAccount, RolloutStats
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.record.read import recorded_run, thinned
@@ -39,6 +42,7 @@ from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.passes import PassCounter, compute
 from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
+from dataflex.signals.sweep import preserve_state
 from dataflex.train import checkpoint as saved
 from dataflex.train.average import WeightAverage
 from dataflex.train.checkpoint import Identity
@@ -68,7 +72,7 @@ class Setup:
 
     config: DynamicConfig  # the dynamic block
     resolved: dict[str, Any]  # JSON form of the whole configuration, for the record
-    stage: str  # stage of training: ``pt``, ``sft``, ``rm``, ``dpo`` or ``kto``
+    stage: str  # stage of training: ``pt``, ``sft``, ``rm``, ``dpo``, ``kto`` or ``rl``
     packed: bool = False  # whether several samples share a row
     shuffle: bool = True  # whether rows are shuffled, for adapters that make the batch shape
     space: RowSpace | None = None  # the row space, once the data is loaded
@@ -111,6 +115,7 @@ class Loop:
     release: Callable[[], None] = lambda: None  # frees parameters that a scoring pass left gathered
     parallel: Mapping[str, int] = field(default_factory=dict)  # sizes of other parallelism than over data, by name
     devices: int = 1  # devices that this process trains on
+    every_row: bool = False  # whether each rank is given all rows of a step, and the loop shares them out
     writes: bool | None = None  # whether this rank writes checkpoints; None: rank 0 does
     counts_over_ranks: bool = True  # whether a step's loss is divided by the tokens of all ranks, else of each rank
     averages: bool = True
@@ -277,6 +282,7 @@ class Session:
             mixer=self.mixer,
             orderer=self.orderer,
             clock=setup.clock,
+            rollouts=RolloutAccount(space.num_rows) if setup.stage == "rl" else None,
             weighs_documents=setup.packed and self.weighter is not None,
         )
         self._loss.check_known(space.all_rows())
@@ -380,7 +386,7 @@ class Session:
             schedule=asdict(controller.schedule),
             row_space=controller.space.describe(),
             versions=versions(),
-            world=controller.shape.world,
+            world=comm.world() if self.loop.every_row else controller.shape.world,
             global_batch=controller.shape.global_batch,
             run=self._run,
             forecast=passes_by_label(_forecast(self.setup, self.loop)),
@@ -487,6 +493,28 @@ class Session:
             assert self._step is not None
             proportions = self.controller.proportions_at(self._step.index)
             self._loss.end_step(proportions, float(self.loop.learning_rate()))
+
+    def observe_rollouts(self, stats: RolloutStats) -> NDArray[np.bool_]:
+        """Give the rewards of a generation, equal on every rank, to the methods, and record them.
+
+        A generation that a resumed run made once more, since it began inside it, was observed before.
+
+        Returns:
+            The groups that are trained on [P].
+        """
+        account = self.controller.rollouts
+        assert account is not None, "only stage rl has rewards"
+        with self.clock.phase("decide"), preserve_state(self.loop.model):
+            if stats.step >= account.next_step:
+                for method in (self.selector, self.mixer):
+                    if method is not None:
+                        method.observe_rollouts(stats)
+                kept = stats.informative if self.selector is None else self.selector.keeps(stats)
+                account.take(stats, kept)
+            else:
+                kept = stats.informative if self.selector is None else self.selector.keeps(stats)
+        self.recorder.rolled_out(stats.step + 1, account.line)
+        return kept
 
     def updated(self, step: int) -> None:
         """Tell that the optimizer has made its ``step``-th update, for an average of the weights."""
@@ -770,7 +798,7 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
             raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")
     if loop.devices > 1:
         raise UnsupportedError("several devices in one process (DataParallel): start one process per device")
-    if (loop.shape.rank, loop.shape.world) != (comm.rank(), comm.world()):
+    if not loop.every_row and (loop.shape.rank, loop.shape.world) != (comm.rank(), comm.world()):
         raise UnsupportedError(
             f"the batch shape is that of rank {loop.shape.rank} of {loop.shape.world}, and torch.distributed has "
             f"rank {comm.rank()} of {comm.world()}: every rank must be a data-parallel one"
