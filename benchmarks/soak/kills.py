@@ -7,9 +7,9 @@ A job is a tiny run on one rank, on two (DDP, ZeRO-3, FSDP2), or moved from two 
 three times: inside a scoring pass, while the record of a decision is written, while a checkpoint is, at a file, a
 moment after it, or at any time. On two ranks one dies and the other is told to end as torchrun tells it, or both die.
 After each kill the record must be readable; then the run goes on from its newest complete checkpoint. At the end the
-whole log, the rows that were served, the table of chosen rows and the weights are compared with those of a run that was
-never killed (a moved one: whose legs begin at the same checkpoints). The exit code is 1 if a job differs, fails or
-hangs. Started again with the same --out, the command goes on.
+whole log, the rows that were served, the table of chosen rows, weights, optimizer and random states are those of a run
+that was never killed (a moved one: whose legs begin at the same checkpoints). The exit code is 1 if a job differs,
+fails or hangs. Started again with the same --out, the command goes on.
 """
 
 from __future__ import annotations
@@ -379,9 +379,12 @@ def differences(run: Path, twin: Path) -> Iterator[str]:
     plans, wanted = served(run), served(twin)
     if changed := sorted(name for name in plans.keys() | wanted.keys() if plans.get(name) != wanted.get(name)):
         yield f"plans differ: {changed}"
-    weights = {path.name for path in twin.glob("*.safetensors")}
-    assert weights, f"{twin} holds no weights"
-    for name in sorted({"dataflex/chosen.parquet", *weights}):
+    newest = f"checkpoint-{STEPS}"
+    found = [*twin.glob("*.safetensors"), *twin.glob(f"{newest}/pytorch_model_fsdp_*/*.distcp")]
+    assert found, f"{twin} holds no weights"
+    for pattern in ("optimizer*/*.distcp", "optimizer.pt", "rng_state*.pth"):
+        found += twin.glob(f"{newest}/{pattern}")
+    for name in ["dataflex/chosen.parquet", *sorted(path.relative_to(twin).as_posix() for path in found)]:
         if (run / name).read_bytes() != (twin / name).read_bytes():
             yield f"{name} differs"
 
