@@ -47,6 +47,9 @@ _EXAMPLES = {
     "rows": """dataflex rows saves/run2 --most --where 'domain == "gsm8k" and times_served > 3' --text""",
     "report": "dataflex report saves/run2 saves/plain --out report",
     "webui": "dataflex webui",
+    "init": "dataflex init towards --data my/pool.jsonl --targets my/goal.jsonl --model Qwen/Qwen2.5-0.5B",
+    "schema": "dataflex schema",
+    "completion": "dataflex completion bash",
     "version": "dataflex version",
 }
 
@@ -110,7 +113,7 @@ def _tell(text: str) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = _parser(steps_of_mix=arguments[:1] == ["mix"])
+    parser = _parser(steps_of_mix=arguments[:1] in (["mix"], ["completion"]))
     if not arguments or arguments[0] == "help":
         _write(parser.format_help())
         return 0
@@ -180,7 +183,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
         epilog = f"example:\n  {_EXAMPLES[name]}"
         command: _Parser = commands.add_parser(name, help=told, description=f"{told}{more}", epilog=epilog)
         command.set_defaults(handler=handler)
-        if name not in ("train", "mix", "compare", "audit", "webui"):
+        if name not in ("train", "mix", "compare", "audit", "webui", "schema", "completion"):
             command.add_argument("--json", dest="as_json", action="store_true", help="print JSON (docs/json.md)")
         return command
 
@@ -189,8 +192,12 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     plan = _calls("dataflex.commands.plan", "plan")
     told = "Check a configuration and say what the run will do and cost, without a model."
     _add_plan(add("plan", told, plan))
-    methods = add("methods", "List the methods, or tell all about one.", _calls("dataflex.commands.methods", "methods"))
-    methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss, or a kind: selector")
+    methods = _calls("dataflex.commands.methods", "methods")
+    _add_methods(add("methods", "List the methods, or tell all about one.", methods))
+    init = _calls("dataflex.commands.init", "init")
+    _add_init(add("init", "Write a commented configuration for data of your own.", init, _INIT))
+    add("schema", "Print the JSON schema of configurations, for editors.", _calls("dataflex.commands.schema", "schema"))
+    _add_completion(add("completion", "Print a script that completes commands in a shell.", lambda _: ""), parser)
     score, select = _calls("dataflex.commands.score", "score"), _calls("dataflex.offline.subset", "select")
     _add_score(add("score", "Score every row of a data set with selectors, without training.", score, _SCORE))
     query = _calls("dataflex.commands.score", "query")
@@ -243,6 +250,11 @@ _TRAIN = (
     "--verbose tells more: the methods' reasons, and the numbers of single domains.\n"
     "FORCE_TORCHRUN=1, NPROC_PER_NODE, NNODES, NODE_RANK and USE_RAY=1 work as there."
 )
+_INIT = (
+    "\n\nRecipes: baseline (a recorded run), towards (LESS within a budget), words (BM25), denoise (medium loss),\n"
+    "mixture (ODM), curriculum (short rows first). What no flag gives is asked for on a terminal. Files are described\n"
+    "in the dataset_info.json beside them. Nothing is replaced; what 'dataflex plan' would refuse is not written."
+)
 _SCORE = (
     "\n\nDATA is a LLaMA-Factory configuration, with or without a 'dynamic' block, or the names of data sets.\n"
     "METHOD.key=value sets a method's parameter. A run that was killed goes on where it stopped.\n"
@@ -280,6 +292,46 @@ _SELECT = (
     "\n\nRows are written byte for byte, in the format of their file, beside their provenance and an entry\n"
     "for dataset_info.json. key=value sets a parameter of the rule."
 )
+
+
+def _add_methods(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("name", nargs="?", help="a method, such as loss or selector/loss, or a kind: selector")
+    add("--family", metavar="KIND", help="only those of a kind: selector, mixer, orderer or weighter")
+    add("--stage", metavar="STAGE", help="only those that work in a stage: pt, sft, rm, dpo or kto")
+    told = "only those that need all of these: targets, domains, reference, columns, gradients, ...; nothing"
+    add("--needs", metavar="WHAT[,WHAT]", help=told)
+
+
+def _add_init(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("name", nargs="?", metavar="METHOD", help="a method, or a recipe: the list is above")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="keys over what is written, such as learning_rate=1.0e-5")
+    add(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="files to train on (.jsonl, .json, .csv, .parquet), or data sets' names",
+    )
+    add("--targets", nargs="+", metavar="FILE", help="files or data sets to select towards")
+    add("--model", metavar="MODEL", help="a folder or a hub id")
+    add("--out", type=Path, metavar="FILE", help="file to write (default: METHOD.yaml beside the data)")
+    add("--stage", choices=("pt", "sft", "rm", "dpo", "kto"), help="default: as the columns of the data say")
+    add("--template", default="default", metavar="NAME", help="the model's chat template in LLaMA-Factory's list")
+    add("--domains", metavar="COLUMN", help="column that names a row's domain (default: each data set is one)")
+    add("--dataset-dir", type=Path, metavar="DIR", help="folder of dataset_info.json (default: that of the first file)")
+    add("--full", action="store_true", help="train all parameters instead of an adapter")
+
+
+def _add_completion(command: argparse.ArgumentParser, parser: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
+
+    def handle(options: argparse.Namespace) -> str:
+        from dataflex.commands.completion import completion
+
+        return completion(options.shell, parser)
+
+    command.set_defaults(handler=handle)
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:

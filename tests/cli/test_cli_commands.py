@@ -18,7 +18,7 @@ from dataflex.registry import KINDS, names
 
 Config = Callable[..., dict[str, Any]]
 
-COMMANDS = ("train", "plan", "methods", "report", "version")
+COMMANDS = ("train", "plan", "methods", "init", "schema", "completion", "report", "version")
 
 HEAVY = ("torch", "transformers", "llamafactory", "datasets", "accelerate", "peft", "matplotlib")
 
@@ -192,6 +192,10 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
         (["version"], 0),
         (["methods"], 0),
         (["methods", "loss"], 0),
+        (["methods", "--needs", "targets", "--stage", "dpo", "--family", "selector"], 0),
+        (["schema"], 0),
+        (["completion", "zsh"], 0),
+        (["init", "baseline"], 2),
         (["plan", "run.json"], 0),
         (["plan", "run.json", "dynamic.selector=lose"], 2),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from dataflex.commands.methods import example, methods
 from dataflex.config.build import parse_dynamic
 from dataflex.config.mappings import as_yaml, key_of
+from dataflex.errors import ConfigError
 from dataflex.registry import KINDS, find, names
 
 ALL = [(kind, name) for kind in KINDS for name in names(kind)]
@@ -66,3 +68,30 @@ def test_page_of_a_method_with_ranges_choices_and_targets() -> None:
     assert "(at least 1)" in text
     assert "targets: [my_target]" in text
     assert "one of high, medium, low" in methods("selector/loss")
+
+
+def test_filters() -> None:
+    found = methods(needs="targets", stage="dpo", family="selector").values["methods"]
+    assert [each["name"] for each in found] == ["bm25", "dsir"]
+    assert [each["name"] for each in methods(family="weighters").values["methods"]] == names("weighter")
+    free = methods(needs="nothing").values["methods"]
+    assert {"all", "random"} <= {each["name"] for each in free}
+    assert all(each["needs"] == "" for each in free)
+    both = methods("selectors", needs="targets, gradients").values["methods"]
+    assert both
+    assert all(each["targets"] and "gradients" in each["needs"] and each["kind"] == "selector" for each in both)
+    assert [each["name"] for each in methods(family="mixer", needs="domains").values["methods"]] == names("mixer")
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"needs": "targts"}, "--needs: 'targts' is not known; did you mean 'targets'?"),
+        ({"stage": "sfft"}, "--stage: 'sfft' is not known; did you mean 'sft'?"),
+        ({"family": "selektor"}, "--family: 'selektor' is not known; did you mean 'selector'?"),
+        ({"family": "weighter", "stage": "dpo"}, "none is all of that"),
+    ],
+)
+def test_filters_that_are_wrong(filters: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        methods(**filters)

@@ -42,6 +42,9 @@ ELSEWHERE = {
         f"plan examples/scale/{name}.yaml model_name_or_path=examples/scale/models/{model} use_cpu=true": SCALE
         for name, model in (("mistral_7b_less", "Mistral-7B-v0.1"), ("llama_3b_less", "Llama-3.2-3B"))
     },
+    "init towards --data my/pool.jsonl --targets my/goal.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --template qwen": (
+        "tests/cli/test_init.py"
+    ),
     "webui": "tests/llamafactory/test_board.py",
     "report runs/hf": "tests/huggingface/test_wrap.py",
     "query runs/offline/index --target gsm8k_valid general_valid --out runs/offline/query.parquet": (
@@ -71,7 +74,7 @@ ELSEWHERE = {
 }
 """Commands that only work on the models and runs of a reader's own, and the file of tests that runs their like."""
 
-RUN = ("report", "rows", "methods", "plan", "select", "mix", "version")
+RUN = ("report", "rows", "methods", "plan", "select", "mix", "version", "schema", "completion")
 """Commands that are run here as they are."""
 
 

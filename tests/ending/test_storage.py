@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dataflex.cli import main
 from dataflex.errors import ConfigError, DataError
+from dataflex.record.read import read_events
+from dataflex.record.recorder import RunRecorder
+from dataflex.state import write_json
 from dataflex.storage import StorageError, storage_problem
 from tests.ending.conftest import dataflex, environment
+from tests.record.synthetic import Spent, intervals, record_plan, started
 
 BLOCK = {"interval_steps": 2, "selector": "random"}
 
@@ -142,3 +148,55 @@ def test_any_command_tells_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(dataflex.record.report, "report", report)
     assert main(["report", str(tmp_path)]) == 2
     assert f"dataflex: the disk is full: {tmp_path / 'plot.png'} cannot be written" in capsys.readouterr().err
+
+
+@contextmanager
+def most(size):
+    """Let the kernel refuse whatever makes a file longer than ``size`` bytes, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_record_whole(tmp_path):
+    sources = {"web": 40_000, "code": 20_000}
+    recorder = RunRecorder(tmp_path, clock=Spent(startup=1.0))
+    started(recorder, dynamic={}, sources=sources, schedule={"total_steps": 3000})
+    first, second = intervals(3000, 1000, 2000)
+    record_plan(recorder, first, sources, scored=False, mixed=False, total_steps=3000)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with most(8 * 1024), pytest.raises(DataError) as caught:
+        record_plan(recorder, second, sources, scored=True, mixed=False, total_steps=3000)
+    told = storage_problem(caught.value, tmp_path)
+    assert told is not None
+    assert "File too large" in told
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    record_plan(recorder, second, sources, scored=True, mixed=False, total_steps=3000)
+    recorder.finished(3000, {}, {})
+    assert [event["interval"] for event in read_events(tmp_path) if event["event"] == "planned"] == [0, 1]
+
+
+def test_a_line_that_is_cut_is_left_out_and_the_run_goes_on(tmp_path):
+    recorder = RunRecorder(tmp_path, clock=Spent(startup=1.0))
+    started(recorder, dynamic={}, sources={"web": 10}, schedule={"total_steps": 9})
+    recorder.stepped(1, {"loss": 2.0})
+    size = (tmp_path / "events.jsonl").stat().st_size
+    with most(size + 20), pytest.raises(DataError, match=r"output_dir: cannot write .*events.jsonl"):
+        recorder.stepped(2, {"loss": 1.5})
+    assert (tmp_path / "events.jsonl").stat().st_size == size + 20
+    assert [event["event"] for event in read_events(tmp_path)] == ["run_started", "stepped"]
+    resumed = RunRecorder(tmp_path, 1, clock=Spent(startup=1.0))
+    resumed.resumed(1, "out/checkpoint-1")
+    resumed.stepped(2, {"loss": 1.4})
+    assert [event["loss"] for event in read_events(tmp_path) if event["event"] == "stepped"] == [2.0, 1.4]
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with most(100), pytest.raises(DataError, match="cannot write"):
+        write_json(tmp_path / "a.json", {"x": "long" * 100})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]

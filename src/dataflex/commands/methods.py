@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from dataflex.config.build import half_read, method_class
 from dataflex.config.mappings import as_yaml, describe, field_hints, key_of, plain, shown
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import STAGES, Method, Requires
+from dataflex.method import SIGNALS, STAGES, Method, Requires
 from dataflex.printable import Answer
 from dataflex.record.text import columns, rows_of
 from dataflex.registry import KINDS, names
@@ -36,16 +37,35 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
 _WIDTH = 110
 
 
-def methods(name: str | None = None) -> Answer:
+_WORDS: dict[str, Callable[[Requires], Any]] = {
+    "targets": lambda needs: needs.targets,
+    "domains": lambda needs: needs.domains > 1,
+    "reference": lambda needs: needs.reference is not None,
+    "columns": lambda needs: bool(needs.columns),
+    "interval": lambda needs: needs.needs_interval,
+    "ledger": lambda needs: needs.ledger,
+    **{signal: lambda needs, signal=signal: signal in needs.signals for signal in SIGNALS},  # type: ignore[misc]
+}
+"""What ``--needs`` may ask for."""
+
+
+def methods(
+    name: str | None = None, *, family: str | None = None, stage: str | None = None, needs: str | None = None
+) -> Answer:
     """Return a table of all methods, or everything about those called ``name``.
 
     Args:
         name: "loss" for every method of that name, "selector/loss" for one, or "selector" for a table of that kind.
+        family: Kind that the table is of; None: all.
+        stage: LLaMA-Factory's stage in which the table's methods work; None: any.
+        needs: What the table's methods all need, with commas between, or "nothing"; None: whatever they need.
 
     Raises:
-        ConfigError: There is no such method, with the nearest spelling.
+        ConfigError: There is no such method, kind, stage or need, with the nearest spelling.
     """
     known = [(kind, each) for kind in KINDS for each in names(kind)]
+    if (family, stage, needs) != (None, None, None):
+        return _table(_filtered(known, name if family is None else family, stage, needs))
     if name is None:
         return _table(known)
     if (only := name.removesuffix("s").removesuffix("/")) in KINDS:
@@ -65,6 +85,39 @@ def methods(name: str | None = None) -> Answer:
         raise ConfigError(problems)
     shown = [cls for cls in classes if cls is not None]
     return Answer("\n\n".join("\n".join(_page(cls)) for cls in shown), {"methods": [_values(cls) for cls in shown]})
+
+
+def _filtered(
+    known: list[tuple[str, str]], family: str | None, stage: str | None, needs: str | None
+) -> list[tuple[str, str]]:
+    """Return the methods of a kind, that work in a stage and need certain things."""
+    family = None if family is None else family.removesuffix("s")
+    asked = [] if needs is None else [word.strip() for word in needs.split(",")]
+    possible = (*_WORDS, "nothing")
+    for flag, word, words in (
+        ("--family", family, KINDS),
+        ("--stage", stage, STAGES),
+        *(("--needs", word, possible) for word in asked),
+    ):
+        if word is not None and word not in words:
+            near = did_you_mean(word, words)
+            raise ConfigError(f"methods: {flag}: {word!r} is not known{near} (known: {', '.join(words)})")
+
+    def fits(kind: str, name: str) -> bool:
+        cls = method_class(kind, name, "", []) if family in (None, kind) else None
+        if cls is None:
+            return False
+        of = requirements(cls)
+        without = not _needs(cls, of)
+        return (stage is None or stage in of.stages) and all(
+            without if word == "nothing" else (word == "domains" and kind == "mixer") or _WORDS[word](of)
+            for word in asked
+        )
+
+    found = [each for each in known if fits(*each)]
+    if not found:
+        raise ConfigError("methods: none is all of that")
+    return found
 
 
 def _table(known: list[tuple[str, str]]) -> Answer:
