@@ -148,5 +148,5 @@ $(OLDEST)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
 	$(OLDEST)/bin/python -m uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
-		--editable '.[dev]' 'torchaudio>=2.5,<2.6' 'pyparsing>=3,<3.1'
+		--editable '.[dev]' 'torchaudio>=2.5,<2.6' 'pyparsing>=3.0.9,<3.1'
 	@touch $@

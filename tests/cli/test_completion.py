@@ -16,7 +16,8 @@ SCRIPTS = {shell: completion(shell, _parser()) for shell in SHELLS}
 def offered(*words: str) -> list[str]:
     """Return what bash offers for the last word."""
     line = " ".join(f"'{word}'" for word in ("dataflex", *words))
-    program = f"{SCRIPTS['bash']}\nCOMP_WORDS=({line}) COMP_CWORD={len(words)}\n_dataflex\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    asked = f"COMP_WORDS=({line}) COMP_CWORD={len(words)}"
+    program = f"{SCRIPTS['bash']}\n{asked}\n_dataflex\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.split()
