@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 OURS, THEIRS = "dataflex-llm", "dataflex"
 _MISTAKE = 2
+_AGAIN = f"pip install --force-reinstall --no-deps {OURS}"
 _HOME = Path(__file__).resolve().parent
 
 
@@ -38,6 +39,8 @@ def other_package() -> tuple[str, bool]:
     """Return a line about another package of our import name, or an empty one; and whether its files are imported."""
     theirs, spec = _installed(THEIRS), importlib.util.find_spec("dataflex")
     ours, found = _HOME / "dataflex", _HOME / "dataflex"
+    if theirs is None and not ((ours / "__init__.py").is_file() and (ours / "cli.py").is_file()):
+        return f"files of {OURS} are missing in {ours}, as uninstalling another 'dataflex' leaves it: {_AGAIN}", True
     if spec is not None and spec.origin is not None:
         found = Path(spec.origin).resolve().parent
     if theirs is None and found == ours:
@@ -51,7 +54,7 @@ def other_package() -> tuple[str, bool]:
     replaced: list[str] = []
     if Path(str(theirs.locate_file("dataflex"))).resolve() == ours:
         replaced = _replaced(theirs)
-        mend += f" && pip install --force-reinstall --no-deps {OURS}"  # uninstalling it takes files of ours away
+        mend += f" && {_AGAIN}"  # uninstalling it takes files of ours away
     wins = f"Its files replace {len(replaced)} of {OURS}, such as {replaced[0]}" if replaced else "Ours are imported"
     return f"{name} is installed too, with the same import name. {wins}: {ours}. Uninstall it: {mend}", bool(replaced)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +111,16 @@ def test_a_defect_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataflex.run, "train", fail)
     with pytest.raises(ZeroDivisionError, match="ours"):
         main(["train", "run.yaml"])
+
+
+def test_exit_codes_are_those_of_the_page() -> None:
+    from dataflex.cli import _FAILED, _MISTAKE
+    from dataflex.ending import TERMINATED
+    from tests.docs.pages import TEXTS
+
+    section = TEXTS["docs/configuration.md"].partition("## Signals of the system and exit codes")[2]
+    told = re.findall(r"^\| (\d+) \|", section.partition("\n## ")[0], re.MULTILINE)
+    assert [*map(int, told)] == [0, _FAILED, _MISTAKE, TERMINATED]
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,16 @@ def test_both_in_one_folder(last: str, sites: tuple[Path, Path]) -> None:
         assert "Its files replace 1 of dataflex-llm, such as dataflex/cli.py" in done.stderr
 
 
+def test_what_an_uninstall_leaves(sites: tuple[Path, Path]) -> None:
+    ours(sites[0])
+    for name in ("__init__", "cli"):
+        (sites[0] / "dataflex" / f"{name}.py").unlink()
+    done = start(sites[0])
+    assert done.returncode == 2
+    assert done.stderr.endswith("pip install --force-reinstall --no-deps dataflex-llm\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_scripts_and_the_module_start_so() -> None:
     root = SOURCE.parents[1]
     assert (root / "pyproject.toml").read_text().count('= "dataflex_llm:main"') == 2
