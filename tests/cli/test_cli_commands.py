@@ -167,6 +167,29 @@ def test_version_names_what_it_stands_on(capsys: pytest.CaptureFixture[str]) -> 
     assert lines[2] == f"llamafactory {version('llamafactory')}"
 
 
+def test_versions_that_were_not_tested_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataflex import version
+
+    assert version.untested() == []
+    found = {"llamafactory": "0.9.4", "transformers": "5.24.0"}
+    monkeypatch.setattr(version, "version_of", found.get)
+    oldest, newest = version.TESTED["transformers"]
+    told = [
+        f"llamafactory 0.9.4 is older than what dataflex {version.__version__} is tested with: 0.9.5",
+        f"transformers 5.24.0 is newer than what dataflex {version.__version__} is tested with: {oldest} to {newest}",
+    ]
+    assert version.untested() == told
+    assert main(["plan", "no.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines()[:2] == [f"dataflex: warning: {line}" for line in told]
+    monkeypatch.setenv("RANK", "1")
+    assert main(["plan", "no.yaml"]) == 2
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(version, "version_of", lambda _: None)
+    assert version.untested() == []
+
+
 def test_json_of_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     def told(*arguments: str) -> dict[str, Any]:
         assert main([*arguments, "--json"]) == 0
