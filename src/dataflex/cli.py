@@ -228,16 +228,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     rows = _calls("dataflex.commands.rows", "rows")
     _add_rows(add("rows", "Print or export which rows of a run's pool were chosen, when and why.", rows, _ROWS))
     tells = _calls("dataflex.record.report", "report")
-    report = add("report", "Tell what a run decided, what it cost and whether it helped.", tells)
-    told = "the output_dir of a run; the first one is told of, the others are what it is compared with"
-    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help=told)
-    report.add_argument("--out", type=Path, default=None, help="folder for all files (default: inside the first RUN)")
-    told = "renew the page while the first RUN goes on, until it has ended or Ctrl-C"
-    report.add_argument("--watch", dest="watched", action="store_true", help=told)
-    told = "renew the page until Ctrl-C, and serve it to browsers on this machine"
-    report.add_argument("--serve", dest="served", action="store_true", help=told)
-    report.add_argument("--port", type=int, help="port to serve at (default: 8765; 0: any that is free)")
-    report.add_argument("--host", metavar="ADDRESS", help="loopback address to serve at (default: 127.0.0.1)")
+    _add_report(add("report", "Tell what a run decided, what it cost and whether it helped.", tells))
     board = _calls("dataflex.llamafactory.board", "webui")
     add("webui", "LLaMA-Factory's web UI; runs whose extra arguments hold a 'dynamic' block are ours.", board, _WEBUI)
     add("version", "Print the versions of dataflex and what it stands on.", version)
@@ -292,6 +283,19 @@ _SELECT = (
     "\n\nRows are written byte for byte, in the format of their file, beside their provenance and an entry\n"
     "for dataset_info.json. key=value sets a parameter of the rule."
 )
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    told = "the output_dir of a run; the first one is told of, the others are what it is compared with"
+    add("run_dirs", type=Path, nargs="+", metavar="RUN", help=told)
+    add("--out", type=Path, default=None, help="folder for all files (default: inside the first RUN)")
+    told = "renew the page while the first RUN goes on, until it has ended or Ctrl-C"
+    add("--watch", dest="watched", action="store_true", help=told)
+    told = "renew the page until Ctrl-C, and serve it to browsers on this machine"
+    add("--serve", dest="served", action="store_true", help=told)
+    add("--port", type=int, help="port to serve at (default: 8765; 0: any that is free)")
+    add("--host", metavar="ADDRESS", help="loopback address to serve at (default: 127.0.0.1)")
 
 
 def _add_methods(command: argparse.ArgumentParser) -> None:

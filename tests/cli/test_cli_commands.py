@@ -58,7 +58,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         (["report"], "dataflex: the following arguments are required: RUN (see 'dataflex report --help')"),
         (["methods", "a", "b"], "dataflex: unrecognized arguments: b"),
         (["methods", "lss"], "dataflex: methods: there is no 'lss'; did you mean 'loss'? (known: all, random"),
-        (["methods", "mixer/loss"], "dataflex: methods: there is no 'loss' (known: static, uniform"),
+        (["methods", "mixer/focal"], "dataflex: methods: there is no 'focal' (known: static, uniform"),
         (["methods", "mixr/loss"], "dataflex: methods: 'mixr' is not a kind; did you mean 'mixer'?"),
         (["--verbose"], "dataflex: "),
     ],

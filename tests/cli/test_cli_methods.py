@@ -89,7 +89,7 @@ def test_filters() -> None:
         ({"needs": "targts"}, "--needs: 'targts' is not known; did you mean 'targets'?"),
         ({"stage": "sfft"}, "--stage: 'sfft' is not known; did you mean 'sft'?"),
         ({"family": "selektor"}, "--family: 'selektor' is not known; did you mean 'selector'?"),
-        ({"family": "weighter", "stage": "dpo"}, "none is all of that"),
+        ({"family": "orderer", "needs": "gradients"}, "none is all of that"),
     ],
 )
 def test_filters_that_are_wrong(filters: dict[str, str], message: str) -> None:

@@ -10,14 +10,16 @@ from dataflex.cli import _EXAMPLES, _parser, main
 from dataflex.commands.completion import SHELLS, completion
 from dataflex.registry import names
 
-SCRIPTS = {shell: completion(shell, _parser()) for shell in SHELLS}
+
+def script(shell: str) -> str:
+    return completion(shell, _parser())
 
 
 def offered(*words: str) -> list[str]:
     """Return what bash offers for the last word."""
     line = " ".join(f"'{word}'" for word in ("dataflex", *words))
     asked = f"COMP_WORDS=({line}) COMP_CWORD={len(words)}"
-    program = f"{SCRIPTS['bash']}\n{asked}\n_dataflex\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    program = f"{script('bash')}\n{asked}\n_dataflex\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.split()
@@ -39,12 +41,12 @@ def test_bash(tmp_path):
 @pytest.mark.parametrize("shell", SHELLS)
 def test_every_command_and_option_is_in_every_script(shell, capsys):
     assert main(["completion", shell]) == 0
-    assert capsys.readouterr().out.strip() == SCRIPTS[shell].strip()
+    assert capsys.readouterr().out.strip() == script(shell).strip()
     (of_commands,) = [action for action in _parser()._actions if action.dest == "command"]
     for name, command in of_commands.choices.items():
-        assert name in SCRIPTS[shell]
+        assert name in script(shell)
         for option in (text for action in command._actions for text in action.option_strings if text[:2] == "--"):
-            assert (f" -l {option[2:]}" if shell == "fish" else option) in SCRIPTS[shell]
+            assert (f" -l {option[2:]}" if shell == "fish" else option) in script(shell)
 
 
 def test_unknown_shells(capsys):

@@ -33,7 +33,9 @@ def my(tmp_path):
 
 
 def start(name, *arguments, data=("my/pool.jsonl", "my/more.jsonl")):
-    return main(["init", name, *arguments, "--model", MODEL, "--data", *data])
+    """With what is in ``arguments`` at either end: overrides may follow files."""
+    flags = [word for word in arguments if "=" not in word]
+    return main(["init", name, *flags, "--model", MODEL, "--data", *data, *(set(arguments) - set(flags))])
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "mixer/static", "segment", "slm", "greats", "compose", "staged"])

@@ -123,6 +123,9 @@ def init(
         ConfigError: Something is missing and no terminal is there to ask, a file exists already, or the configuration
             would not be accepted; then nothing is written.
     """
+    data, of_data = _without_overrides(data)
+    targets, of_targets = _without_overrides(targets)
+    overrides = [*overrides, *of_data, *of_targets]
     given: dict[str, Any] = {"name": name, "data": data, "model": model}
     _ask(given, {"name": _offer(), "data": "Files to train on, or names of data sets: ", "model": "Model: "})
     title, told, block, methods = _block_of(str(given["name"]))
@@ -151,6 +154,12 @@ def init(
     lines += [f"{info}: describes {', '.join(found.new)}"] if found.new else []
     lines += ["", f"dataflex plan {file}", f"dataflex train {file}"]
     return Answer("\n".join(lines), {"file": str(file), "dataset_info": str(info), "new": [*found.new]})
+
+
+def _without_overrides(words: Sequence[str] | None) -> tuple[list[str] | None, list[str]]:
+    """Return the words that name data, and the ``key=value`` texts that were written behind them."""
+    overrides = [word for word in words or () if "=" in word and not _is_file(word)]
+    return None if words is None else [word for word in words if word not in overrides], overrides
 
 
 def _offer() -> str:
