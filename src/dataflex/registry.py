@@ -54,6 +54,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "rows": "none column group",
         "loss": "loss slm rho",
         "token": "token focal",
+        "answers": "ss_token pear q_tuning",
         "likeness": "adapt joint_update_aware",
         "influence": "meta presence",
         "product": "product",

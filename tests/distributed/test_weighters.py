@@ -27,6 +27,7 @@ def blocks(model):
         "dro": {"name": "group", "strategy": "group_dro", "eta": 0.5},
         "balanced": {"name": "group", "strategy": "class_balanced", "beta": 0.9},
         "entropy": {"name": "token", "function": "entropy"},
+        "q_tuning": {"name": "q_tuning", "keep_tokens": 0.5},
         "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.7, "normalizer": "weight_sum"},
         "product": [{"name": "slm", **reference, "keep": 0.6}, {"name": "adapt", **ANCHORED, "tau": 0.2}],
         "meta": {"name": "meta", "targets": ["goal"]},
@@ -35,7 +36,7 @@ def blocks(model):
     }
 
 
-NAMES = "loss adapt joint slm rho dro balanced entropy clip product meta meta-rows presence".split()
+NAMES = "loss adapt joint slm rho dro balanced entropy q_tuning clip product meta meta-rows presence".split()
 ENGINES = [
     ("zero2", "adapt"),
     ("zero3", "loss"),

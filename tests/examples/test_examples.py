@@ -41,6 +41,8 @@ SHORT = {
     "select_ifd.yaml": [f"dynamic.selector.scorer={EXAMPLES / 'models' / 'base-4m'}"],
     "select_rho_loss.yaml": ["dynamic.selector.reference={model}"],  # the tokenizer must be that of the run
     "weight_product.yaml": ["dynamic.weighter=[column, {name: slm, reference: {model}, warmup_steps: 2}]"],
+    "weight_pear.yaml": ["dynamic.weighter.reference={model}"],
+    "weight_ss_token.yaml": ["dynamic.weighter.reference={model}"],
     "weight_slm.yaml": ["dynamic.weighter.reference={model}"],
     "weight_rho.yaml": ["dynamic.weighter.reference={model}"],
     "demo_dynamic.yaml": [
