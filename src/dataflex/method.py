@@ -40,7 +40,10 @@ STAGES = ("pt", "sft", "rm", "dpo", "kto", "rl")
 
 IN_RUN = ("in_run_losses", "in_run_norms", "in_run_scores", "in_run_embeddings")
 """What training steps show of the rows that they serve; see ``signals.kinds.InRun``."""
-SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts", "rollouts", *IN_RUN)
+SIGNALS = (
+    *("losses", "embeddings", "gradients", "logits", "generate", "gates", "preference_logps", "texts", "rollouts"),
+    *IN_RUN,
+)
 """What a method may ask the model or the rows for; "texts" are tokens and texts, which take no pass, and "rollouts"
 the rewards of answers, which ``observe_rollouts`` is given."""
 

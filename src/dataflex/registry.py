@@ -37,6 +37,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "clusters": "s2l coincide",
         "candidates": "greats opus uds",
         "infobatch": "infobatch",
+        "preferences": "margin bees selective_dpo",
         "compose": "compose",
         "rollouts": "pass_band pass_schedule mopps greso",
     },

@@ -76,6 +76,7 @@ class FakeSignals:
             kinds.ResponseLoss: lambda signal, rows, target: (
                 self._of(target)[rows] if signal.conditioned else 1.25 * self._of(target)[rows] + 0.1
             ),
+            kinds.PreferenceLogps: self._preference_logps,
             kinds.AdaptedLoss: self._losses * np.float32(0.9),
             kinds.PerturbedLoss: self._perturbed_loss,
             kinds.EL2N: lambda _, rows, target: np.tanh(self._finite(rows, target)),
@@ -147,6 +148,15 @@ class FakeSignals:
     def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return the losses, half of them under another model."""
         return (self._of(target) / np.float32(1 if signal.model is None else 2))[rows]
+
+    def _preference_logps(self, signal: kinds.PreferenceLogps, rows: Rows, target: str | None) -> ArrayLike:
+        """Return answers of three and of two tokens, of which the policy prefers the first the more, the larger a loss.
+
+        The reference prefers none.
+        """
+        moved = self._finite(rows, target) if signal.of != "reference" else 0.0 * self._finite(rows, target)
+        sums = np.stack([moved - 10.0, -8.0 + 0.0 * moved], axis=1)
+        return np.stack([sums, np.broadcast_to([3.0, 2.0], sums.shape)], axis=2)
 
     def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return functions that are linear with the rows' gradients."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dataflex.config.args import LlamaFactoryArgs, data_set_names
 from dataflex.config.build import parse_dynamic
+from dataflex.config.costs import passes_by_label
 from dataflex.config.data import Source, count_bytes, count_rows, find_sources, train_rows
 from dataflex.config.forecast import Forecast, batch_of, forecast, total_steps
 from dataflex.errors import UnsupportedError
@@ -185,6 +186,28 @@ def view_of(block: dict[str, Any], project: Path, **lf: Any) -> Forecast:
     sources, problems = find_sources(["a", "b"], LlamaFactoryArgs.read(lf), "dataset", project)
     assert problems == []
     return forecast(parse_dynamic(block, project), LlamaFactoryArgs.read(lf), sources)
+
+
+@pytest.mark.parametrize(
+    ("keys", "training", "gradients"),
+    [
+        ({"stage": "sft"}, (1, 1), (1, 1)),
+        ({"stage": "dpo"}, (4, 2), (4, 2)),
+        ({"stage": "dpo", "pref_loss": "simpo"}, (2, 2), (2, 2)),
+    ],
+)
+def test_a_pair_takes_both_answers_under_policy_and_reference(
+    keys: dict[str, Any], training: tuple[int, int], gradients: tuple[int, int], project: Path
+) -> None:
+    sources, _ = find_sources(["a", "b"], LlamaFactoryArgs.read({}), "dataset", project)
+    block = parse_dynamic({"selector": "grad_norm", "interval_steps": 10**6}, project)
+    view = forecast(block, LlamaFactoryArgs.read({"max_steps": 60, **keys}), sources)
+    found = passes_by_label(view)
+    assert view.sequences is not None
+    assert found["training"] == {"forward": training[0] * view.sequences, "backward": training[1] * view.sequences}
+    assert view.rows is not None
+    told = found["selector grad_norm"]
+    assert told == {"forward": gradients[0] * view.rows, "backward": gradients[1] * view.rows}
 
 
 def test_mixture_over_warm_up_and_stages(project: Path) -> None:

@@ -283,6 +283,37 @@ def test_a_budget_needs_steps_that_score_rows(config: Config, project: Path) -> 
     assert any("smoothing replaces the loss that the loss selector looks at" in line for line in found), found
 
 
+PAIRS = {"stage": "dpo", "finetuning_type": "lora"}
+MARGIN = {"selector": "margin", "interval_steps": 5, "warmup_steps": 1}
+GRADIENTS = {"selector": "grad_norm", "interval_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dynamic": MARGIN}, "margin does not work under stage sft, whose rows are no pairs of a"),
+        ({**PAIRS, "dynamic": {**MARGIN, "warmup_steps": 0}}, "dynamic.warmup_steps: missing; at step 0 the policy is"),
+        ({**PAIRS, "pref_loss": "simpo", "dynamic": MARGIN}, "pref_loss: simpo has no reference model, which"),
+        ({**PAIRS, "fsdp": "full_shard", "dynamic": MARGIN}, "margin does not work with partitioned parameters"),
+        (
+            {**PAIRS, "pref_loss": "kto_pair", "dynamic": GRADIENTS},
+            "pref_loss: the gradient of a pair by itself is not",
+        ),
+        ({**PAIRS, "pref_loss": "ipo", "dynamic": GRADIENTS}, "not known under ipo (known: sigmoid, orpo, simpo), and"),
+        ({**PAIRS, "pref_bco_weight": 0.5, "dynamic": GRADIENTS}, "pref_bco_weight: the loss has a running mean"),
+        ({**PAIRS, "ld_alpha": 0.5, "dynamic": GRADIENTS}, "ld_alpha: long answers are weighed by position"),
+    ],
+)
+def test_what_stage_dpo_cannot_give_is_refused(
+    config: Config, project: Path, changes: dict[str, Any], told: str
+) -> None:
+    found = problems(config(**changes), project)
+    assert any(told in line for line in found), found
+    given = {**changes, "pref_loss": "sigmoid", "pref_bco_weight": 0.0, "ld_alpha": None, "fsdp": None, **PAIRS}
+    given["dynamic"] = {**given["dynamic"], "warmup_steps": 1}
+    assert not any(told in line for line in problems(config(**given), project))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -63,6 +63,9 @@ MINIMAL = {
     ("mixer", "sec"): lambda K: {},
     ("mixer", "dump_ucb"): lambda K: {},
     ("mixer", "tscl"): lambda K: {},
+    ("selector", "margin"): lambda K: {},
+    ("selector", "bees"): lambda K: {"column": "sample_weight"},
+    ("selector", "selective_dpo"): lambda K: {"columns": ["sample_weight"]},
     ("mixer", "static"): lambda K: {"proportions": [1.0] * K},
     ("mixer", "uniform"): lambda K: {},
     ("mixer", "size"): lambda K: {},
@@ -356,10 +359,11 @@ def test_rows_come_from_the_pool_within_the_budget(name, num_pool, budget):
     selector = build("selector", name)
     pool = np.random.default_rng(0).permutation(NUM_ROWS)[:num_pool].astype(np.int64)
     before = pool.copy()
-    selection = selector.select(pool, budget, example_context())
+    selection = selector.select(pool, budget, example_context(columns=COLUMNS))
     check_selection(selector, selection, pool, budget)
     if selector.selects_subset:
-        assert len(selection.rows) == min(budget, num_pool)
+        share = 0.5 if name == "selective_dpo" else 1.0  # it leaves the harder half out, whatever is asked for
+        assert len(selection.rows) == min(budget, max(int(share * num_pool), min(1, num_pool)))
     assert pool.tolist() == before.tolist()
 
 
@@ -369,7 +373,7 @@ def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
     losses = 1.0 + 0.01 * np.arange(NUM_ROWS)
     losses[::2] = bad
     selector = build("selector", name)
-    selection = selector.select(pool_of(NUM_ROWS), 48, example_context(signals=FakeSignals(losses)))
+    selection = selector.select(pool_of(NUM_ROWS), 48, example_context(columns=COLUMNS, signals=FakeSignals(losses)))
     check_selection(selector, selection, pool_of(NUM_ROWS), 48)
     if selector.requires().signals - {"rollouts", *IN_RUN}:  # which tell nothing of rows that were not served
         assert (selection.rows % 2 == 1).all()

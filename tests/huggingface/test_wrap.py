@@ -25,7 +25,9 @@ from transformers import (
 
 import dataflex
 from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.huggingface.loop import loop_of
 from dataflex.record.read import load_plan, read_events
+from dataflex.signals.losses import row_sums
 from tests.conftest import sentence
 
 trl = pytest.importorskip("trl")
@@ -310,6 +312,38 @@ def test_preferences_are_chosen_by_the_losses_of_their_chosen_answers(kind, tmp_
     batch = trainer.dataflex_setup.score_collator(None)(rows)
     prompt = rows[0].get("prompt_ids") or rows[0]["prompt_input_ids"]
     assert (batch["labels"][0] != -100).sum() == batch["attention_mask"][0].sum() - len(prompt)
+
+
+@pytest.mark.skipif(not loads("DPOTrainer"), reason="see make test-trl")
+def test_preferences_are_chosen_by_their_margins(kind, tmp_path):
+    """Log-probabilities of policy and reference are those that the trainer compares, and margins decide."""
+    trainer = kind.make("DPOTrainer", tmp_path, {**BLOCKS["loss"], "selector": "margin"}, loss_type="ipo")
+    trainer.train()
+    assert len(losses(trainer)) == 6
+    plans = [event for event in read_events(tmp_path / "dataflex") if event["event"] == "planned"]
+    assert [plan["scores"]["scored"] for plan in plans[1:]] == [24] * 3
+    rows = [trainer.train_dataset[row] for row in range(4)]
+    pairs = loop_of(trainer, trainer.dataflex_setup, 1).preferences
+    with torch.no_grad():
+        trainer.model.eval()
+        found = pairs.losses(lambda batch: row_sums(trainer.model, batch))(pairs.collate(rows))
+        theirs = [trainer.compute_loss(trainer.model, trainer.data_collator([row])) for row in rows]
+    assert found.tolist() == pytest.approx([float(each) for each in theirs], rel=1e-4)
+
+
+@pytest.mark.skipif(not loads("DPOTrainer"), reason="see make test-trl")
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"loss_type": "robust"}, "loss_type: .* robust"),
+        ({"loss_type": ["sigmoid", "sft"]}, "loss_type: .* sigmoid, sft"),
+        ({"sync_ref_model": True}, "sync_ref_model: grad_norm takes the reference"),
+    ],
+)
+def test_losses_of_pairs_without_a_gradient_of_their_own_are_refused(kind, tmp_path, changes, told):
+    block = {"selector": "grad_norm", "interval_steps": 2}
+    with pytest.raises(ConfigError, match=told):
+        kind.make("DPOTrainer", tmp_path, block, **changes)
 
 
 # ---------------------------------------------------------------- what is refused, before training

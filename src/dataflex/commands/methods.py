@@ -20,6 +20,8 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("selector", "delta_loss"): {"updates": 10},
     ("selector", "compose"): {"represent": "rds_plus", "aggregate": "round_robin", "rule": "knn_kde"},
     ("selector", "rho_loss"): {"reference": "runs/reference"},
+    ("selector", "bees"): {"column": "rating"},
+    ("selector", "selective_dpo"): {"half": "first"},
     ("mixer", "static"): {"proportions": [0.7, 0.3]},
     ("mixer", "sheared"): {"target_losses": [1.9, 2.1]},
     ("mixer", "velocity"): {"target_losses": [1.9, 2.1]},
@@ -224,6 +226,8 @@ def example(cls: type[Method]) -> dict[str, Any]:
         block["targets"] = ["my_target"]
     block.update(_EXAMPLE_PARAMS.get((cls.kind, cls.name), {}))
     head = {"interval_steps": 100} if requirements(cls).needs_interval else {}
+    if "preference_logps" in requirements(cls).signals:
+        head = {"warmup_steps": 100, **head}
     if requirements(cls).within_batch:
         head = {"interval_steps": 1, "candidate_batches": 2}
     return {"dynamic": {**head, cls.kind: block if len(block) > 1 else cls.name}}

@@ -38,6 +38,7 @@ from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers
 from dataflex.plan.schedule import Interval
 from dataflex.plan.validate import check_mix
+from dataflex.signals.specs import losses_unknown
 
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
@@ -95,6 +96,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         *of_stage,
         *setting_problems(dynamic, lf),
         *(_stream_problems(dynamic, lf, base_dir) if dynamic.stock else ()),
+        *_margins_at_the_start(dynamic, lf),
         *model_problems(lf),
         *unmet(dynamic, RunFacts(), models=True),
         *_output_problems(lf),
@@ -212,10 +214,47 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(getattr(lf, key, None)))
     if isinstance(config, Mapping) and any(_above_one(config.get(key)) for key in _PARALLEL_KEYS):
         yield f"parallelism_config: {spread}"
+    if lf.stage == "dpo":
+        yield from _preference_problems(dynamic, lf)
     taker = takes_token_losses(dynamic)
     for key, reason in _REFUSED_WITH_TOKEN_LOSSES.items() if taker is not None else ():
         if taker is not None and lf.on(key):
             yield f"{key}: {reason.format(method=f'{taker.name} {taker.kind}', kind=taker.kind)}"
+
+
+def _preference_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
+    """Yield why the loss of stage dpo has no gradients by pair, or no reference model to compare with."""
+    for method in dynamic.methods:
+        needs = method.requires
+        if "gradients" in needs.signals:
+            given = {key: getattr(lf, key) for key in ("pref_loss", "pref_bco_weight", "ld_alpha")}
+            for problem in losses_unknown(given):
+                yield f"{problem}, and the {method.name} {method.kind} asks for such gradients"
+        if "preference_logps" in needs.signals and needs.models.get("reference") is None:
+            if lf.pref_loss in ("orpo", "simpo"):
+                yield (
+                    f"pref_loss: {lf.pref_loss} has no reference model, which {method.name} compares with; name the "
+                    f"folder of one: 'reference' of the {method.kind}"
+                )
+
+
+def _margins_at_the_start(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
+    """Yield that margins are asked for while the policy still is its reference, so that all of them are 0."""
+    for method in dynamic.methods if lf.stage == "dpo" else ():
+        needs = method.requires
+        own = "preference_logps" in needs.signals and needs.needs_interval  # not by a model that stays
+        if (
+            own
+            and not needs.models.get("reference")
+            and not dynamic.warmup(method.kind)
+            and not lf.adapter_name_or_path
+            and not lf.ref_model
+        ):
+            yield (
+                f"dynamic.warmup_steps: missing; at step 0 the policy is its own reference, so {method.name} would "
+                "find every margin 0. Train a while first (for example 'warmup_steps: 100'), or name the folder of a "
+                f"model that was trained on preferences: 'policy' of the {method.kind}"
+            )
 
 
 def _takes_gradients(dynamic: DynamicConfig) -> str:

@@ -46,7 +46,7 @@ def _cost(rows: float, each: tuple[float, float], why: str, bound: str = "") -> 
 def costs(view: Forecast) -> dict[str, list[Cost]]:
     """Return the passes of training, of screening, and of each method, by label."""
     known = view.sequences is not None
-    training = _cost(view.sequences or 0, (1, 1), "") if known else Cost(text="known after loading")
+    training = _cost(view.sequences or 0, view.row_passes, "") if known else Cost(text="known after loading")
     screening = _screening(view)
     found = {"training": [training], **({} if screening is None else {"screening": [screening]})}
     for method in view.dynamic.methods:
@@ -124,9 +124,15 @@ def _shares_targets(view: Forecast) -> bool:
     return unit_vectors and alike(GradientSpec(), "parameters", "last_blocks", "bf16")
 
 
+def _of_rows(method: MethodConfig, view: Forecast, each: tuple[float, float]) -> tuple[float, float]:
+    """Return passes (F, B) of a row, of which those for gradients are as many as training takes."""
+    times = view.row_passes if "gradients" in method.requires.signals else (1.0, 1.0)
+    return each[0] * times[0], each[1] * times[1]
+
+
 def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the pool in every interval, if there are any."""
-    each = method.requires.passes.over_pool(len(method.targets))
+    each = _of_rows(method, view, method.requires.passes.over_pool(len(method.targets)))
     budget = view.dynamic.signals.budget
     if not any(each):
         return None
@@ -173,7 +179,8 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
 
 def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the method's targets in every decision, if they are known."""
-    each, rows = method.requires.passes.targets, _target_rows(view, method.targets)
+    each = _of_rows(method, view, method.requires.passes.targets)
+    rows = _target_rows(view, method.targets)
     if not rows or not any(each) or (view.dynamic.signals.budget is not None and method.kind == "selector"):
         return None
     decisions = view.num_decisions(method.kind)

@@ -98,6 +98,7 @@ class Forecast:
     rows: int | None  # rows to train on, val_size set aside
     steps: int | None  # optimizer steps of the run
     targets: Mapping[str, int | None] = field(default_factory=dict)  # rows that each target data set gives at most
+    row_passes: tuple[float, float] = (1.0, 1.0)  # F and B of a row in training, or for its gradient
 
     @property
     def sequences(self) -> int | None:
@@ -236,6 +237,11 @@ class Forecast:
         return np.array([math.inf if cap is None else cap for cap in each], dtype=np.float64)
 
 
+def row_passes(stage: str, *, compares: bool = True) -> tuple[float, float]:
+    """Return the passes (F, B) that training takes of a row; of a pair both answers, also under the reference."""
+    return (4.0 if compares else 2.0, 2.0) if stage == "dpo" else (1.0, 1.0)
+
+
 def forecast(
     dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], targets: Sequence[Source] = ()
 ) -> Forecast:
@@ -250,4 +256,5 @@ def forecast(
         rows=rows,
         steps=total_steps(lf, rows),
         targets={source.name: count_rows(source, lf) for source in targets},
+        row_passes=row_passes(lf.stage, compares=lf.pref_loss not in ("orpo", "simpo")),
     )

@@ -25,9 +25,12 @@ _MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_
 _PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
 
 _CAUSAL = ("pt", "sft")
+_PAIRS = ("dpo",)
 _STAGES_OF_SIGNALS: dict[str, tuple[str, ...]] = {
     "losses": ("pt", "sft", "dpo", "kto"),
-    **dict.fromkeys(("gradients", "logits", "generate", "gates", *IN_RUN), _CAUSAL),
+    "preference_logps": _PAIRS,
+    "gradients": (*_CAUSAL, *_PAIRS),
+    **dict.fromkeys(("logits", "generate", "gates", *IN_RUN), _CAUSAL),
     **dict.fromkeys(("embeddings", "texts"), tuple(stage for stage in STAGES if stage != "rl")),
     "rollouts": ("rl",),
 }
@@ -283,7 +286,8 @@ def _stage(method: MethodConfig, needs: Requires, stage: str) -> Iterator[str]:
     elif needs.row_weights is not None and stage not in _CAUSAL:
         yield f"{where}{method.name} gives rows weights, and stage {stage} trains on a loss of its own; use pt or sft"
     elif stage not in needs.stages:
-        yield f"{where}{method.name} does not work under stage {stage} (works under: {', '.join(needs.stages)})"
+        why = ", whose rows are no pairs of a chosen and a rejected answer" if needs.stages == _PAIRS else ""
+        yield f"{where}{method.name} does not work under stage {stage}{why} (works under: {', '.join(needs.stages)})"
     else:
         for signal in sorted(needs.signals):
             known = _STAGES_OF_SIGNALS.get(signal, (stage,))

@@ -2,13 +2,14 @@
 
 Upstream names relied upon, each asserted by ``tests/upstream``: ``_get_num_items_in_batch``,
 ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``, ``transformers.TrainerCallback`` and its ``on_train_begin``,
-``on_step_end`` and ``on_epoch_end``.
+``on_step_end`` and ``on_epoch_end``; of trainers for preferences ``ref_model`` and ``beta``, LLaMA-Factory's
+``finetuning_args``, TRL's arguments of the loss and its adapter ``ref``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,12 @@ from transformers import TrainerCallback
 
 from dataflex import comm
 from dataflex.ending import TermWish
+from dataflex.errors import UnsupportedError
 from dataflex.plan.plan import BatchShape
+from dataflex.signals.identity import frozen_identity, model_identity
+from dataflex.signals.preferences import Preferences
+from dataflex.signals.specs import PreferenceLoss, losses_unknown
+from dataflex.signals.sweep import preserve_state
 from dataflex.train.session import Loop, Setup
 
 
@@ -59,6 +65,7 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         output_dir=Path(args.output_dir),
         dataset=trainer.train_dataset,
         score_collate=setup.score_collator(trainer.data_collator),
+        preferences=_preferences(trainer, setup),
         tokenizer=trainer.processing_class,
         autocast=trainer.compute_loss_context_manager,
         score_rows=args.per_device_eval_batch_size,
@@ -74,6 +81,74 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         averages=False,  # the Trainer multiplies by the ranks itself where it counts over them
         count_items=lambda batches: trainer._get_num_items_in_batch(batches, args.device),
     )
+
+
+def _preferences(trainer: Any, setup: Setup) -> Preferences | None:
+    """Return what stage dpo has beside the rows."""
+    if setup.pair_collator is None:
+        return None
+
+    def identity() -> str:
+        given = getattr(trainer, "ref_model", None)
+        return frozen_identity(trainer.model) if given is None else model_identity(given)
+
+    return Preferences(
+        collate=setup.pair_collator(trainer.data_collator),
+        reference=_reference(trainer),
+        identity=identity,
+        loss=preference_loss(trainer),
+    )
+
+
+def _reference(trainer: Any) -> Callable[[], AbstractContextManager[torch.nn.Module]]:
+    """Return what opens the reference of a trainer for preferences: its own model, or the adapters' base."""
+
+    @contextmanager
+    def opened() -> Iterator[torch.nn.Module]:
+        given = getattr(trainer, "ref_model", None)
+        if given is not None:
+            model = trainer.accelerator.unwrap_model(given)
+            with preserve_state(model):
+                yield model.eval()
+            return
+        model = trainer.model
+        if not hasattr(model, "disable_adapter"):
+            raise UnsupportedError(f"{type(trainer).__name__} has neither a reference model nor adapters to switch off")
+        if "ref" in model.peft_config:  # TRL's copy of an adapter that is trained on
+            active = model.active_adapter
+            model.set_adapter("ref")
+            try:
+                yield model
+            finally:
+                model.set_adapter(active)
+            return
+        with model.disable_adapter():
+            yield model
+
+    return opened
+
+
+def preference_loss(trainer: Any) -> PreferenceLoss:
+    """Return the loss of a trainer for preferences, by LLaMA-Factory's attributes or TRL's.
+
+    TRL smooths labels under its ``robust`` loss alone, LLaMA-Factory under ``sigmoid``.
+    """
+    beta = float(trainer.beta)
+    own = getattr(trainer, "finetuning_args", None)
+    if own is not None:
+        found = {"pref_loss": own.pref_loss, "pref_bco_weight": own.pref_bco_weight, "ld_alpha": own.ld_alpha}
+        smoothing, sft = float(own.dpo_label_smoothing), float(own.pref_ftx)
+        gamma, kind = float(own.simpo_gamma), own.pref_loss
+    else:
+        args = trainer.args
+        kinds = args.loss_type if isinstance(args.loss_type, list) else [args.loss_type]
+        kind, smoothing, sft, gamma = kinds[0] if len(kinds) == 1 else ", ".join(kinds), 0.0, 0.0, 0.0
+        names = ("ld_alpha", "f_divergence_type", "use_weighting", "loss_weights", "reference_free")
+        found = {"loss_type": kind, **{name: getattr(args, name, None) for name in names}}
+    unknown = next(losses_unknown(found), "")
+    if unknown:
+        return PreferenceLoss(unknown=unknown)
+    return PreferenceLoss(kind=kind, beta=beta, label_smoothing=smoothing, gamma=gamma, sft=sft)
 
 
 def _sharding(trainer: Any, zero: int | None) -> Literal["none", "zero", "zero3", "fsdp", "fsdp2"]:

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,11 +27,12 @@ from transformers import Trainer
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import parse_dynamic
 from dataflex.config.check import setting_problems, takes_token_losses
-from dataflex.config.forecast import Forecast
+from dataflex.config.forecast import Forecast, row_passes
 from dataflex.config.mappings import as_mapping, shown
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.table import table
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+from dataflex.huggingface.loop import preference_loss
 from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_space
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
@@ -45,7 +47,7 @@ _STAGES = {
     **{"GRPOTrainer": "rl", "RLOOTrainer": "rl"},
 }
 """Stage of TRL's trainers."""
-_PAIR = {"prompt": ("prompt_input_ids", "prompt_ids"), "chosen": ("chosen_input_ids", "chosen_ids")}
+_PAIR = {part: (f"{part}_input_ids", f"{part}_ids") for part in ("prompt", "chosen", "rejected")}
 """Columns of a preference, as different versions of TRL name them."""
 
 T = TypeVar("T", bound=Trainer)
@@ -158,7 +160,8 @@ class _Door(Trainer):
             self.train_dataset = self._remove_unused_columns(rows, "training")
         self.dataflex_setup.measure = lambda: self._dataflex_rows(rows, formatting)
         if asked.stage == "dpo":
-            self.dataflex_setup.score_collator = lambda _: self._dataflex_chosen
+            self.dataflex_setup.score_collator = lambda _: partial(self._dataflex_answers, ("chosen",))
+            self.dataflex_setup.pair_collator = lambda _: partial(self._dataflex_answers, ("chosen", "rejected"))
 
     def plan(self) -> str:
         """Return what the run would do and cost, as ``dataflex plan`` tells it; the rows are measured for it."""
@@ -177,6 +180,7 @@ class _Door(Trainer):
             if args.max_steps > 0
             else math.ceil(args.num_train_epochs * per_epoch),
             targets={name: len(corpus.lengths) for name, corpus in space.targets.items()},
+            row_passes=row_passes(setup.stage),
         )
         return foretold(view, LlamaFactoryArgs.read(setup.resolved))
 
@@ -204,6 +208,8 @@ class _Door(Trainer):
             yield f"padding_free: a batch is one sequence, whose tokens' rows are not known; {told}"
         if getattr(self.args, "precompute_ref_log_probs", False):
             yield "precompute_ref_log_probs: is done when the trainer opens its loader, which is ours; remove it"
+        if asked.stage == "dpo":
+            yield from self._dataflex_pair_problems()
         if not isinstance(rows, Dataset):
             kind = "no training set" if rows is None else type(rows).__name__
             yield f"train_dataset: {kind}; give a datasets.Dataset, whose rows can be read in any order"
@@ -212,6 +218,16 @@ class _Door(Trainer):
         for name in dict.fromkeys(name for name in names if name is not None and name not in rows.column_names):
             known = f"{did_you_mean(name, rows.column_names)} (found: {', '.join(rows.column_names)})"
             yield f"train_dataset: has no column {name!r} once it is prepared, which packing drops{known}"
+
+    def _dataflex_pair_problems(self) -> Iterator[str]:
+        """Yield why methods cannot look at both answers of preferences."""
+        for method in self._dataflex_asked.config.methods:
+            signals = method.requires.signals & {"preference_logps", "gradients"}
+            if signals and getattr(self.args, "sync_ref_model", False):
+                yield f"sync_ref_model: {method.name} takes the reference model as one that stays as it is; remove it"
+            unknown = preference_loss(self).unknown if "gradients" in signals else ""
+            if unknown:
+                yield f"{unknown}, and {method.name} asks for such gradients"
 
     def _dataflex_rows(self, rows: Dataset, formatting: Any) -> RowSpace:
         """Measure the prepared training rows and the targets."""
@@ -266,12 +282,18 @@ class _Door(Trainer):
             rows = self._remove_unused_columns(rows, f"target {name}")
         return _supervised(rows, self.data_collator)
 
-    def _dataflex_chosen(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate preferences as their prompts and chosen answers, for scoring passes."""
-        rows = []
+    def _dataflex_answers(self, answers: tuple[str, ...], features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate preferences as their prompts with some of their answers, in turn, for scoring passes."""
+        rows, collator = [], self.data_collator
+        most, mode = getattr(collator, "max_length", None), getattr(collator, "truncation_mode", "keep_start")
+        kept = slice(most) if most is None or mode == "keep_start" else slice(-most, None)
         for feature in features:
-            prompt, chosen = (next(feature[name] for name in names if name in feature) for names in _PAIR.values())
-            rows.append({"input_ids": [*prompt, *chosen], "labels": [-100] * len(prompt) + [*chosen]})
+            for part in answers:
+                prompt, answer = (
+                    next(feature[name] for name in _PAIR[each] if name in feature) for each in ("prompt", part)
+                )
+                labels = [-100] * len(prompt) + [*answer]
+                rows.append({"input_ids": [*prompt, *answer][kept], "labels": labels[kept]})
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(column: str, filler: int) -> torch.Tensor:

@@ -44,14 +44,25 @@ def scoring_collator(stage: str, collator: Any) -> Any:
     """Return a collator for scoring passes, which reduces preference rows to one answer."""
     if stage not in _SCORED_PREFIX:
         return collator
-    columns = {name: _SCORED_PREFIX[stage] + name for name in ("input_ids", "attention_mask", "labels")}
-    columns.update({name: name for name in ("images", "videos", "audios")})
+    return functools.partial(_collated, collator, (_SCORED_PREFIX[stage],))
 
-    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
-        plain = [{ours: feature[theirs] for ours, theirs in columns.items()} for feature in features]
-        return MultiModalDataCollatorForSeq2Seq.__call__(collator, plain)
 
-    return collate
+def pair_collator(collator: Any) -> Any:
+    """Return a collator of preference rows whose batches hold each chosen answer followed by its rejected one."""
+    return functools.partial(_collated, collator, ("chosen_", "rejected_"))
+
+
+def _collated(collator: Any, prefixes: tuple[str, ...], features: list[dict[str, Any]]) -> Any:
+    """Collate the answers of each row whose columns begin with the prefixes, as rows of their own."""
+    plain = [
+        {
+            **{name: feature[prefix + name] for name in ("input_ids", "attention_mask", "labels")},
+            **{name: feature[name] for name in ("images", "videos", "audios")},
+        }
+        for feature in features
+        for prefix in prefixes
+    ]
+    return MultiModalDataCollatorForSeq2Seq.__call__(collator, plain)
 
 
 def least_gain(delta: float) -> AbstractContextManager[None]:
@@ -84,6 +95,7 @@ def swapped(
         packed=written.packed,
         clock=clock,
         score_collator=functools.partial(scoring_collator, stage),
+        pair_collator=pair_collator if stage == "dpo" else None,
     )
 
     def load_data(

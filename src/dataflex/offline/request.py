@@ -226,6 +226,8 @@ def score_request(
     if indexes:
         problems += _beside_index(methods, out=out, targets=targets, budget=budget, store=store)
         scorers = _indexed(given, config, problems)
+        if lf.get("stage") == "dpo":
+            problems.append("stage: an index holds gradients of token losses, not of pairs; write scores (--out)")
     else:
         if out is None:
             problems.append("--out: name the file to write, or the folder of an index with --index")

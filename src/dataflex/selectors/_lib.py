@@ -23,9 +23,17 @@ ROW_LOSSES = Requires(
 """What a selector requires that asks for one forward pass over the pool."""
 TOKEN_LOSSES = replace(ROW_LOSSES, stages=("pt", "sft"))
 """The same in stages whose loss is one of tokens."""
-GRADIENTS = replace(TOKEN_LOSSES, signals=frozenset({"gradients"}), targets=True, passes=Passes(pool=(1.0, 1.0)))
+GRADIENTS = replace(
+    TOKEN_LOSSES,
+    stages=("pt", "sft", "dpo"),
+    signals=frozenset({"gradients"}),
+    targets=True,
+    passes=Passes(pool=(1.0, 1.0)),
+)
 """What a selector requires that compares gradients of the pool with those of the targets."""
-EMBEDDINGS = replace(GRADIENTS, signals=frozenset({"embeddings"}), passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)))
+EMBEDDINGS = replace(
+    TOKEN_LOSSES, signals=frozenset({"embeddings"}), targets=True, passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0))
+)
 """What a selector requires that compares embeddings of the pool with those of the targets."""
 
 

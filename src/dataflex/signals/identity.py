@@ -59,6 +59,13 @@ def model_identity(model: torch.nn.Module) -> str:
     return blake2b(state_identity(_tensors(model)).encode(), told.encode()).hex()
 
 
+def frozen_identity(model: torch.nn.Module) -> str:
+    """Return 32 hex digits that name a model by what is not trained of it: without adapters (collective)."""
+    kept = ((name, tensor) for name, tensor in _tensors(model) if not tensor.requires_grad)
+    told = json.dumps([*_settings(model)][:-1], sort_keys=True, default=_plain)
+    return blake2b(state_identity(kept).encode(), told.encode()).hex()
+
+
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield all tensors of a model: parameters, what bitsandbytes keeps beside quantized ones, buffers."""
     for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -54,6 +54,7 @@ class Signal:
     whole_parameters: ClassVar[bool] = False  # parameters must not be partitioned over ranks (ZeRO-3, FSDP)
     autocast: ClassVar[bool] = True  # the scorer runs in the Trainer's mixed precision
     joint: ClassVar[bool] = False  # values of rows depend on one another: ``together`` is called instead of ``open``
+    run_shape: ClassVar[tuple[int, ...]] = ()  # shape of a row's value where it is kept for the run
     code: ClassVar[str] = ""  # names the code of a signal from outside this package: part of its key
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -69,7 +70,7 @@ class Signal:
         """How long values are given again.
 
         ``step``: in this decision, up to ``max_age_steps`` longer, and from the store; ``run``: row by row for the
-        whole run, for one number per row of a model that does not change; ``never``.
+        whole run, for few numbers per row of a model that does not change; ``never``.
         """
         return "step"
 
@@ -214,6 +215,75 @@ class ResponseLoss(_SegmentLoss):
             return replace(cut, start=start_tokens(access.known_tokenizer("losses of responses")))
         scorer = access.scorer(self.model)
         return replace(cut, start=scorer.start, limit=scorer.limit, translate=scorer.translation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceLogps(Signal):
+    """Log-probabilities of both answers of each pair [n, 2, 2]: of (chosen, rejected), (sum over tokens, tokens).
+
+    ``of`` is the policy (the model under training), its reference (LoRA: adapters off; else the reference model of the
+    run), or by folder or hub id another causal model of the same tokenizer. NaN where an answer has no supervised
+    token. Both answers are scored in one batch, in eval mode. Rows must be those of stage dpo.
+
+    Raises:
+        ConfigError: The other model has another tokenizer, or too short a context.
+    """
+
+    name = "log-probabilities of pairs"
+    needs = "preference_logps"
+    forward = 2.0
+    run_shape = (2, 2)
+    of: Literal["policy", "reference"] | str = "policy"
+
+    @property
+    def kept(self) -> Kept:
+        return "step" if self.of == "policy" else "run"
+
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
+        return (2, 2)
+
+    def model_identity(self, access: ModelAccess) -> str:
+        if self.of == "policy":
+            return ""
+        if self.of == "reference":
+            assert access.preferences is not None
+            return access.once("identity of the reference", access.preferences.identity)
+        return access.scorer(self.of).identity
+
+    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:
+        return access.pairs(rows, target, self.name)
+
+    @contextmanager
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
+        import torch
+
+        from dataflex.signals.logits import TokenScorer
+
+        with self._model(access) as model:
+            scorer = TokenScorer(model)
+
+            def score(batch: dict[str, Any]) -> torch.Tensor:
+                losses, tokens = scorer(batch).sums().view(-1, 2, 2).unbind(dim=2)
+                known = tokens.gt(0).all(dim=1, keepdim=True)
+                return torch.stack([torch.where(known, -losses, torch.nan), tokens], dim=2)
+
+            yield score
+
+    def _model(self, access: ModelAccess) -> AbstractContextManager[torch.nn.Module]:
+        if self.of == "policy":
+            return nullcontext(access.model)
+        if self.of == "reference":
+            assert access.preferences is not None
+            return access.preferences.reference()
+        other, longest = access.scorer(self.of), access.longest_pair
+        if not other.same_tokens:
+            raise ConfigError(
+                f"model {self.of}: its tokenizer is not that of the run, so it cannot score the same pairs; take a "
+                "model of the same family"
+            )
+        if other.limit is not None and other.limit < longest:
+            raise ConfigError(f"model {self.of}: pairs have up to {longest:,} tokens, and its context {other.limit:,}")
+        return other.loaded(access.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,6 +472,8 @@ class InRun(Signal):
 class _GradientSignal(GradientSpec, Signal):
     """What signals about rows' gradients share; rows without supervised tokens get NaN.
 
+    They are gradients of the token-mean loss, under stage dpo of the loss that the run trains on, pair by pair.
+
     Raises:
         UnsupportedError: The optimizer has no moments to precondition with, or some parameters' gradients cannot be
             told apart by row.
@@ -412,7 +484,14 @@ class _GradientSignal(GradientSpec, Signal):
     autocast = False  # the engine enters it around the losses only
 
     def state(self, access: ModelAccess) -> dict[str, Any]:
-        return {"moments": self._scorers(access).moments_identity()}
+        found: dict[str, Any] = {"moments": self._scorers(access).moments_identity()}
+        if (pairs := access.preferences) is not None:
+            compared = access.once("identity of the reference", pairs.identity) if pairs.loss.compares else ""
+            found |= {"loss": asdict(pairs.loss), "reference": compared}
+        return found
+
+    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:
+        return access.trained(rows, target, self.name)
 
     @contextmanager
     def open(self, access: ModelAccess) -> Iterator[Scorer]:

@@ -129,15 +129,26 @@ def token_mean_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
     Logits are [B, T, V] in any floating dtype, labels [B, T].
     """
+    sums, tokens = _summed(logits, labels)
+    return sums / tokens
+
+
+def _summed(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     targets = F.pad(labels, (0, 1), value=IGNORE)[..., 1:].to(logits.device)
     losses, _ = token_cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-    return losses.view(targets.shape).sum(dim=1) / targets.ne(IGNORE).sum(dim=1)
+    return losses.view(targets.shape).sum(dim=1), targets.ne(IGNORE).sum(dim=1)
 
 
 def row_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Run the model on a collated batch and return ``token_mean_losses`` [B], with gradient if enabled."""
     outputs = model(**model_inputs(batch), use_cache=False)
     return token_mean_losses(outputs.logits, batch["labels"])
+
+
+def row_sums(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of each row's token losses, fp32 [B], and their numbers [B], as ``row_losses`` does."""
+    outputs = model(**model_inputs(batch), use_cache=False)
+    return _summed(outputs.logits, batch["labels"])
 
 
 def real_tokens(batch: dict[str, Any]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.plan.domains import Rows
 from dataflex.signals.other_models import Scorer
+from dataflex.signals.preferences import Preferences, pair_lengths
 from dataflex.signals.sweep import Sweep
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class ModelAccess:
     learning_rate: Callable[[], float] = lambda: 0.0  # of the next step
     backend: Literal["plain", "zero"] = "plain"  # "zero" under DeepSpeed
     release: Callable[[], None] | None = None  # lets go of parameters that a pass left gathered under ZeRO-3
+    preferences: Preferences | None = None  # where rows are pairs of answers: stage dpo
     loaded: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)  # other models
     for_decision: dict[str, Any] = field(default_factory=dict, repr=False, init=False)  # kept until the next step
 
@@ -64,6 +66,13 @@ class ModelAccess:
     def longest(self) -> int:
         """Number of tokens of the longest training row."""
         return int(self.train.lengths.max(initial=1))
+
+    @property
+    def longest_pair(self) -> int:
+        """Number of tokens of the longest answer of a training pair, with its prompt."""
+        corpus = self.train
+        lengths = self.once(("pairs", None), lambda: pair_lengths(corpus.dataset, corpus.lengths))
+        return int(lengths.max(initial=2)) // 2
 
     def known_tokenizer(self, what: str) -> Any:
         """Return the tokenizer of the run; UnsupportedError where there is none, and ``what`` needs it."""
@@ -85,10 +94,22 @@ class ModelAccess:
             what=f"{what} of {len(rows):,} {whose}",
         )
 
+    def pairs(self, rows: Rows, target: str | None, what: str) -> Sweep:
+        """Return a pass over rows that are pairs, with both answers; UnsupportedError where they are none."""
+        preferences, corpus = self.preferences, self.corpus(target)
+        if preferences is None:
+            raise UnsupportedError(f"{what}: rows are pairs of a chosen and a rejected answer under stage dpo only")
+        lengths = self.once(("pairs", target), lambda: pair_lengths(corpus.dataset, corpus.lengths))
+        return replace(self.sweep(rows, target, what), collate=preferences.collate, lengths=lengths[rows])
+
+    def trained(self, rows: Rows, target: str | None, what: str) -> Sweep:
+        """Return a pass over rows as they are trained on: both answers of a pair, for gradients."""
+        return (self.sweep if self.preferences is None else self.pairs)(rows, target, what)
+
     def target_sweep(self, target: str, rows: Rows | None = None) -> Sweep:
         """Return a pass over some rows of a target, or over all of them, for gradients."""
         everyone = np.arange(len(self.corpus(target).lengths), dtype=np.int64)
-        return self.sweep(everyone if rows is None else rows, target, "gradients")
+        return self.trained(everyone if rows is None else rows, target, "gradients")
 
     def scorer(self, name: str) -> Scorer:
         """Return another causal model by folder or hub id; its weights are loaded for each pass only."""

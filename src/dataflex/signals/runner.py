@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -77,9 +78,9 @@ class SignalCache:
             self.store.evict(self.store_bytes)
         return values.copy()
 
-    def table(self, key: dict[str, Any], num_rows: int) -> SignalValue:
-        """Return the numbers of a model that does not change: (number, whether it is known) of every row [N, 2]."""
-        empty = (_AGELESS, np.zeros((num_rows, 2), dtype=np.float32))
+    def table(self, key: dict[str, Any], num_rows: int, numbers: int) -> SignalValue:
+        """Return what a model that does not change gives every row: numbers, and whether they are known [N, n + 1]."""
+        empty = (_AGELESS, np.zeros((num_rows, numbers + 1), dtype=np.float32))
         return self._kept.setdefault(json.dumps(key, sort_keys=True), empty)[1]
 
     def work(
@@ -150,11 +151,14 @@ class SignalRunner:
                 parameters["code"] = signal.code
             key = {"signal": signal.name, "parameters": parameters, "corpus": target or ""}
             if kept == "run":
-                table = self.cache.table({**key, "model": signal.model_identity(self.access)}, len(corpus.lengths))
-                new = np.unique(rows[table[rows, 1] == 0])
+                shape = signal.run_shape
+                named = {**key, "model": signal.model_identity(self.access)}
+                table = self.cache.table(named, len(corpus.lengths), math.prod(shape))
+                new = np.unique(rows[table[rows, -1] == 0])
                 if len(new):
-                    table[new] = np.stack([self._compute(signal, new, target, parameters), np.ones(len(new))], axis=1)
-                return table[rows, 0]
+                    found = self._compute(signal, new, target, parameters).reshape(len(new), -1)
+                    table[new] = np.column_stack([found, np.ones(len(new))])
+                return table[rows, :-1].reshape(len(rows), *shape)
             if self.cache.store is not None:
                 parameters.update(signal.state(self.access))
             key["rows"] = rows_digest(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -71,6 +71,46 @@ class GradientSpec(GradientOptions):
     sketch_size: int | None = None  # compare sketches of this size; None: exact gradients
     sketch_seed: int = 0
     forward_mode: bool = False  # GradientScores as derivatives along mean gradients: plain inner products only
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceLoss:
+    """The loss of a pair under stage dpo, or why gradients of pairs cannot be had of it."""
+
+    kind: Literal["sigmoid", "hinge", "ipo", "orpo", "simpo"] = "sigmoid"
+    beta: float = 0.1  # factor of the margin
+    label_smoothing: float = 0.0  # probability that a pair is the wrong way round, under ``sigmoid``
+    gamma: float = 0.0  # target margin of ``simpo``
+    sft: float = 0.0  # factor of the chosen answer's token-mean loss, which is added
+    unknown: str = ""  # why its gradient by pair is not known
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares with a reference model."""
+        return self.kind not in ("orpo", "simpo")
+
+
+_PAIR_LOSSES = {"pref_loss": ("sigmoid", "orpo", "simpo"), "loss_type": ("sigmoid", "hinge", "ipo")}
+"""By the key of LLaMA-Factory and of TRL. With TRL 0.24 LLaMA-Factory trains sigmoid where hinge or ipo is written."""
+_COUPLED = {
+    "pref_bco_weight": "the loss has a running mean over the batches, so that a pair's own gradient is not told apart",
+    "ld_alpha": "long answers are weighed by position, which gradients by pair do not follow",
+    "f_divergence_type": "only the reverse KL divergence is known",
+    "use_weighting": "pairs are weighed by the policy",
+    "loss_weights": "several losses are added up",
+    "reference_free": "the loss is not compared with the reference",
+}
+
+
+def losses_unknown(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield ``key: reason`` for settings of a trainer for preferences under which a pair has no known gradient."""
+    for key, known in _PAIR_LOSSES.items():
+        if key in settings and settings[key] not in known:
+            listed = ", ".join(known)
+            yield f"{key}: the gradient of a pair by itself is not known under {settings[key]} (known: {listed})"
+    for key, reason in _COUPLED.items():
+        if settings.get(key) not in (None, False, 0.0, "reverse_kl"):
+            yield f"{key}: {reason}"
 
 
 @dataclass(frozen=True, kw_only=True)

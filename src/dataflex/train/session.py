@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
 from dataflex.config.costs import passes_by_label
-from dataflex.config.forecast import Forecast
+from dataflex.config.forecast import Forecast, row_passes
 from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import FSDP2, unmet
 from dataflex.config.schema import DynamicConfig
@@ -40,6 +40,7 @@ from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.passes import PassCounter, compute
+from dataflex.signals.preferences import Preferences
 from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.signals.sweep import preserve_state
@@ -77,6 +78,7 @@ class Setup:
     shuffle: bool = True  # whether rows are shuffled, for adapters that make the batch shape
     space: RowSpace | None = None  # the row space, once the data is loaded
     score_collator: Callable[[Any], Any] = lambda collator: collator  # makes a training collator one for scoring
+    pair_collator: Callable[[Any], Any] | None = None  # makes it one for pairs of answers, chosen and rejected in turn
     clock: PhaseClock = field(default_factory=PhaseClock)  # seconds of the run by phase
     recorder: RunRecorder = field(default_factory=NullRecorder)  # the record, once it is open; on rank 0 only
     measure: Callable[[], RowSpace] | None = None  # makes the row space when it is first asked for
@@ -105,6 +107,7 @@ class Loop:
     output_dir: Path  # folder of the record and of the run's files
     dataset: Any = None  # features by row id; None: those of the row space
     score_collate: Collate | None = None  # for scoring passes: ``input_ids``, ``attention_mask`` and ``labels``
+    preferences: Preferences | None = None  # stage dpo: the pairs, the reference model and the loss
     tokenizer: Any = None  # turns tokens into text, for methods that read text
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # mixed-precision context of a forward pass
     score_rows: int = 8  # rows of a scoring batch, if they are as long as the longest
@@ -722,13 +725,15 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         learning_rate=loop.learning_rate,
         backend="zero" if loop.sharding in ("zero", "zero3") else "plain",
         release=loop.release,
+        preferences=loop.preferences,
     )
 
     @cache
     def around(name: str) -> dict[str, Any]:
-        corpus = access.corpus(name or None)
+        corpus, pairs = access.corpus(name or None), access.preferences
+        collate = access.collate if pairs is None else pairs.collate
         return surroundings(
-            corpus.dataset, len(corpus.lengths), access.collate, access.tokenizer, access.autocast, access.device
+            corpus.dataset, len(corpus.lengths), collate, access.tokenizer, access.autocast, access.device
         )
 
     kept = SignalCache(
@@ -752,6 +757,7 @@ def _forecast(setup: Setup, loop: Loop) -> Forecast:
         rows=space.num_rows,
         steps=loop.total_steps,
         targets={name: len(target.lengths) for name, target in space.targets.items()},
+        row_passes=row_passes(setup.stage, compares=loop.preferences is None or loop.preferences.loss.compares),
     )
 
 

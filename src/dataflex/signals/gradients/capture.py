@@ -25,7 +25,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from dataflex.errors import UnsupportedError
-from dataflex.signals.gradients.factors import SampleGradients, filled
+from dataflex.signals.gradients.factors import SampleGradients, filled, together
 from dataflex.signals.gradients.parameters import Unit, Units
 from dataflex.signals.model_parts import attached
 
@@ -87,11 +87,12 @@ class Capture:
     """Hooks on a model's units during one forward and backward pass."""
 
     units: Units  # who answers for which parameter
-    rows: int  # number of samples in the batch
+    rows: int  # number of rows in the batch
     tokens: int  # number of positions of a sample, for layers that are called with samples and positions flattened
     take: Callable[[str, list[SampleGradients]], None]  # a parameter's name, its gradients by use
     autocast: Callable[[], Any]  # the context in which modules are run again
-    finite: torch.Tensor | None = None  # samples [b] whose gradients count, set before the backward pass; None: all
+    finite: torch.Tensor | None = None  # rows [b] whose gradients count, set before the backward pass; None: all
+    per_sample: int = 1  # rows of a sample, one after the other, whose gradients are added up
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     recording: bool = True  # False from the backward pass on, in which checkpointing calls modules again
     _muted: bool = False
@@ -219,7 +220,7 @@ class Capture:
             )
         for local, name in unit.parameters.items():
             pending = self._pending.setdefault(name, [])
-            pending.append(found[local])
+            pending.append(found[local] if self.per_sample == 1 else together(found[local], self.per_sample))
             if len(pending) == self._expected[name]:
                 self.take(name, self._pending.pop(name))
 

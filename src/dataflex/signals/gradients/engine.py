@@ -24,8 +24,9 @@ from dataflex.signals.gradients.consumers import Block, Consumer, Segment
 from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, filled, formed
 from dataflex.signals.gradients.parameters import Units, choose_parameters
 from dataflex.signals.gradients.precondition import Preconditioner
-from dataflex.signals.losses import IGNORE, model_inputs, row_losses, token_cross_entropy
+from dataflex.signals.losses import IGNORE, model_inputs, row_sums, token_cross_entropy
 from dataflex.signals.model_parts import attached, logits_in, model_parts
+from dataflex.signals.preferences import Sums
 from dataflex.signals.sweep import preserve_state
 
 _BLOCK_NUMBERS = 2**22
@@ -41,7 +42,8 @@ class GradientEngine:
 
     Args:
         model: The inner module (not the DDP or DeepSpeed engine around it).
-        loss: Batch on the device to row losses [b], NaN for rows without labels; ``supervised_losses`` if None.
+        loss: Batch on the device to the samples' losses [b], NaN for those without labels; ``supervised_losses`` if
+            None. A sample may be several rows of the batch, one after the other: the answers of a pair.
         autocast: The Trainer's mixed-precision context.
         parameters: What is differentiated, by name; all trainable parameters if None.
         release: Lets go of what a pass left gathered under ZeRO-3 (``empty_partition_cache``).
@@ -130,13 +132,14 @@ class GradientEngine:
         with capture.attached(), torch.enable_grad():
             with self._autocast():
                 losses = self._loss(batch)
+            capture.per_sample = capture.rows // len(losses)
             if not losses.requires_grad:
                 raise UnsupportedError("per-sample gradients: the losses do not depend on any layer's output")
             finite = torch.isfinite(losses.detach())
             total = torch.where(finite, losses, 0.0).sum()
             finite = finite & labelled
             if not finite.all():
-                capture.finite = finite
+                capture.finite = finite.repeat_interleave(capture.per_sample)
             for consumer in consumers:
                 consumer.begin(finite)
             capture.backward(total)
@@ -145,7 +148,8 @@ class GradientEngine:
         results = {"losses": losses.detach().float()}
         for consumer in consumers:
             results.update({consumer.name + suffix: values for suffix, values in consumer.finish().items()})
-        return {key: filled(values, capture.finite, torch.nan) for key, values in results.items()}
+        missing = None if capture.finite is None else finite
+        return {key: filled(values, missing, torch.nan) for key, values in results.items()}
 
     def jvp(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the derivative of each row's loss along ``direction``, fp32 [b], by forward-mode differentiation.
@@ -240,7 +244,18 @@ class _Feeder:
 
 
 def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) -> Loss:
-    """Return a function from a collated batch to token-mean row losses [b], NaN for rows without labels.
+    """Return a function from a collated batch to token-mean row losses [b], NaN for rows without labels."""
+    sums_of = supervised_sums(model, parameters)
+
+    def losses(batch: Batch) -> torch.Tensor:
+        sums, tokens = sums_of(batch)
+        return sums / tokens
+
+    return losses
+
+
+def supervised_sums(model: nn.Module, parameters: Collection[nn.Parameter]) -> Sums:
+    """Return a function from a collated batch to the sums of the rows' token losses [b], and their numbers [b].
 
     A training step computes logits for every position. Where the head's own parameters are not among the differentiated
     ``parameters`` (LoRA, frozen embeddings), its input is narrowed to the positions that have a label: the same values
@@ -248,9 +263,9 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
     """
     head, differentiated = model_parts(model).head, {id(parameter) for parameter in parameters}
     if head is None or any(id(parameter) in differentiated for parameter in head.parameters()):
-        return lambda batch: row_losses(model, batch)
+        return lambda batch: row_sums(model, batch)
 
-    def losses(batch: Batch) -> torch.Tensor:
+    def sums_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         targets = F.pad(batch["labels"], (0, 1), value=IGNORE)[..., 1:]
         row, position = targets.ne(IGNORE).nonzero(as_tuple=True)
         narrowed: list[bool] = []
@@ -266,6 +281,6 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
         picked = logits[0] if narrowed == [True] else logits[row, position]
         values, _ = token_cross_entropy(picked, targets[row, position])
         sums = torch.zeros(len(targets), dtype=torch.float32, device=values.device)
-        return sums.index_add(0, row, values) / torch.bincount(row, minlength=len(targets))
+        return sums.index_add(0, row, values), torch.bincount(row, minlength=len(targets))
 
-    return losses
+    return sums_of

@@ -49,6 +49,17 @@ def filled(values: torch.Tensor, finite: torch.Tensor | None, value: float) -> t
     return values if finite is None else values.masked_fill(~finite.view(-1, *([1] * (values.dim() - 1))), value)
 
 
+def together(gradients: SampleGradients, rows: int) -> SampleGradients:
+    """Return the gradients of samples that are ``rows`` rows each, one after the other: [b, ...] to [b / rows, ...]."""
+    if isinstance(gradients, Factors):
+        left, right = gradients.left, gradients.right
+        return Factors(
+            left=left.reshape(len(left) // rows, -1, *left.shape[2:]),
+            right=right.reshape(len(right) // rows, -1, *right.shape[2:]),
+        )
+    return gradients.view(len(gradients) // rows, rows, *gradients.shape[1:]).sum(dim=1)
+
+
 def formed(uses: list[SampleGradients], start: int, stop: int) -> torch.Tensor:
     """Return rows ``start:stop`` (first dimension of the parameter) of the summed per-sample gradients.
 

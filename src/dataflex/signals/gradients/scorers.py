@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.console import progress
-from dataflex.errors import ConfigError, DataError
+from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.signals.gradients.consumers import (
     Consumer,
     Dots,
@@ -28,7 +28,7 @@ from dataflex.signals.gradients.consumers import (
     WeightedSums,
     inner_products,
 )
-from dataflex.signals.gradients.engine import GradientEngine
+from dataflex.signals.gradients.engine import GradientEngine, supervised_sums
 from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.signals.gradients.precondition import Moments, Precondition, Preconditioner, moments_of, preconditioner
 from dataflex.signals.identity import state_identity
@@ -56,6 +56,7 @@ class GradientScorers:
     Raises:
         ConfigError: Unknown preset, or no trainable parameter is left; forward mode with cosines, preconditioning or
             sketches.
+        UnsupportedError: Rows are pairs, and the gradient of the run's loss is not known for a pair by itself.
     """
 
     def __init__(self, access: ModelAccess, spec: GradientSpec) -> None:
@@ -63,11 +64,15 @@ class GradientScorers:
         self._kind = replace(Precondition.preset(spec.precondition), include_momentum=spec.include_momentum)
         if spec.forward_mode and (spec.normalize or self._kind.kind != "none" or spec.sketch_size is not None):
             raise ConfigError("gradients: forward mode knows plain inner products only, no cosines or preconditioning")
-        device = access.device.type
+        device, pairs = access.device.type, access.preferences
+        chosen = choose_parameters(access.model, pattern=spec.parameters, last_blocks=spec.last_blocks)
+        if pairs is not None and pairs.loss.unknown:
+            raise UnsupportedError(pairs.loss.unknown)
         self.engine = GradientEngine(
             access.model,
+            loss=None if pairs is None else pairs.losses(supervised_sums(access.model, chosen.values())),
             autocast=(lambda: torch.autocast(device, dtype=torch.bfloat16)) if spec.bf16 else access.autocast,
-            parameters=choose_parameters(access.model, pattern=spec.parameters, last_blocks=spec.last_blocks),
+            parameters=chosen,
             release=access.release,
         )
         self.mean_of_cosines = spec.normalize and spec.mean_of_cosines
