@@ -41,12 +41,13 @@ def test_bash(tmp_path):
 @pytest.mark.parametrize("shell", SHELLS)
 def test_every_command_and_option_is_in_every_script(shell, capsys):
     assert main(["completion", shell]) == 0
-    assert capsys.readouterr().out.strip() == script(shell).strip()
+    made = script(shell)
+    assert capsys.readouterr().out.strip() == made.strip()
     (of_commands,) = [action for action in _parser()._actions if action.dest == "command"]
     for name, command in of_commands.choices.items():
-        assert name in script(shell)
+        assert name in made
         for option in (text for action in command._actions for text in action.option_strings if text[:2] == "--"):
-            assert (f" -l {option[2:]}" if shell == "fish" else option) in script(shell)
+            assert (f" -l {option[2:]}" if shell == "fish" else option) in made
 
 
 def test_unknown_shells(capsys):

@@ -62,7 +62,9 @@ def test_the_archive_holds_code_tests_and_examples(made):
         if path.is_file() and not {"__pycache__", "runs"} & {*path.parts} and ".egg-info" not in str(path)
     }
     assert sorted(there - files) == []
-    assert {*"README.md CHANGELOG.md CITATION.cff LICENSE Makefile SECURITY.md requirements.lock".split()} <= files
+    assert {
+        *".github/workflows/release.yml README.md CHANGELOG.md CITATION.cff LICENSE Makefile SECURITY.md requirements.lock".split()
+    } <= files
     assert [file for file in files if file.startswith(("runs/", ".venv"))] == []
 
 
