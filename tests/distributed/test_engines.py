@@ -173,3 +173,20 @@ def test_every_engine_chooses_the_same_rows_within_a_budget(outcomes, engine, tu
         plans.append([sorted(load_plan(run.folder, index).rows.tolist()) for index in (0, 1)])
     assert plans[0] == plans[1]
     assert correlations[0] == pytest.approx(correlations[1], abs=0.05)
+
+
+def test_a_resumed_run_has_its_optimizers_moments_under_fsdp2(tmp_path, tiny_model, data_dir, two_ranks):
+    runner = Runner(base_settings(tiny_model, data_dir), tmp_path)
+    block = {"selector": "random", "interval_steps": 2}
+    common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **engine_settings("fsdp2", tmp_path)}
+    for name, more in {
+        "straight": {},
+        "resumed": {"resume_from_checkpoint": str(tmp_path / "straight" / "checkpoint-2")},
+    }.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(runner.mapping(name, **common, **more, dynamic=block)))
+        two_ranks([path])
+    straight, resumed = outcome(tmp_path, "straight"), outcome(tmp_path, "resumed")
+    assert len(straight.series()) == 4
+    assert resumed.series() == straight.series()
+    assert resumed.series("grad_norm") == straight.series("grad_norm")

@@ -14,6 +14,7 @@ METHODS = {
     "get_train_dataloader": ["self"],
     "get_eval_dataloader": ["self", "eval_dataset"],
     "set_initial_training_values": ["self", "args", "dataloader"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_init_training_state": [
         "self",
         "max_steps",

@@ -237,6 +237,22 @@ class TrainerMixin(EvaluationMixin):
         if not self._dataflex_sealed_later:
             self._dataflex_seal()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        """Load as stock; sharded states of FSDP2 into an optimizer that has them.
+
+        accelerate loads what the optimizer holds already, by its own numbers of parameters. A new one holds nothing, so
+        its moments would stay zero, without a word; and the files name parameters.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if checkpoint is None or plugin is None or plugin.fsdp_version != 2 or "FULL" in str(plugin.state_dict_type):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        named = get_optimizer_state_dict(self.model, self.optimizer)
+        with replaced((self.optimizer, "state_dict", lambda: named)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as stock; a checkpoint counts once the callbacks have seen it."""
         self.dataflex.updated(self._dataflex_index(self.state.global_step))
