@@ -94,15 +94,9 @@ def measured(kind: str, how: str, steps: int) -> None:
             times[hooked].append(time.process_time() - started)
     plain, beside = (statistics.median(times[hooked]) for hooked in (False, True))
     held = held_bytes(lambda: forward(False))
-    kept = (
-        ROWS
-        * TOKENS
-        * 4
-        * sum(
-            sides[0].width if sides[0].projection is None else sides[0].projection.shape[1]
-            for sides in capture._sides.values()
-        )
-    )
+    # Inputs as they are, or where rows' gradients are formed, are those that autograd holds.
+    sides = [matrix.inputs for matrix in capture._matrices.values() if matrix.vectors is None]
+    kept = ROWS * TOKENS * 4 * sum(side.columns for side in sides if side.projection is not None)
     print(
         f"{kind:<5} {how:<9} {len(layers)} layers: plain {plain:.3f} s, with hooks {beside:.3f} s, ratio "
         f"{beside / plain:.3f} (of the fastest steps {min(times[True]) / min(times[False]):.3f}); memory "

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dataflex.signals.kinds import GradientProducts
 from dataflex.train import in_run, observations
@@ -140,3 +141,19 @@ def test_the_newest_of_each_row_is_kept_and_no_more_than_fit(monkeypatch):
     assert (both.rows.tolist(), both.steps.tolist(), both.values[:, 0].tolist()) == ([3, 1, 7], [1, 2, 2], [2, 3, 4])
     more = Newest(rows=np.array([8, 9]), steps=np.array([3, 3]), values=np.array([[5.0, 5], [6, 6]]))
     assert both.and_(more).rows.tolist() == [1, 7, 8, 9]
+
+
+def test_decisions_use_one_thread_of_numpy(monkeypatch):
+    """More spin while matrices of a few hundred rows are decomposed, and sums would depend on their number."""
+
+    def threads():
+        return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+
+    seen = []
+    monkeypatch.setattr(InRun, "gather", lambda self: seen.append(threads()))
+    with threadpool_limits(limits=2, user_api="blas"):
+        before = threads()
+        with pytest.raises(AttributeError):  # nothing but what is asked first
+            InRun.decide(object.__new__(InRun), None, 8)
+        assert threads() == before
+    assert seen == [{1}]

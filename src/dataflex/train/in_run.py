@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig
@@ -34,7 +35,15 @@ from dataflex.sequences import Sequences
 from dataflex.signals import kinds
 from dataflex.signals.embeddings import pool
 from dataflex.signals.gradients.consumers import TargetVectors
-from dataflex.signals.gradients.in_run import Directions, StepCapture, Taken, adam_scale, capturable, directions
+from dataflex.signals.gradients.in_run import (
+    Directions,
+    StepCapture,
+    Taken,
+    adam_scale,
+    capturable,
+    checkpointed,
+    directions,
+)
 from dataflex.signals.gradients.precondition import Moments
 from dataflex.signals.gradients.scorers import GradientScorers, targets_seen
 from dataflex.signals.kinds import GradientNorms, GradientProducts, GradientScores, Signal, TokenLoss
@@ -165,7 +174,8 @@ class InRun:
             access = self.signals.access
             layers, left_out = capturable(access.model, self._scorers().engine.units)
             sketch = _SKETCH if self.budget is not None or "norm" in self.asked else 0
-            self._capture = StepCapture(layers, sketch=sketch, seed=self.seed)
+            held = not checkpointed(access.model)
+            self._capture = StepCapture(layers, sketch=sketch, seed=self.seed, held=held)
             self._capture.aim(self._directions or Directions.none(layers))
             if left_out:
                 told = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
@@ -310,6 +320,7 @@ class InRun:
         total = (self.budget * both - hooks) * tokens / interval.steps * self.total_steps
         return total * min(interval.stop_step / self.total_steps, 1.0) ** 0.5 - self._spent
 
+    @threadpool_limits.wrap(limits=1, user_api="blas")  # numpy's: threads spin longer than matrices this small take
     def decide(self, interval: Interval, global_batch: int) -> None:
         """Look at the targets, judge the predictions of the interval that is over, look at pilots, and predict anew."""
         self.gather()

@@ -17,6 +17,7 @@ from dataflex.signals.gradients.in_run import (
     StepCapture,
     adam_scale,
     capturable,
+    checkpointed,
     directions,
     factored,
     generator,
@@ -33,10 +34,10 @@ def drawn(shapes, num=2, seed=0):
     return TargetVectors(tensors={name: torch.randn(num, *shape, generator=draw) for name, shape in shapes.items()})
 
 
-def prepared(model, *, rank=None, sketch=0, moments=None, num=2):
+def prepared(model, *, rank=None, sketch=0, moments=None, num=2, held=True):
     engine = GradientEngine(model)
     engine.run(ragged([5, 3]), [])  # formulas are tried in the pass over the target
-    capture = StepCapture(capturable(model, engine.units)[0], sketch=sketch, seed=7)
+    capture = StepCapture(capturable(model, engine.units)[0], sketch=sketch, seed=7, held=held)
     capture.aim(directions(drawn(engine.shapes, num), moments, capture.layers, rank=rank, seed=7))
     return engine, capture
 
@@ -74,11 +75,13 @@ def expected(engine, model, batch, capture):
     return torch.stack(dots) / length, torch.stack(norms)
 
 
+@pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_a_batch_of_one(name):
+def test_equals_a_batch_of_one(name, held):
+    """Where autograd keeps the inputs rows' gradients are formed, else projections of inputs are kept."""
     model = build(name)
     model.eval()
-    engine, capture = prepared(model)
+    engine, capture = prepared(model, held=held)
     batch = ragged([9, 4, 6, 2], seed=3)
     step(model, capture, batch, scale=256.0)
     scores, *_ = capture.take()
@@ -97,15 +100,16 @@ def test_layers_with_the_same_inputs_read_them_once(monkeypatch):
 
     monkeypatch.setattr(in_run, "_Waiting", Noted)
     model = build("llama").eval()
-    _, capture = prepared(model)
+    _, capture = prepared(model, sketch=2)
+    capture.aim(Directions.none(capture.layers))
     for _ in range(2):  # the second time the matrices are together already
         made.clear()
         step(model, capture, ragged([9, 4, 6, 2], seed=3))
         capture.take()
-        names = [3, 1, 1]  # q, k and v; o; down: the others are projected on their output's side
+        names = [3, 1, 2, 1]  # q, k and v; o; gate and up; down
         assert [len(each.sides) for each in made] == names * 2
         assert all(each.tokens is None for each in made), "nothing is held"
-    assert len(capture._together) == 2
+    assert len(capture._together) == 4
     capture.end()
 
 
@@ -131,7 +135,8 @@ def test_activation_checkpointing_changes_no_score(name, reentrant):
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
-    engine, capture = prepared(model)
+    engine, capture = prepared(model, held=not checkpointed(model))
+    assert not capture._held
     assert all(unit.kind.name == "linear" for unit in capture.layers), "norms would keep their inputs"
     step(model, capture, batch)
     scores, *_ = capture.take()
