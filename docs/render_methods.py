@@ -84,7 +84,7 @@ def _uses() -> dict[tuple[str, str], list[str]]:
 
 def _section(cls: type[Method], files: list[str]) -> str:
     links = ", ".join(f"[{name}](../examples/{name})" for name in files)
-    if not files and "rollouts" in requirements(cls).signals:
+    if not files and cls.__module__.endswith((".rollouts", ".bandits")):
         links = "in [trl_grpo.py](../examples/trl_grpo.py), as the block of `dataflex.wrap`"
     facts = [
         f"- **Paper**: {cls.card.paper}",

@@ -39,7 +39,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "infobatch": "infobatch",
         "preferences": "margin bees selective_dpo",
         "compose": "compose",
-        "rollouts": "pass_band pass_schedule mopps greso",
+        "rollouts": "pass_band pass_schedule mopps greso limr",
     },
     "mixer": {
         "fixed": "static uniform size temperature unimax staged random",

@@ -60,6 +60,7 @@ MINIMAL = {
     ("selector", "pass_schedule"): lambda K: {},
     ("selector", "mopps"): lambda K: {},
     ("selector", "greso"): lambda K: {},
+    ("selector", "limr"): lambda K: {"column": "curves"},
     ("mixer", "sec"): lambda K: {},
     ("mixer", "dump_ucb"): lambda K: {},
     ("mixer", "tscl"): lambda K: {},
@@ -122,6 +123,7 @@ DRAWS = {  # another seed, another answer
     ("selector", "pass_schedule"),
     ("selector", "mopps"),
     ("selector", "greso"),
+    ("selector", "limr"),
     ("selector", "random"),
     ("selector", "loss"),
     ("selector", "tsds"),
@@ -157,7 +159,7 @@ every_orderer = pytest.mark.parametrize("name", ORDERERS)
 every_weighter = pytest.mark.parametrize("name", WEIGHTERS)
 
 NUM_ROWS = 64
-COLUMNS = {"sample_weight": np.linspace(0.0, 2.0, NUM_ROWS)}
+COLUMNS = {"sample_weight": np.linspace(0.0, 2.0, NUM_ROWS), "curves": np.tile([0.2, 0.5, 0.8], (NUM_ROWS, 1))}
 
 
 def read(kind, name, params):

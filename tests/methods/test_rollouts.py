@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dataflex.config.build import method_block
+from dataflex.config.build import method_block, parse_dynamic
+from dataflex.config.needs import unmet
+from dataflex.method import RunFacts
 from dataflex.mixers.bandits import slope
 from dataflex.plan.proportions import softmax
 from dataflex.plan.rollouts import RolloutAccount, advantages
-from dataflex.selectors.rollouts import quotas
+from dataflex.selectors.rollouts import learning_impact, quotas
 from dataflex.testing import example_context, example_rollouts
 
 NAN = math.nan
@@ -209,6 +212,41 @@ def test_quotas_go_on_where_a_bin_is_empty():
     assert quotas(weights, counts, 64)[1] == 5
     assert quotas(weights, np.array([1, 1, 1, 1]), 64).tolist() == [1, 1, 1, 1]
     assert quotas(np.array([0.0, 1.0]), np.array([3, 1]), 3).tolist() == [2, 1]
+
+
+def test_limr_keeps_curves_that_follow_the_mean():
+    curves = np.array([[0.0, 0.5, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    assert learning_impact(curves) == pytest.approx([0.724138, 0.0, 0.0], abs=1e-6)
+    gaps = np.vstack([curves, [[NAN, 0.5, 1.0], [0.0, 0.5, NAN], [NAN, NAN, 1.0]]])
+    found = learning_impact(gaps)
+    mean = np.array([1.5, 2.0, 3.0]) / 4  # the first missing value is the one after it; the others stay missing
+    assert found[3] == pytest.approx(1 - ((np.array([0.5, 0.5, 1.0]) - mean) ** 2).sum() / ((1 - mean) ** 2).sum())
+    assert np.isnan(found[4:]).all()
+    assert learning_impact(np.ones((2, 3))).tolist() == [1.0, 1.0]
+
+
+def test_limr_draws_from_a_column_of_lists():
+    limr = build("selector", "limr", column="curves")
+    columns = {"curves": np.empty(4, dtype=object)}
+    columns["curves"][:] = [[0.0, 0.5, 1.0], np.array([0.0, 0.5, 1.0]), [0.0, 0.0, 0.0], [None, 0.5, 1.0]]
+    chosen = limr.select(rows_of(4), 4, example_context({"all": 4}, columns=columns))
+    assert sorted(chosen.rows.tolist()) == [0, 1, 3]
+    odd = np.empty(5, dtype=object)
+    odd[:] = [[0.1, 0.2], [0.1], None, "x", [True, 0.2]]
+    refused, told = limr.refused_values("curves", odd)
+    assert refused.tolist() == [False, True, True, True, True]
+    assert "a list of 2 numbers" in told
+
+
+@pytest.mark.parametrize(("name", "told"), [("mopps", False), ("greso", False), ("pass_band", True)])
+def test_a_stage_without_answers_refuses_what_learns_from_rewards(name, told):
+    block = {"selector": {"name": name}, "interval_steps": 1}
+    (problem,) = unmet(parse_dynamic(block, Path()), RunFacts(stage="sft"))
+    assert problem.startswith(f"dynamic.selector: {name} learns from rewards of answers that the model generates")
+    assert ("or give it a 'column' of pass rates" in problem) == told
+    if told:
+        block["selector"]["column"] = "rate"
+        assert [*unmet(parse_dynamic(block, Path()), RunFacts(stage="sft"))] == []
 
 
 # ---------------------------------------------------------------- bandits over domains

@@ -457,3 +457,74 @@ class Greso(Selector):
         return Selection(
             rows=pool[kept], scores=1.0 - skip, reason=f"{told}; chance {chances[0]:.2f} easy, {chances[1]:.2f} hard"
         )
+
+
+def learning_impact(curves_NK: Floats) -> Floats:
+    """Return how closely each prompt's curve of mean rewards follows the mean curve [N]; 1: exactly.
+
+    s = 1 - sum_k (r_k - m_k)^2 / sum_k (1 - m_k)^2, with m the mean over the prompts that have all K epochs (arXiv
+    2502.11886). A missing epoch has the value of the next one; NaN for prompts that still lack one. All are 1 where the
+    mean curve is 1 throughout.
+    """
+    following = np.concatenate([curves_NK[:, 1:], np.full((len(curves_NK), 1), np.nan)], axis=1)
+    curves = np.where(np.isnan(curves_NK), following, curves_NK)
+    whole = np.isfinite(curves).all(axis=1)
+    if not whole.any():
+        return np.full(len(curves), np.nan)
+    mean = curves[whole].mean(axis=0)
+    room = float(((1.0 - mean) ** 2).sum())
+    gaps = ((curves - mean) ** 2).sum(axis=1)
+    return np.where(whole, 1.0 - gaps / room if room > 0.0 else 1.0, np.nan)
+
+
+class Limr(Selector):
+    """Keep prompts whose rewards, in an earlier run over all of them, rose as the mean reward did.
+
+    Learning impact measurement: a column holds each prompt's mean rewards, epoch by epoch, as a list of one length for
+    all prompts (null where an epoch is missing). The curve of a prompt is compared with the mean curve,
+    s = 1 - sum_k (r_k - m_k)^2 / sum_k (1 - m_k)^2, and rows with s of at least ``least`` are drawn from, uniformly.
+    """
+
+    name = "limr"
+    card = Card(
+        summary="Keeps prompts whose rewards in an earlier run rose as the mean reward did.",
+        paper="LIMR: Less is More for RL Scaling (Li et al.), 2025, arXiv 2502.11886",
+        cost="one earlier run over all prompts",
+        note="least is 0.6 as in the authors' script (their code's default is 0.2).",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(Params):
+        column: str = param(help="column of each prompt's mean rewards in an earlier run: a list, one number an epoch")
+        least: float = param(0.6, "least agreement s with the mean curve", maximum=1.0)
+
+    params: Params
+
+    def requires(self) -> Requires:
+        return Requires(columns=(self.params.column,))
+
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
+        curves = [_curve(value) for value in values]
+        longest = max((len(curve) for curve in curves if curve is not None), default=0)
+        bad = [curve is None or len(curve) != longest for curve in curves]
+        return np.array(bad, dtype=np.bool_), f"each must be a list of {longest} numbers or nulls, one for each epoch"
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Draw from the rows that are kept; all rows' curves make the mean."""
+        curves = [_curve(value) or [] for value in ctx.columns[self.params.column]]
+        scores = learning_impact(np.array(curves, dtype=np.float64))[pool]
+        kept = np.flatnonzero(scores >= self.params.least)
+        u = uniforms(ctx.seed, "selector.limr", ctx.interval.index, pool[kept])
+        chosen = kept[top_k(u, budget)]
+        reason = f"{len(chosen)} of {len(kept)} rows with s of {self.params.least:g} or more, of {len(pool)}"
+        return Selection(rows=pool[chosen], scores=scores, reason=reason)
+
+
+def _curve(value: Any) -> list[float] | None:
+    """Return a list of numbers, NaN for null; None for anything else."""
+    values = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(values, list) or not values:
+        return None
+    if any(isinstance(each, bool) or not isinstance(each, int | float | None) for each in values):
+        return None
+    return [np.nan if each is None else float(each) for each in values]
