@@ -125,6 +125,17 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_untied(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with weights of its own at both ends; LLaMA-Factory v1 fails to load a checkpoint of tied ones."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-untied")
+    AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_moe(tiny_model, tmp_path_factory) -> Path:
     """A random mixture of four experts with the tiny model's tokenizer."""
     import shutil

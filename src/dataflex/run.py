@@ -57,9 +57,12 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
     """
     clock = PhaseClock(launch_time() or began)
     if not _is_config(args):
-        from llamafactory.train.tuner import run_exp
-
         sys.argv[1:] = args  # LLaMA-Factory reads them itself when it is asked for help
+        if env_enabled("USE_V1"):
+            from llamafactory.v1.trainers.sft_trainer import run_sft as run_exp
+        else:
+            from llamafactory.train.tuner import run_exp
+
         run_exp(args)
         release_groups()
         return 0
@@ -68,17 +71,23 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
     show_log()
     for note in parts.notes:
         logger.info("%s", note)
-    if config is not None and not config.stock:
+    if config is not None and not config.stock and parts.v1 is None:
         resume(lf)
-    from dataflex.llamafactory.launch import ray_workers
-    from dataflex.llamafactory.swap import run
-
-    ray = config is not None and env_enabled("USE_RAY")
+    ray = config is not None and parts.v1 is None and env_enabled("USE_RAY")
+    base_dir = Path(args[0]).resolve().parent
     try:
-        with ray_workers(mapping, Path(args[0]).resolve().parent) if ray else nullcontext():
-            run(lf, config, parts.early_stopping_min_delta, clock)
+        if parts.v1 is not None:
+            from dataflex.llamafactory.v1 import run as run_v1
+
+            run_v1(parts, clock)
+        else:
+            from dataflex.llamafactory.launch import ray_workers
+            from dataflex.llamafactory.swap import run
+
+            with ray_workers(mapping, base_dir) if ray else nullcontext():
+                run(lf, config, parts.early_stopping_min_delta, clock)
     except Exception as error:
-        told = storage_problem(error, Path(str(lf["output_dir"])))
+        told = storage_problem(error, Path(str(parts.lf.output_dir)))
         if told is None:
             raise
         raise StorageError(told) from error

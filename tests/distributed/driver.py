@@ -4,9 +4,9 @@ Usage: torchrun ... driver.py FOLDER. The ranks wait for ``batch-0.json``, ``bat
 configuration files, or null for the end. A job that fails is noted in ``<file>.rank<r>.error`` with the error's type
 and text, and the next one goes on; ``batch-<n>.done<r>`` says that rank r is through.
 
-Two things that only a machine without accelerators needs are patched here, never in the package:
-accelerate makes FSDP of several ranks on GPU-like devices only, and DeepSpeed would compile a
-shared-memory operator for a minute.
+Three things that only a machine without accelerators needs are patched here, never in the package:
+accelerate makes FSDP of several ranks on GPU-like devices only, DeepSpeed would compile a
+shared-memory operator for a minute, and LLaMA-Factory v1 waits for an accelerator after every step.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def main() -> None:
 
     fsdp_on_cpu()
     deepspeed_without_compiling()
+    if not torch.accelerator.is_available():
+        torch.accelerator.synchronize = lambda *_: None
     # Every job meets at a port of its own, hosted by rank 0: torchrun's own store still holds the last job's keys.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     environment, rank, linear = dict(os.environ), os.environ["RANK"], torch.nn.functional.linear
@@ -111,6 +113,9 @@ def forget_engines() -> None:
     module = sys.modules.get("deepspeed.comm.comm")
     if module is not None:
         module.cdb = None
+    v1 = sys.modules.get("llamafactory.v1.accelerator.interface")
+    if v1 is not None:
+        v1.DistributedInterface._instance = None
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is not None:
         for name, value in vars(groups).items():

@@ -24,10 +24,12 @@ EXAMPLES = ROOT / "examples"
 MOST_BYTES = 20_000_000
 
 COMPONENT_FILES = {"legacy_components.yaml"}
+DATA_FILES = {"v1/data.yaml", "v1/targets.yaml"}
 STOCK = {"demo_static.yaml"}
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.yaml"))
-CONFIGS = [name for name in FILES if name not in COMPONENT_FILES and not name.startswith("scale/")]  # test_scale
-DYNAMIC = [name for name in CONFIGS if name not in STOCK]
+NOT_CONFIGS = COMPONENT_FILES | DATA_FILES
+CONFIGS = [name for name in FILES if name not in NOT_CONFIGS and not name.startswith("scale/")]  # test_scale
+DYNAMIC = [name for name in CONFIGS if name not in STOCK and not name.startswith("v1/")]
 
 OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.orderers.", "dataflex.weighters.")
 REGISTERED = {(kind, name) for kind in KINDS for name in names(kind) if find(kind, name).__module__.startswith(OURS)}
@@ -158,6 +160,19 @@ def test_an_example_runs(name, tiny_model, tiny_moe, tmp_path):
     undocumented = _undocumented(events, (ROOT / "docs" / "report.md").read_text(encoding="utf-8"))
     assert undocumented == set()
     trajectories.check(name, tmp_path / "run")
+
+
+@pytest.mark.trains
+@pytest.mark.usefixtures("_at_the_root")
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("v1/")])
+def test_an_example_of_v1_runs(name, tiny_untied, tmp_path):
+    from dataflex.run import train_here
+
+    settings = [f"model={tiny_untied}", f"output_dir={tmp_path / 'run'}", "cutoff_len=48"]
+    assert train_here([str(EXAMPLES / name), *settings]) == 0
+    events = read_events(tmp_path / "run")
+    assert [event["event"] for event in events][-1] == "finished"
+    assert _undocumented(events, (ROOT / "docs" / "report.md").read_text(encoding="utf-8")) == set()
 
 
 def _undocumented(events, page):

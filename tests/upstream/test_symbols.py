@@ -268,3 +268,48 @@ def test_trackers_look_up_how_numbers_are_named():
         assert "rewrite_logs(logs)" in inspect.getsource(getattr(trackers, name).on_log).replace("non_scalar_", "")
     for callback in (PrinterCallback, ProgressCallback):
         assert list(inspect.signature(callback.on_log).parameters) == "self args state control logs kwargs".split()
+
+
+def test_the_trainer_of_v1_goes_through_batches_in_this_order():
+    """The seams of LLaMA-Factory v1: what is looked up where, and when a step's batches are gone through."""
+    from llamafactory.v1.core import base_trainer
+    from llamafactory.v1.core.utils import checkpoint
+    from llamafactory.v1.trainers import sft_trainer
+
+    source = inspect.getsource(base_trainer.BaseTrainer.fit)
+    steps = [
+        "while self.global_step < self.num_training_steps",
+        "self.train_batch_generator.set_epoch(",
+        "for micro_batches in self.train_batch_generator",
+        "compute_valid_tokens(micro_batches)",
+        "for i, micro_batch in enumerate(micro_batches)",
+        "self.compute_loss(micro_batch)",
+        "loss * mini_step_valid_tokens * self.dp_size / (step_valid_tokens + 1e-6)",
+        "loss.backward()",
+        "clip_grad_norm_(",
+        "self.optimizer.step()",
+        "self.callback_handler.on_step_end(",
+        "self.callback_handler.on_log(",
+        "self._checkpoint.save(epoch)",
+    ]
+    places = [source.index(step) for step in steps]
+    assert places == sorted(places)
+    made = inspect.getsource(base_trainer.BaseTrainer)
+    for call in ("BatchGenerator(", "TrainingCheckpointCoordinator(self)", "self._checkpoint.resume("):
+        assert call in made
+    assert "SFTTrainer(" in inspect.getsource(sft_trainer.run_sft)
+    saved = inspect.getsource(checkpoint.TrainingCheckpointCoordinator.save)
+    for name in ("mark_checkpoint_complete(", "save_total_limit", 'f"checkpoint-{self._t.global_step}"'):
+        assert name in saved
+    for name in ("resolve_resume_checkpoint_path", "rotate_checkpoints", "mark_checkpoint_complete"):
+        assert callable(getattr(checkpoint, name))
+
+
+def test_the_data_engine_of_v1():
+    from llamafactory.v1.core.data_engine import DataEngine
+    from llamafactory.v1.core.utils.rendering import Renderer
+
+    assert list(inspect.signature(DataEngine._convert_data_sample).parameters) == ["self", "raw_sample", "dataset_name"]
+    assert list(inspect.signature(Renderer.process_samples).parameters) == ["self", "samples"]
+    for name in ("self.datasets", "self.data_index", "self.dataset_infos"):
+        assert name in inspect.getsource(DataEngine.__init__)

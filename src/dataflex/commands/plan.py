@@ -121,8 +121,11 @@ def _values(view: Forecast, step_seconds: float | None) -> dict[str, Any]:
 
 
 def _mapping(parts: Split) -> dict[str, Any]:
-    lf = {key: getattr(parts.lf, key) for key in _LF_KEYS}
-    del lf["num_train_epochs" if parts.lf.max_steps > 0 else "max_steps"]
+    if parts.v1 is not None:
+        lf = dict(parts.v1)
+    else:
+        lf = {key: getattr(parts.lf, key) for key in _LF_KEYS}
+        del lf["num_train_epochs" if parts.lf.max_steps > 0 else "max_steps"]
     ours = {} if parts.dynamic is None else {"dynamic": as_mapping(parts.dynamic)}
     shown: dict[str, Any] = redacted({**{key: value for key, value in lf.items() if value is not None}, **ours})
     return shown

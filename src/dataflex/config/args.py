@@ -124,7 +124,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                 near = did_you_mean(key, ["dynamic", *known])
                 unknown.append(f"{key}: unknown key{near} (neither LLaMA-Factory's nor 'dynamic')")
             elif entry is not None:
-                value, problem = _converted(key, value, entry)
+                value, problem = convert(key, value, entry)
                 if problem:
                     problems[key] = problem
                 elif value is None and not entry.nullable:
@@ -256,7 +256,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
 
 
-def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
+def convert(key: str, value: Any, entry: Key) -> tuple[Any, str]:
     """Return the value to pass to LLaMA-Factory, and what is wrong with it or an empty text."""
     types = (*entry.types, *_ALSO.get(key, ()))
     if value is None or not entry.types:

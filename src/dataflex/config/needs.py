@@ -461,3 +461,21 @@ def _cached(name: str) -> bool:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
     return (cache / f"models--{name.replace('/', '--')}").is_dir()
+
+
+_LOADING = {
+    "domain_path": "data sets' files are read by LLaMA-Factory's door alone",
+    "domain_clusters": "rows are clustered by LLaMA-Factory's door alone",
+    "domain_encoder": "rows are clustered by LLaMA-Factory's door alone",
+    "eval_by_domain": "evaluation sets are the loop's: give it one for each domain",
+    "leakage": "target rows in the training set are told; remove them before",
+    "early_stopping_min_delta": "it is LLaMA-Factory's early stopping that is changed; use the loop's own",
+}
+"""Keys of the block that act while LLaMA-Factory loads data or trains, and what other loops do instead."""
+
+
+def elsewhere(config: DynamicConfig) -> Iterator[str]:
+    """Yield keys of the block that have no effect outside LLaMA-Factory."""
+    for each in fields(config):
+        if each.name in _LOADING and getattr(config, each.name) != each.default:
+            yield f"dynamic.{each.name}: {_LOADING[each.name]}; remove it"

@@ -13,6 +13,7 @@ from dataflex.config.check import first_told, found_problems, notes
 from dataflex.config.legacy import translate
 from dataflex.config.load import without_oddities
 from dataflex.config.schema import FLAT_KEYS, DynamicConfig, block_keys
+from dataflex.config.v1 import is_v1, named, refused, translated
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import KINDS
 
@@ -25,6 +26,7 @@ class Split:
     dynamic: DynamicConfig | None  # what is decided during training; None for a stock run
     notes: tuple[str, ...] = ()  # what flat keys drop or mean differently, and what else a user should know of
     early_stopping_min_delta: float = 0.0  # a stock run of existing DataFlex may set it too
+    v1: Mapping[str, Any] | None = None  # the keys as LLaMA-Factory v1 has them, of which ``lf`` is what v0 calls them
 
 
 def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
@@ -61,20 +63,31 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
         ConfigError: All problems of the whole configuration, LLaMA-Factory's keys included.
     """
     mapping, told = without_oddities(mapping)
+    v1 = {key: value for key, value in mapping.items() if key != "dynamic"} if is_v1(mapping) else None
+    problems: list[str] = []
+    broken = False
+    if v1 is not None:
+        mapping, problems = translated(mapping)
     try:
         parts = split(mapping, base_dir)
     except ConfigError as error:
         told = first_told(told, error.problems)
         # What can be said about the rest does not depend on the part that is broken.
         lf = {key: value for key, value in mapping.items() if key != "dynamic" and key not in FLAT_KEYS}
-        parts = Split(lf=LlamaFactoryArgs.read(lf), dynamic=DynamicConfig())
+        parts, broken = Split(lf=LlamaFactoryArgs.read(lf), dynamic=DynamicConfig()), True
     if parts.dynamic is not None or check_stock:
-        told = first_told(told, found_problems(parts.dynamic, parts.lf, base_dir))
+        found = found_problems(parts.dynamic, parts.lf, base_dir)
+        if v1 is not None:
+            of_block = () if parts.dynamic is None else refused(None if broken else parts.dynamic, v1)
+            found = first_told([*problems, *of_block], map(named, found))
+        told = first_told(told, found)
     if told:
         raise ConfigError(dict.fromkeys(told))
+    parts = replace(parts, v1=v1)
     if parts.dynamic is None:
         return parts
-    return replace(parts, notes=(*parts.notes, *dict.fromkeys(notes(parts.dynamic, parts.lf, base_dir))))
+    of_run = notes(parts.dynamic, parts.lf, base_dir)
+    return replace(parts, notes=(*parts.notes, *dict.fromkeys(of_run if v1 is None else map(named, of_run))))
 
 
 def _misspelt(mapping: Mapping[str, Any]) -> list[str]:

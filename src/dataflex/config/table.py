@@ -31,6 +31,7 @@ _CLASSES = (
 )
 """Files whose dataclasses LLaMA-Factory parses; a later one's fields replace an earlier one's."""
 
+_V1_CLASSES = tuple(f"llamafactory/v1/config/{name}_args.py" for name in ("model", "data", "training", "sample"))
 _CHOICES = ("transformers/trainer_utils.py", "transformers/training_args.py", "llamafactory/extras/constants.py")
 _TYPES = {"bool": "bool", "int": "int", "float": "float", "str": "str", "dict": "dict", "list": "list", "Path": "str"}
 
@@ -77,6 +78,18 @@ def table() -> Mapping[str, Key]:
 def defaults() -> Mapping[str, Any]:
     """Return the value of each key without one; for keys that the installed version lacks, that of ``table.json``."""
     return {name: key.default for name, key in {**_stored()[1], **table()}.items()}
+
+
+@lru_cache(maxsize=1)
+def v1_table() -> Mapping[str, Key]:
+    """Return all keys of LLaMA-Factory v1, as the installed source says; those of 0.9.5 are expected to be there."""
+    try:
+        choices = dict(_enumerations(_parsed("llamafactory/v1/config/arg_utils.py")))
+        trees = [_parsed(file) for file in _V1_CLASSES]
+    except (OSError, SyntaxError, UnicodeDecodeError, ImportError):
+        return {}
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {name: key for node in classes for name, key in _fields(node, choices)}
 
 
 def read_source() -> dict[str, Key]:

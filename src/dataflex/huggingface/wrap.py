@@ -29,6 +29,7 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.check import setting_problems, takes_token_losses
 from dataflex.config.forecast import Forecast, row_passes
 from dataflex.config.mappings import as_mapping, shown
+from dataflex.config.needs import elsewhere
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.table import table
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
@@ -37,7 +38,7 @@ from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_sp
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
 from dataflex.train.row_space import RowSpace, column_values
-from dataflex.train.session import Loop, Setup, elsewhere
+from dataflex.train.session import Loop, Setup
 from dataflex.version import untested
 
 logger = logging.getLogger(__name__)
@@ -233,16 +234,7 @@ class _Door(Trainer):
         """Measure the prepared training rows and the targets."""
         asked = self._dataflex_asked
         self._dataflex_probe()
-        domains = None if asked.domains is None else column_values(rows, asked.domains)
-        if domains is not None:
-            wanted = "every row's must be text, the domain's name"
-            _refuse_values("domains", asked.domains, domains, (unusable_labels(domains), wanted))
-        columns = {name: column_values(rows, name) for name in (*asked.config.columns, *asked.columns)}
-        for chosen in asked.config.methods:
-            for name in chosen.requires.columns:
-                refused = chosen.build().refused_values(name, columns[name])
-                _refuse_values(f"dynamic.{chosen.kind}", name, columns[name], refused)
-        labels = None if domains is None else domains.tolist()
+        labels, columns = told_of_rows(rows, asked.config, asked.domains, asked.columns)
         if asked.stage == "rl":
             return prompt_space(self, rows, domains=labels, columns=columns)
         return RowSpace.of(
@@ -305,6 +297,32 @@ class _Door(Trainer):
             "labels": padded("labels", -100),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         }
+
+
+def told_of_rows(
+    rows: Dataset, config: DynamicConfig, domains: str | None, more: Sequence[str] = ()
+) -> tuple[list[str] | None, dict[str, NDArray[Any]]]:
+    """Return the domain of each row [N], and the columns that methods ask for and ``more`` ones, each [N].
+
+    Args:
+        rows: Rows that have the columns.
+        config: The dynamic block.
+        domains: Column of the domains; None: all rows are of one.
+        more: Columns that no method asks for.
+
+    Raises:
+        DataError: A value cannot be used.
+    """
+    labels = None if domains is None else column_values(rows, domains)
+    if labels is not None:
+        wanted = "every row's must be text, the domain's name"
+        _refuse_values("domains", domains, labels, (unusable_labels(labels), wanted))
+    columns = {name: column_values(rows, name) for name in (*config.columns, *more)}
+    for chosen in config.methods:
+        for name in chosen.requires.columns:
+            refused = chosen.build().refused_values(name, columns[name])
+            _refuse_values(f"dynamic.{chosen.kind}", name, columns[name], refused)
+    return None if labels is None else labels.tolist(), columns
 
 
 def _refuse_values(

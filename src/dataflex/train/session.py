@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.costs import passes_by_label
 from dataflex.config.forecast import Forecast, row_passes
 from dataflex.config.mappings import as_mapping
-from dataflex.config.needs import FSDP2, unmet
+from dataflex.config.needs import FSDP2, elsewhere, unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts, Weighter
@@ -771,24 +771,6 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
     store, whole = loop.output_dir / checkpoints.FOLDER / "reference", _forecast(setup, loop).serves_all_again
     with setup.clock.phase("reference"):
         return ReferenceLosses(reference.folder, access, store=store, cached=reference.cached, whole=whole)
-
-
-_LOADING = {
-    "domain_path": "data sets' files are read by LLaMA-Factory's door alone",
-    "domain_clusters": "rows are clustered by LLaMA-Factory's door alone",
-    "domain_encoder": "rows are clustered by LLaMA-Factory's door alone",
-    "eval_by_domain": "evaluation sets are the loop's: give it one for each domain",
-    "leakage": "target rows in the training set are told; remove them before",
-    "early_stopping_min_delta": "it is LLaMA-Factory's early stopping that is changed; use the loop's own",
-}
-"""Keys of the block that act while LLaMA-Factory loads data or trains, and what other loops do instead."""
-
-
-def elsewhere(config: DynamicConfig) -> Iterator[str]:
-    """Yield keys of the block that have no effect outside LLaMA-Factory."""
-    for each in fields(config):
-        if each.name in _LOADING and getattr(config, each.name) != each.default:
-            yield f"dynamic.{each.name}: {_LOADING[each.name]}; remove it"
 
 
 def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:

@@ -1,0 +1,43 @@
+"""LLaMA-Factory v1 on two gloo ranks: the rows and losses of one rank, and a resumed run."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.llamafactory.test_v1 import losses, served, sources
+
+pytestmark = pytest.mark.gloo
+BLOCK = {
+    **{"selector": {"name": "loss", "focus": "high"}, "mixer": {"name": "odm"}, "weighter": {"name": "focal"}},
+    **{"interval_steps": 4, "keep_ratio": 0.8, "repeat": True},
+}
+
+
+def test_two_ranks_serve_and_learn_what_one_does(tiny_untied, data_dir, tmp_path, two_ranks):
+    from dataflex.run import train_here
+
+    keys = {
+        **{"model": str(tiny_untied), "template": "chatml", "cutoff_len": 40, "batching_workers": 0, "seed": 3},
+        **{"global_batch_size": 4, "learning_rate": 2e-3, "max_steps": 6, "save_steps": 3, "dynamic": BLOCK},
+        "train_dataset": sources(tmp_path, data_dir, "alpha", "beta"),
+    }
+
+    def file(name, **changes):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**keys, "output_dir": str(tmp_path / name), **changes}))
+        return path
+
+    resumed = tmp_path / "two" / "checkpoint-3"
+    two, again = file("two", micro_batch_size=1), file("again", micro_batch_size=1, resume_from_checkpoint=str(resumed))
+    printed = two_ranks([two, again])
+    assert not [*tmp_path.glob("*.error")], printed[-4000:]
+    assert train_here([str(file("one", micro_batch_size=2, save_steps=None))]) == 0
+    one = tmp_path / "one"
+    assert served(tmp_path / "two").tolist() == served(one).tolist()
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=2e-5)
+    assert losses(tmp_path / "again") == losses(tmp_path / "two")[3:]
+    shutil.rmtree(tmp_path / "two")
