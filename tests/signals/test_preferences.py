@@ -167,8 +167,7 @@ def their_gradient(trainer, model, row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(("name", "kind"), [(name, "lora") for name in LOSSES] + [("smoothed", "full")])
 def test_gradients_are_those_of_the_trainers_own_loss(kind, name):
     """Products with a target's gradient and norms, pair by pair, against autograd of LLaMA-Factory's loss."""
     loss = LOSSES[name]
