@@ -72,7 +72,7 @@ def test_page_of_a_method_with_ranges_choices_and_targets() -> None:
 
 def test_filters() -> None:
     found = methods(needs="targets", stage="dpo", family="selector").values["methods"]
-    assert [each["name"] for each in found] == ["bm25", "dsir"]
+    assert {each["name"] for each in found} == {"less", "icons", "cluster_less", "bm25", "dsir", "greats", "opus"}
     assert [each["name"] for each in methods(family="weighters").values["methods"]] == names("weighter")
     free = methods(needs="nothing").values["methods"]
     assert {"all", "random"} <= {each["name"] for each in free}
