@@ -416,7 +416,7 @@ def test_data_that_cannot_be_planned_is_refused(kind, tmp_path):
 
 def test_domains_that_are_no_text_are_refused(kind, tmp_path):
     trainer = kind.make("Trainer", tmp_path, {"mixer": "uniform"}, domains="quality")
-    with pytest.raises(DataError, match=r"row 0 of the training set has quality = 0\.0"):
+    with pytest.raises(DataError, match=r"row 0 of the training set, has quality = 0\.0"):
         trainer.train()
 
 

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -37,7 +36,7 @@ from dataflex.huggingface.loop import preference_loss
 from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_space
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
-from dataflex.train.row_space import RowSpace, column_values
+from dataflex.train.row_space import RowSpace, column_values, refuse_values
 from dataflex.train.session import Loop, Setup
 from dataflex.version import untested
 
@@ -316,23 +315,17 @@ def told_of_rows(
     labels = None if domains is None else column_values(rows, domains)
     if labels is not None:
         wanted = "every row's must be text, the domain's name"
-        _refuse_values("domains", domains, labels, (unusable_labels(labels), wanted))
+        refuse_values("domains", domains, labels, (unusable_labels(labels), wanted), _place)
     columns = {name: column_values(rows, name) for name in (*config.columns, *more)}
     for chosen in config.methods:
         for name in chosen.requires.columns:
             refused = chosen.build().refused_values(name, columns[name])
-            _refuse_values(f"dynamic.{chosen.kind}", name, columns[name], refused)
+            refuse_values(f"dynamic.{chosen.kind}", name, columns[name], refused, _place)
     return None if labels is None else labels.tolist(), columns
 
 
-def _refuse_values(
-    key: str, name: str | None, values: NDArray[Any], refused: tuple[NDArray[np.bool_], str] | None
-) -> None:
-    """Raise DataError with the first row of a column whose value cannot be used."""
-    if refused is not None and refused[0].any():
-        row = int(np.flatnonzero(refused[0])[0])
-        value = values[row].item() if isinstance(values[row], np.generic) else values[row]
-        raise DataError(f"{key}: row {row} of the training set has {name} = {shown(value)}; {refused[1]}")
+def _place(row: int) -> str:
+    return f"row {row} of the training set"
 
 
 def _supervised(rows: Dataset, collator: Any) -> Dataset:

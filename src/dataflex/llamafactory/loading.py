@@ -36,7 +36,7 @@ from dataflex.llamafactory.shards import BadShard, BadShards, bottom, load_sound
 from dataflex.llamafactory.streaming import serve
 from dataflex.llamafactory.turns import DOCUMENTS, NUMBER, NumberedProcessor, WeighedConverter, WeighedProcessor
 from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
-from dataflex.train.row_space import column_values
+from dataflex.train.row_space import column_values, refuse_values
 
 logger = logging.getLogger(__name__)
 
@@ -393,24 +393,8 @@ class RawRows:
         return f"data set {name!r}, row {position + 1:,} of {len(self.parts[which]):,}{told}"
 
     def check(self, key: str, name: str, values: NDArray[Any], refused: tuple[NDArray[np.bool_], str] | None) -> None:
-        """Refuse unusable values of a column.
-
-        Args:
-            key: Path of the key that asks for the column.
-            name: The column.
-            values: Its values [N].
-            refused: Mask of unusable values [N], and what they must be; None where all can be used.
-
-        Raises:
-            DataError: There are such values, with the place of the first.
-        """
-        if refused is None or not refused[0].any():
-            return
-        bad, wanted = refused
-        row = int(np.flatnonzero(bad)[0])
-        value = values[row].item() if isinstance(values[row], np.generic) else values[row]
-        others = f" (and {int(bad.sum()) - 1:,} more rows)" if bad.sum() > 1 else ""
-        raise DataError(f"{key}: {self._place(row)}, has {name} = {shown(value)}{others}; {wanted}")
+        """Refuse unusable values of a column, see ``refuse_values``."""
+        refuse_values(key, name, values, refused, self._place)
 
 
 def _line_of(file: Path, position: int) -> int | None:

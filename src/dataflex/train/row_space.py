@@ -166,6 +166,34 @@ class TokenColumn:
                     raise DataError(f"{key}: {place(row)} has {shown(bad)} in {self._name}; {WANTED_WEIGHTS}")
 
 
+def refuse_values(
+    key: str,
+    name: str | None,
+    values: NDArray[Any],
+    refused: tuple[NDArray[np.bool_], str] | None,
+    place: Callable[[int], str],
+) -> None:
+    """Refuse unusable values of a column.
+
+    Args:
+        key: Path of the key that asks for the column.
+        name: The column.
+        values: Its values [N].
+        refused: Mask of unusable values [N], and what they must be; None where all can be used.
+        place: Tells where a row is from.
+
+    Raises:
+        DataError: There are such values, with the place of the first.
+    """
+    if refused is None or not refused[0].any():
+        return
+    bad, wanted = refused
+    row = int(np.flatnonzero(bad)[0])
+    value = values[row].item() if isinstance(values[row], np.generic) else values[row]
+    others = f" (and {int(bad.sum()) - 1:,} more rows)" if bad.sum() > 1 else ""
+    raise DataError(f"{key}: {place(row)}, has {name} = {shown(value)}{others}; {wanted}")
+
+
 def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: str) -> str:
     """Return a hash of the sizes of the sources, the source of each row [N], and the hash of their tokens."""
     return blake2b(repr(sorted(sizes.items())).encode(), labels.tobytes(), content.encode(), size=8).hex()
