@@ -85,7 +85,7 @@ class FakeSignals:
             kinds.InRun: self._in_run,
             kinds.GateLoads: self._gate_loads,
             kinds.GradientScores: self._gradient_scores,
-            kinds.GradientNorms: lambda _, rows, target: np.linalg.norm(self._gradients[rows], axis=1),
+            kinds.GradientNorms: lambda _, rows, target: np.linalg.norm(self._gradients_of(target)[rows], axis=1),
             kinds.GradientSketches: self._gradient_sketches,
             kinds.GradientProducts: self._gradient_products,
             kinds.ResponseGradientScores: self._response_gradient_scores,

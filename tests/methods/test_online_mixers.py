@@ -14,7 +14,21 @@ from dataflex.errors import CheckpointError, ConfigError, DataError, Unsupported
 from dataflex.method import Benefit
 from dataflex.mixers._lib import held_out_losses
 from dataflex.mixers.fixed import RandomShares
-from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
+from dataflex.mixers.gradient_shares import (
+    Dga,
+    Doge,
+    DynamixSft,
+    Grape,
+    Pike,
+    RegroupBalance,
+    balanced,
+    between,
+    doge_scores,
+    domain_gradients,
+    grape_update,
+    pike_scores,
+    tilted,
+)
 from dataflex.mixers.held_out import (
     Aioli,
     DynamicMoe,
@@ -680,3 +694,95 @@ def test_ledger_does_not_forecast():
     mixer = ByLedger(ByLedger.Params())
     with pytest.raises(UnsupportedError, match="not known before"):
         mixer.mix(example_context(start_step=10, stop_step=20, benefit=None))
+
+
+# ---------------------------------------------------------------- DynamixSFT, R&B, GRAPE
+
+
+def test_dynamix_of_the_specification():
+    prior, value = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.5, 0.9])
+    assert tilted(prior, value, 4.0, 0.0).tolist() == pytest.approx([0.168925, 0.239054, 0.592021], abs=1e-6)
+    assert tilted(prior, value, 4.0, 0.3).tolist() == pytest.approx([0.218247, 0.267338, 0.514415], abs=1e-6)
+    before, after = np.array([2.0, 1.0, 3.0]), np.array([1.9, 0.98, 2.7])
+    falls = (before - after) / before
+    assert falls.tolist() == pytest.approx([0.05, 0.02, 0.1])
+    assert between(falls).tolist() == pytest.approx([0.375, 0.0, 1.0])
+    assert (0.95 * value + 0.05 * between(falls)).tolist() == pytest.approx([0.113750, 0.475, 0.905])
+    assert between(np.ones(3)).tolist() == [0.0] * 3
+
+
+def planted(losses):
+    """Gradients of 24 rows whose domains have the mean norms 1, 2 and 0.5, without noise."""
+    gradients = np.repeat([[1.0, 0.0], [0.0, 2.0], [0.5, 0.0]], 8, axis=0)
+    return FakeSignals(np.repeat(losses, 8), gradients=gradients)
+
+
+def test_dynamix_tilts_the_prior_by_relative_falls():
+    mixer = DynamixSft(DynamixSft.Params(rows_per_domain=4, memory=0.5))
+    signals = planted([2.0, 1.0, 5.0])
+    assert mixer.mix(warming(context(THREE, signals=signals))).proportions.tolist() == [1 / 3] * 3
+    falls, value = np.array([1.0 / 2, 4.0 / 1, 0.25 / 5]), np.zeros(3)
+    for _ in range(3):
+        found = mixer.mix(context(THREE, signals=signals)).proportions
+        value = 0.5 * value + 0.5 * (falls - falls.min()) / np.ptp(falls)
+        powers = np.exp(4.0 * value)
+        np.testing.assert_allclose(found, 0.7 * powers / powers.sum() + 0.1, rtol=1e-6)
+
+
+def test_rnb_of_the_specification():
+    products = np.array([[4.0, 1, 0], [1, 2, -1], [0, -1, 3]])
+    wanted = np.array([0.5, 0.3, 0.2])
+    assert balanced(products, wanted, 1.0).tolist() == pytest.approx([0.495722, 0.282395, 0.221882], abs=1e-6)
+    assert balanced(products, wanted, 3.0).tolist() == pytest.approx([0.784598, 0.145046, 0.070356], abs=1e-6)
+    assert balanced(np.zeros((3, 3)), wanted, 3.0) is None
+
+
+def test_rnb_follows_the_evaluation():
+    signals = planted([1.0, 1.0, 1.0])
+    mixer = RegroupBalance(RegroupBalance.Params(evaluation={"a": 0.0, "b": 0.0, "c": 1.0}, last_blocks=None))
+    assert mixer.mix(warming(context(THREE, signals=signals))).proportions.tolist() == [1 / 3] * 3
+    aligned = np.array([0.5, 0.0, 0.25])  # products with the gradient of c
+    powers = np.exp(3.0 * aligned / np.linalg.norm(aligned))
+    found = mixer.mix(context(THREE, signals=signals)).proportions
+    np.testing.assert_allclose(found, powers / powers.sum(), rtol=1e-6)
+    none = FakeSignals(np.ones(24), gradients=np.zeros((24, 2)))
+    with pytest.raises(DataError, match="sum to 0"):
+        mixer.mix(context(THREE, signals=none))
+    with pytest.raises(ValueError, match="evaluation: 'sizes' is neither"):
+        RegroupBalance.Params(evaluation="sizes")
+
+
+def test_grape_of_the_specification():
+    half, even = logs(np.full(2, 0.5)), logs(np.full(3, 1 / 3))
+    tasks = exponentiated(half, -np.array([2.0, 0.5]), eta=1.0)
+    assert softmax(tasks).tolist() == pytest.approx([0.182426, 0.817574], abs=1e-6)
+    products = np.array([[1, 0.2], [0.1, 0.9], [-0.3, 0.4]])
+    aligned = products @ softmax(tasks)
+    assert aligned.tolist() == pytest.approx([0.345940, 0.754060, 0.272302], abs=1e-6)
+    assert softmax(exponentiated(even, aligned, eta=1.0)).tolist() == pytest.approx(
+        [0.291291, 0.438098, 0.270612], abs=1e-6
+    )
+    z, alpha = grape_update(half, even, products, eta=0.7, eta_targets=0.4)
+    slow_z = [0.5 * math.exp(-0.4 * sum(products[:, n]) / 3) for n in range(2)]
+    slow_z = [value / sum(slow_z) for value in slow_z]
+    slow = [math.exp(0.7 * sum(slow_z[n] * products[k, n] for n in range(2))) for k in range(3)]
+    assert softmax(z).tolist() == pytest.approx(slow_z)
+    assert softmax(alpha).tolist() == pytest.approx([value / sum(slow) for value in slow])
+
+
+def test_grape_serves_who_helps_the_target_that_improves_least():
+    """Domain a helps the first target, b the second one, whose gradient is small: its weight grows."""
+    gradients = np.repeat([[1.0, 0.0], [0.0, 1.0], [0.1, 0.1]], 8, axis=0)
+    signals = FakeSignals(
+        np.ones(24),
+        gradients=gradients,
+        targets={"x": [1.0], "y": [1.0]},
+        target_rows={"x": [[4.0, 0.0]], "y": [[0.0, 1.0]]},
+    )
+    mixer = Grape(Grape.Params(rows_per_domain=4, eta_targets=1.0, eta=0.5))
+    for _ in range(12):
+        found = mixer.mix(example_context(THREE, targets=("x", "y"), signals=signals))
+    tasks = softmax(mixer.log_tasks)
+    assert tasks[1] > 0.8
+    assert found.proportions[2] < found.proportions[:2].min()
+    assert found.reason.startswith(f"largest weight {tasks[1]:.3g} (y): ")

@@ -102,13 +102,13 @@ class InitialParams(Params):
             raise ValueError(f"initial: {self.initial!r} is neither 'size' nor 'uniform' nor numbers by domain")
 
 
-def first_proportions(written: Any, ctx: Context, method: str) -> Floats:
-    """Return proportions [K] as ``InitialParams.initial`` writes them."""
+def first_proportions(written: Any, ctx: Context, method: str, key: str = "initial") -> Floats:
+    """Return proportions [K] as ``InitialParams.initial`` writes them, or another parameter ``key``."""
     if written == "size":
         return normalized(sizes(ctx, method))
     if written == "uniform":
         return equal(len(ctx.domains.names))
-    return by_domain(written, ctx.domains.names, "dynamic.mixer.initial")
+    return by_domain(written, ctx.domains.names, f"dynamic.mixer.{key}")
 
 
 class ExponentiatedMixer(LearningMixer):
