@@ -91,8 +91,8 @@ def _set_of(key: str) -> str:
 def domain_loss_chart(runs: Sequence[Recorded]) -> Chart | None:
     """Loss of each domain in training."""
     run = runs[0].run
-    found = {name: run.logged(f"dataflex/loss/{name}") for name, _ in most_served(run, PANELS)}
-    curves = {name: curve for name, curve in found.items() if len(curve) > 1}
+    found = run.by_domain("loss")
+    curves = {name: found[name] for name, _ in most_served(run, PANELS) if len(found.get(name, ())) > 1}
     if not curves:
         return None
     change = {name: curve[-1][1] - curve[0][1] for name, curve in curves.items()}
@@ -101,7 +101,7 @@ def domain_loss_chart(runs: Sequence[Recorded]) -> Chart | None:
     told = f"In training the loss of {middle(labels[best], 28)} changed by {change[best]:+.3f}"
     told += f", of {middle(labels[worst], 28)} by {change[worst]:+.3f}" if worst != best else ""
     beside = [
-        (each.title, {name: curve for name in curves if (curve := each.run.logged(f"dataflex/loss/{name}"))})
+        (each.title, {name: curve for name, curve in each.run.by_domain("loss").items() if name in curves})
         for each in runs
     ]
     return Chart(headline=told, y=_unit(run), panels=lines(beside), **over_steps(run))

@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from dataflex.record.chart import Chart, Panel, Points, Series
@@ -38,7 +38,7 @@ _STYLE = {
     "legend.fontsize": 9,
     "text.parse_math": False,
 }
-_ACROSS = 4
+_ACROSS, _WIDE = 4, 9.0
 _LOOKS: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.6},
     "faint": {"linewidth": 0.9, "alpha": 0.45},
@@ -72,15 +72,26 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _broken(chart: Chart) -> str:
+    return textwrap.fill(middle(chart.headline, 400), 92)
+
+
+def _adjust(figure: Figure, high: float, down: int, top: float, bottom: float) -> None:
+    """Set the margins around small multiples and between them, in inches."""
+    left, right, between, below = 0.6, 0.1, 0.7, 0.5
+    wide, tall = (_WIDE - left - right + between) / _ACROSS - between, (high - top - bottom + below) / down - below
+    sides = {"left": left / _WIDE, "right": 1 - right / _WIDE, "top": 1 - (top + 0.25) / high, "bottom": bottom / high}
+    figure.subplots_adjust(**sides, wspace=between / wide, hspace=below / tall)
+
+
 def _headline(figure: Figure, chart: Chart) -> Figure:
     """Set the title over the whole figure, broken where the figure ends."""
-    text = textwrap.fill(middle(chart.headline, 400), 92)
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(_broken(chart), x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(9.0, height), layout="constrained")
+def _figure(height: float, rows: int = 1, columns: int = 1, layout: str | None = "constrained") -> tuple[Figure, Any]:
+    figure = Figure(figsize=(_WIDE, height), layout=layout)
     return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
@@ -98,14 +109,17 @@ def _gaps(values: Points) -> NDArray[np.float64]:
 
 
 def _percent_axis(axis: Axis) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
 
 
 def _lines(chart: Chart) -> Figure:
     many = len(chart.panels)
     across = 1 if many == 1 else min(many, _ACROSS)
     down = -(-many // across)
-    figure, every = _figure(4.6 if many == 1 else min(1.0 + 1.9 * down, 14.5), down, across)
+    high = 4.6 if many == 1 else min(1.0 + 1.9 * down, 14.5)
+    # Labels of small multiples are short; to measure those of 24 panels takes longer than to draw them.
+    fixed = down > 1 and not any(panel.x or panel.y for panel in chart.panels)
+    figure, every = _figure(high, down, across, None if fixed else "constrained")
     for axes, panel in zip(every, chart.panels, strict=False):
         _panel(axes, chart, panel, small=across > 1)
     for axes in every[many:]:
@@ -114,8 +128,11 @@ def _lines(chart: Chart) -> Figure:
         handles = {
             handle.get_label(): handle for axes in every[:many] for handle in axes.get_legend_handles_labels()[0]
         }
-        if len(handles) > 1:
-            figure.legend(handles=list(handles.values()), loc="outside lower left", ncols=4)
+        rows = -(-len(handles) // 4) if len(handles) > 1 else 0
+        if rows:
+            figure.legend(handles=list(handles.values()), loc=f"{'' if fixed else 'outside '}lower left", ncols=4)
+        if fixed:
+            _adjust(figure, high, down, 0.45 + 0.2 * _broken(chart).count("\n"), 0.55 + 0.2 * rows)
         figure.supxlabel(chart.x if not any(panel.x for panel in chart.panels) else "", fontsize=10)
     elif any(series.name for series in chart.series):
         every[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)

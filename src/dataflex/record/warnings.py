@@ -230,8 +230,9 @@ def _idle_domains(view: Recorded) -> Iterator[str]:
     if len(counts) < 3:
         return
     shares = counts / counts.sum(1, keepdims=True)
+    losses = run.by_domain("loss")
     for at, name in enumerate(names):
-        curve = [value for _, value in run.logged(f"dataflex/loss/{name}")]
+        curve = [value for _, value in losses.get(name, [])]
         third = len(curve) // 3
         if third < 2 or shares[-1, at] < 1.2 * shares[0, at] or shares[-1, at] < 0.02:
             continue
