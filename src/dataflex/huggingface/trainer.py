@@ -23,7 +23,7 @@ from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.huggingface.evaluation import EvaluationMixin
 from dataflex.huggingface.loop import EpochShell, StopOnTerm, loop_of, replaced
-from dataflex.huggingface.trackers import shown_apart
+from dataflex.huggingface.trackers import send_report, shown_apart
 from dataflex.train.average import WeightAverage
 from dataflex.train.loader import ROWS, NumberedBatches, NumberedStream, unchanged
 from dataflex.train.loss import balance_loss
@@ -119,6 +119,8 @@ class TrainerMixin(EvaluationMixin):
         stop, step = self._dataflex_stop, self.state.global_step
         if stop is None or not stop.settle():
             self.dataflex.settle(self._dataflex_index(step))
+            if self.is_world_process_zero():
+                send_report(self.callback_handler.callbacks, self.dataflex.recorder.directory, step)
             found = super()._finalize_training(*args, **kwargs)
             average = self.dataflex.average
             self._dataflex_average = None if average is None else average.found()

@@ -90,7 +90,7 @@ def _headline(figure: Figure, chart: Chart) -> Figure:
     return figure
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, layout: str | None = "constrained") -> tuple[Figure, Any]:
+def _figure(height: float, rows: int = 1, columns: int = 1, layout: Any = "constrained") -> tuple[Figure, Any]:
     figure = Figure(figsize=(_WIDE, height), layout=layout)
     return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
