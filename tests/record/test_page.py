@@ -161,7 +161,8 @@ def test_several_runs_are_compared_and_one_without_a_record_has_its_losses(tmp_p
     )
     logs = [{"loss": 2.0, "step": 10}, {"eval_loss": 1.9, "step": 40}, {"eval_loss": 1.5, "step": 80}, {"loss": 1.0}]
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    (tmp_path / "c" / "trainer_state.json").write_text(json.dumps({"log_history": logs, "global_step": 90}))
+    (tmp_path / "c" / "eval_results.json").write_text(json.dumps({"epoch": 1.0, "eval_loss": 1.4}))
     _, told = page_of(*(tmp_path / name for name in "abc"))
     assert [run["title"] for run in told["runs"]] == ["a", "b", "c"]
     assert told["missing"] == [
@@ -175,7 +176,11 @@ def test_several_runs_are_compared_and_one_without_a_record_has_its_losses(tmp_p
     named = [[series["name"] for series in panel["series"]] for panel in compared["panels"]]
     assert named == [["a", "b", "c"], ["a", "b"]]
     assert "c has no seconds in its record, so that it is not compared at equal seconds." in sections["loss"]["notes"]
-    assert compared["panels"][0]["series"][2] == {**compared["panels"][0]["series"][2], "x": [40, 80], "y": [1.9, 1.5]}
+    assert compared["panels"][0]["series"][2] == {
+        **compared["panels"][0]["series"][2],
+        "x": [40, 80, 90],
+        "y": [1.9, 1.5, 1.4],
+    }
     differ = next(table for table in sections["repeat"]["tables"] if table["caption"] == "Differences in configuration")
     assert ["dynamic.selector.name", "loss", "random", "-"] in differ["rows"]
     assert "b ended at" in told["sentences"][2]

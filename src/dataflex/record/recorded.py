@@ -33,7 +33,7 @@ from dataflex.record.read import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE, RESULTS = "trainer_state.json", "eval_results.json"
 _PLANS = 2048
 _SCORED = 24
 """Intervals whose scores are read, evenly spaced."""
@@ -164,6 +164,16 @@ def recorded(run_dir: Path | str) -> Recorded:
     )
 
 
+def _evaluated_last(path: Path, step: Any) -> list[Event]:
+    """Return what LLaMA-Factory measured after the last step, which is not in the Trainer's log."""
+    try:
+        metrics = {key: value for key, value in json.loads(path.read_bytes()).items() if key not in _NO_LOG}
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return []
+    event, _ = sound_event({"event": "evaluated", "step": step, "time": 0, "metrics": metrics})
+    return [] if event is None else [event]
+
+
 def _without_record(run_dir: Path) -> Recorded:
     """Read the losses and metrics that the Trainer itself keeps of a run."""
     path = run_dir / TRAINER_STATE
@@ -182,6 +192,9 @@ def _without_record(run_dir: Path) -> Recorded:
         event, _ = sound_event({**told, "event": kind, "step": step, "time": 0})
         if event is not None and metrics:
             events.append(event)
+    last = stored.get("global_step") if events else None
+    if not any(event["event"] == "evaluated" and event["step"] == last for event in events):
+        events += _evaluated_last(run_dir / RESULTS, last)
     if not events:
         raise DataError(f"{run_dir} has no dataflex/{EVENTS}, and {path.name} holds no log")
     missing = (

@@ -155,8 +155,12 @@ def _helped(runs: Sequence[Recorded]) -> str:
             told += f"; {other.title} has no held-out loss to compare with"
             continue
         mine, theirs = run.metrics()[shared][-1], other.run.metrics()[shared][-1]
+        if (mine[0] > 0) != (theirs[0] > 0):
+            told += f"; {other.title} was measured at step {theirs[0]} alone, which compares with nothing"
+            continue
         gap = mine[1] - theirs[1]
-        told += f"; {other.title} ended at {number(theirs[1])} (step {theirs[0]}), so this run is "
+        where = f"step {theirs[0]}" + (f", {shared}" if shared != key else "")
+        told += f"; {other.title} ended at {number(theirs[1])} ({where}), so this run is "
         told += f"{number(abs(gap))} {'lower' if gap < 0 else 'higher'}" if gap else "equal"
         if (equal := at_equal_compute([runs[0], other], shared)) is not None:
             gap = equal[1][0] - equal[1][1]
