@@ -73,11 +73,12 @@ class StandIn:
             self.columns = list(columns if dataframe is None else dataframe.columns)
             self.lines = data if dataframe is None else dataframe.to_numpy().tolist()
 
+    class Sheet:
         def add(self, headers, rows):
             self.columns, self.lines = headers, rows
 
     def __init__(self):
-        self.logged, self.step, self.echarts = {}, None, SimpleNamespace(Table=self.Table)
+        self.logged, self.step, self.echarts = {}, None, SimpleNamespace(Table=self.Sheet)
 
     def log(self, data, step=None):
         self.step = data.pop("train/global_step", step)
