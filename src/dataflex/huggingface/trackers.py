@@ -175,7 +175,10 @@ def _of_report(record: Path) -> tuple[Figures, Tables]:
         for name, content in draw(made).items()
     }
     tables = {
-        f"dataflex_tables/{middle(table['caption'], 60)}": ([each["name"] for each in table["columns"]], table["rows"])
+        f"dataflex_tables/{middle(table['caption'], 60)}": (
+            [each["name"] or "name" for each in table["columns"]],
+            table["rows"],
+        )
         for section in report_of(runs, made, {"notes": []})["sections"]
         for table in section["tables"]
     }
