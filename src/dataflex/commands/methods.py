@@ -30,6 +30,8 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     **{("orderer", name): {"by": "length"} for name in "sorting folding zigzag segment stair saw pacing".split()},
     ("weighter", "slm"): {"reference": "runs/reference"},
     ("weighter", "rho"): {"reference": "runs/reference"},
+    ("weighter", "ss_token"): {"reference": "runs/base"},
+    ("weighter", "pear"): {"reference": "runs/author"},
     ("weighter", "product"): {"of": ["column", {"name": "slm", "reference": "runs/reference"}]},
     ("mixer", "staged"): {
         "stages": [{"start_step": 0, "proportions": [0.9, 0.1]}, {"start_step": 500, "proportions": [0.5, 0.5]}]
