@@ -16,6 +16,7 @@ from dataflex.record.text import columns, rows_of
 from dataflex.registry import KINDS, names
 
 _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
+    ("selector", "limr"): {"column": "rewards_by_epoch"},
     ("selector", "nice"): {"reward": "rougeL"},
     ("selector", "delta_loss"): {"updates": 10},
     ("selector", "compose"): {"represent": "rds_plus", "aggregate": "round_robin", "rule": "knn_kde"},
@@ -228,6 +229,8 @@ def example(cls: type[Method]) -> dict[str, Any]:
         block["targets"] = ["my_target"]
     block.update(_EXAMPLE_PARAMS.get((cls.kind, cls.name), {}))
     head = {"interval_steps": 100} if requirements(cls).needs_interval else {}
+    if "rollouts" in requirements(cls).signals:
+        head = {"interval_steps": 1}
     if "preference_logps" in requirements(cls).signals:
         head = {"warmup_steps": 100, **head}
     if requirements(cls).within_batch:
