@@ -13,7 +13,7 @@ from dataflex.errors import DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.plan.domains import Floats
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import GRADIENTS, even
+from dataflex.selectors._lib import GRADIENTS, TOKEN_LOSSES, even
 from dataflex.signals.kinds import GradientNorms, GradientSketches
 from dataflex.signals.specs import GradientOptions
 
@@ -81,7 +81,7 @@ class Gist(ScoringSelector):
     params: Params
 
     def requires(self) -> Requires:
-        return replace(GRADIENTS, passes=Passes(pool=(1.0, 1.0), targets=(2.0, 2.0)))
+        return replace(GRADIENTS, stages=TOKEN_LOSSES.stages, passes=Passes(pool=(1.0, 1.0), targets=(2.0, 2.0)))
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return cosines by target [T, N]; DataError where a target has no row with a gradient."""
