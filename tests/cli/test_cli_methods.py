@@ -74,6 +74,10 @@ def test_filters() -> None:
     found = methods(needs="targets", stage="dpo", family="selector").values["methods"]
     assert {each["name"] for each in found} == {"less", "icons", "cluster_less", "bm25", "dsir", "greats", "opus"}
     assert [each["name"] for each in methods(family="weighters").values["methods"]] == names("weighter")
+    in_rl, in_sft = ({each["name"] for each in methods(stage=stage).values["methods"]} for stage in ("rl", "sft"))
+    assert {"mopps", "sec", "random", "sorting"} <= in_rl
+    assert not {"bm25", "loss", "odm", "focal"} & in_rl
+    assert not {"mopps", "sec"} & in_sft
     free = methods(needs="nothing").values["methods"]
     assert {"all", "random"} <= {each["name"] for each in free}
     assert all(each["needs"] == "" for each in free)

@@ -114,6 +114,9 @@ def _filtered(
             return False
         of = requirements(cls)
         without = not _needs(cls, of)
+        rewards = frozenset({"rollouts"})  # all that stage rl gives, and no other stage does
+        if stage is not None and (of.signals - rewards if stage == "rl" else of.signals & rewards):
+            return False
         return (stage is None or stage in of.stages) and all(
             without if word == "nothing" else (word == "domains" and kind == "mixer") or _WORDS[word](of)
             for word in asked
