@@ -94,8 +94,9 @@ def measured(kind: str, how: str, steps: int) -> None:
             times[hooked].append(time.process_time() - started)
     plain, beside = (statistics.median(times[hooked]) for hooked in (False, True))
     held = held_bytes(lambda: forward(False))
-    # Inputs as they are, or where rows' gradients are formed, are those that autograd holds.
-    sides = [matrix.inputs for matrix in capture._matrices.values() if matrix.vectors is None]
+    # Inputs as they are, or where rows' gradients are formed of them, are those that autograd holds.
+    matrices = capture._matrices.values()
+    sides = [each.inputs for each in matrices if each.vectors is None or (each.widened and how == "sketches")]
     kept = ROWS * TOKENS * 4 * sum(side.columns for side in sides if side.projection is not None)
     print(
         f"{kind:<5} {how:<9} {len(layers)} layers: plain {plain:.3f} s, with hooks {beside:.3f} s, ratio "

@@ -690,7 +690,9 @@ class StepCapture(StepHooks):
         if matrix is None:
             return kept
         tokens, side = kept[0], matrix.inputs
-        if matrix.vectors is not None and (not matrix.widened or self._holds_inputs(tokens)):
+        # For sketches alone wide inputs are projected at once, together with those of other layers and still in the
+        # processor's cache; with directions there are as many columns as the narrow side has, and more.
+        if matrix.vectors is not None and (not matrix.widened or (self._num and self._holds_inputs(tokens))):
             return tokens
         return side.of(tokens) if side.projection is None else self._wait(tokens, side)
 
