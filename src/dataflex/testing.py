@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.method import BatchView, Benefit, Context, Rows
+from dataflex.contract import class_problems
+from dataflex.errors import DataFlexError
+from dataflex.method import (
+    IN_RUN,
+    BatchView,
+    Benefit,
+    Context,
+    DomainWeighter,
+    Method,
+    Mixer,
+    Orderer,
+    Rows,
+    Selection,
+    Selector,
+    Weighter,
+)
 from dataflex.plan.domains import Domains, DomainStats
 from dataflex.plan.rollouts import RolloutStats
 from dataflex.plan.schedule import Interval
@@ -445,6 +461,212 @@ def global_random_state_untouched() -> Iterator[None]:
     for stream, was, now in zip(("Python's", "numpy's", "torch's"), before, snapshot(), strict=True):
         if was is not None and was != now:
             raise AssertionError(f"{stream} global random state was moved; draw from ctx.rng(name) instead")
+
+
+_ROWS = 64  # of example_context
+_STEPS = [{"index": i, "start_step": 10 * i, "stop_step": 10 * i + 10} for i in range(14)]
+
+
+def decision(method: Method, *, columns: Mapping[str, NDArray[Any]] | None = None, **context: Any) -> Any:
+    """Ask a method once, let it see what follows a decision, and return its answer as plain Python, for comparing.
+
+    ``columns`` are those that it requires, over the 64 rows of ``example_context``, which ``context`` is given to.
+    """
+    columns = dict(columns or {})
+    ctx = example_context(columns=columns, **context)
+    rows, step, needs = np.arange(_ROWS, dtype=np.int64), ctx.interval.start_step, method.requires()
+    names = ctx.domains.names
+    if isinstance(method, Selector):
+        selection = method.select(rows, 16, ctx)
+        if "rollouts" in needs.signals:
+            method.observe_rollouts(_rollouts(selection.rows, ctx))
+        return selection.rows.tolist(), None if selection.scores is None else selection.scores.tolist()
+    if isinstance(method, Orderer):
+        keys = method.sort_keys(rows, ctx)
+        return keys.tolist(), method.ranks(_ROWS, ctx.rng("ranks")).tolist(), method.available(3, 9)
+    if isinstance(method, Mixer):
+        proportions = method.mix(replace(ctx, targets=names if needs.targets else ())).proportions.tolist()
+        weights = method.loss_weights().tolist() if isinstance(method, DomainWeighter) else None
+        if "rollouts" in needs.signals:
+            method.observe_rollouts(_rollouts(rows[:6], ctx))
+        if method.observes:
+            losses = [2.0 + 0.1 * k + math.cos(step + k) for k in range(len(names))]
+            absent = [0.0 if k == 1 and step % 20 else 10.0 for k in range(len(names))]
+            excess = [max(loss - 2.0, 0.0) for loss in losses]
+            told = example_stats(losses, absent, names=names, excess=excess, proportions=proportions, step=step)
+            method.observe(told)
+        return proportions, weights
+    assert isinstance(method, Weighter)
+    if method.due(step):
+        method.prepare(ctx, rows[:8])
+    static = method.static_weights(rows, columns)
+    if static is not None:
+        return static.tolist()
+    return method.weigh(example_batch([1.0, 2.0, 3.0, 0.5], step=ctx.interval.index)).tolist()
+
+
+def _rollouts(rows: Rows, ctx: Context) -> RolloutStats:
+    """Return rewards of rows, some of them all equal, and of one row none."""
+    rewards = (rows[:, None] * np.array([1, 3, 5, 7]) // 4 % 3 > 0).astype(float)
+    rewards[rows % 16 == 5] = math.nan
+    names = ctx.domains.names
+    domains, step = (rows % len(names)).tolist(), ctx.interval.start_step
+    return example_rollouts(rewards, rows=rows.tolist(), domains=domains, names=names, step=step)
+
+
+def contract(cls: type[Method], params: Mapping[str, Any] | None = None, **columns: NDArray[Any]) -> None:
+    """Check a method of one's own by what every built-in method holds; call it in a test.
+
+    It builds from ``params`` and says what it is; the same seed gives the same answer; global random streams and the
+    pool are left alone; its state goes through a checkpoint, and a foreign one is refused; it asks for the signals that
+    it requires; rows come from the pool within the budget and none without a finite loss, proportions are a point of
+    the simplex, ranks a permutation, weights finite and not negative.
+
+    Args:
+        cls: The method's class.
+        params: Parameters that have no default, or others to check with.
+        columns: Columns that it requires, over 64 rows.
+
+    Raises:
+        AssertionError: One of them does not hold, with what was found.
+    """
+    problems = class_problems(cls.kind, cls)
+    assert not problems, "; ".join(problems)
+
+    def build() -> Method:
+        return cls(cls.Params(**(params or {})))
+
+    def ask(method: Method, **context: Any) -> Any:
+        return decision(method, columns=columns, **context)
+
+    for each in fields(cls.Params):
+        assert 0 < len(each.metadata.get("help", "")) <= 140, f"{cls.name}.{each.name}: give it a help text"
+    with global_random_state_untouched():
+        assert ask(build(), seed=3) == ask(build(), seed=3), f"{cls.name}: the same seed gave two answers"
+    check_state(build, ask)
+    signals = FakeSignals(1.0 + 0.01 * np.arange(_ROWS))
+    method = build()
+    ask(method, signals=signals)
+    stated = method.requires().signals - {"rollouts"}  # which are observed
+    assert signals.asked == stated, f"{cls.name}: asked for {sorted(signals.asked)}, requires {sorted(stated)}"
+    check_answers(build(), (math.nan,), **columns)
+
+
+def check_state(build: Callable[[], Method], ask: Callable[..., Any]) -> None:
+    """Check that a method goes on from its state as if it had not stopped, and refuses a state that is not its own."""
+    straight, resumed = build(), build()
+    for step in _STEPS[:4]:
+        ask(straight, **step)
+    state = straight.state_dict()
+    assert _is_plain(state), f"state_dict: must hold plain values and arrays, found {state!r}"
+    resumed.load_state_dict(state)
+    went_on = [ask(straight, **step) for step in _STEPS[4:]]
+    assert [ask(resumed, **step) for step in _STEPS[4:]] == went_on, "a resumed method decides otherwise"
+    try:
+        build().load_state_dict({"nonsense": 1})
+    except (ValueError, DataFlexError):
+        return
+    raise AssertionError("load_state_dict: a foreign state was taken")
+
+
+def check_answers(method: Method, absent: Sequence[float] = (math.nan,), **columns: NDArray[Any]) -> None:
+    """Check the answers of a method over the pools, domains and batches that are hard to get right.
+
+    ``absent`` are the losses of rows that must not be selected by their loss.
+    """
+    rows = np.arange(_ROWS, dtype=np.int64)
+    if isinstance(method, Selector):
+        for num_pool, budget in ((64, 16), (64, 64), (64, 0), (64, 1000), (1, 1), (1, 5), (0, 0), (0, 5)):
+            pool = np.random.default_rng(0).permutation(rows)[:num_pool]
+            before = pool.copy()
+            check_selection(method, method.select(pool, budget, example_context(columns=columns)), pool, budget)
+            assert pool.tolist() == before.tolist(), "the pool was changed"
+        for bad in absent:
+            signals = FakeSignals(np.where(rows % 2, 1.0 + 0.01 * rows, bad))
+            selection = method.select(rows, 48, example_context(columns=columns, signals=signals))
+            check_selection(method, selection, rows, 48)
+            if method.requires().signals - {"rollouts", *IN_RUN}:  # which tell nothing of rows that were not served
+                assert (selection.rows % 2 == 1).all(), f"rows with a loss of {bad} were selected"
+    elif isinstance(method, Mixer):
+        mix = method.mix(example_context(targets=("web", "code", "math") if method.requires().targets else ()))
+        assert mix.proportions.dtype == np.float64
+        assert mix.proportions.shape == (3,)
+        assert (mix.proportions >= 0).all()
+        assert abs(mix.proportions.sum() - 1.0) < 1e-12
+        assert _one_line(mix.reason)
+    elif isinstance(method, Orderer):
+        for count in range(70):
+            ranks = method.ranks(count, np.random.default_rng(count))
+            assert ranks.dtype == np.int64
+            assert sorted(ranks.tolist()) == list(range(count)), f"ranks of {count} rows: no permutation"
+        signals = FakeSignals(np.where(rows % 3, 1.0, math.nan))
+        keys = method.sort_keys(rows[5:], example_context(columns=columns, signals=signals))
+        assert keys.shape == (_ROWS - 5,)
+        assert keys.dtype.kind == "f"
+        shares = [method.available(step, 100) for step in range(100)]
+        assert all(0 < share <= 1 for share in shares)
+        assert shares == sorted(shares), "the available share falls"
+        assert (shares != [1.0] * 100) == method.paced
+        assert _one_line(method.reason)
+    elif isinstance(method, Weighter):
+        _check_weights(method, columns)
+
+
+def check_selection(selector: Selector, selection: Selection, pool: Rows, budget: int) -> None:
+    """Check a selector's answer: rows of the pool, each once, within the budget, with scores that are numbers."""
+    rows = selection.rows
+    assert rows.dtype == np.int64
+    assert rows.ndim == 1
+    assert set(rows.tolist()) <= set(pool.tolist()), "rows that are not of the pool"
+    assert len(set(rows.tolist())) == len(rows), "a row twice"
+    if selector.selects_subset:
+        assert len(rows) <= budget, f"{len(rows)} rows for a budget of {budget}"
+    else:
+        assert rows.tolist() == pool.tolist()
+    if selection.scores is not None:
+        assert selection.scores.shape == pool.shape
+        assert np.issubdtype(selection.scores.dtype, np.floating)
+        position = {row: i for i, row in enumerate(pool.tolist())}
+        assert not any(math.isnan(selection.scores[position[row]]) for row in rows.tolist())
+    assert _one_line(selection.reason)
+
+
+def _check_weights(weighter: Weighter, columns: Mapping[str, NDArray[Any]]) -> None:
+    import torch
+
+    assert weighter.normalizer in ("weight_sum", "num_tokens", "num_sequences")
+    assert weighter.active(99_999, 100_000) is True
+    ctx = example_context(columns=dict(columns))
+    if weighter.due(ctx.interval.start_step):
+        weighter.prepare(ctx, np.arange(8))
+    rows = np.array([63, 0, 5, 5], dtype=np.int64)
+    static = weighter.static_weights(rows, dict(columns))
+    if static is not None:
+        assert static.dtype == np.float32
+        assert static.shape == rows.shape
+        assert np.isfinite(static).all()
+        assert (static >= 0).all()
+        return
+    for losses, tokens in (([1.0, 2.0, 3.0, 9.0], [3, 1, 0, 8]), ([1.0], [4]), ([0.0, 0.0], [0, 0])):
+        batch = example_batch(losses, tokens)
+        w = weighter.weigh(batch)
+        assert w.dtype == torch.float32
+        assert w.shape in (batch.loss_B.shape, batch.loss_BT.shape)
+        assert not w.requires_grad
+        assert bool(w.isfinite().all())
+        assert bool((w >= 0).all())
+
+
+def _one_line(text: str) -> bool:
+    return bool(text) and "\n" not in text
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | np.ndarray)
 
 
 def oracle_row_gradients(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import subprocess
 import sys
 
@@ -13,15 +12,16 @@ import torch
 
 from dataflex.config.build import half_read, method_block
 from dataflex.contract import BASES
-from dataflex.errors import DataFlexError
-from dataflex.method import IN_RUN, SIGNALS, STAGES, DomainWeighter, Mixer, Orderer, Requires, Selector
+from dataflex.method import IN_RUN, SIGNALS, STAGES, Card, Requires, Selection, Selector
 from dataflex.registry import KINDS, find, names
 from dataflex.testing import (
     FakeSignals,
-    example_batch,
+    check_answers,
+    check_selection,
+    check_state,
+    contract,
+    decision,
     example_context,
-    example_rollouts,
-    example_stats,
     global_random_state_untouched,
 )
 
@@ -186,61 +186,7 @@ def pool_of(num_rows):
 
 
 def decide(method, **options):
-    """Return a decision as plain Python, for comparing."""
-    ctx = example_context(columns=COLUMNS, **options)
-    if isinstance(method, Selector):
-        selection = method.select(pool_of(NUM_ROWS), 16, ctx)
-        if "rollouts" in method.requires().signals:
-            method.observe_rollouts(rollouts(selection.rows, ctx))
-        return selection.rows.tolist(), None if selection.scores is None else selection.scores.tolist()
-    if isinstance(method, Mixer):
-        return mixed(method, ctx)
-    if isinstance(method, Orderer):
-        keys = method.sort_keys(pool_of(NUM_ROWS), ctx)
-        return keys.tolist(), method.ranks(NUM_ROWS, ctx.rng("ranks")).tolist(), method.available(3, 9)
-    prepare(method, ctx)
-    static = method.static_weights(pool_of(NUM_ROWS), COLUMNS)
-    if static is not None:
-        return static.tolist()
-    return method.weigh(example_batch([1.0, 2.0, 3.0, 0.5], step=ctx.interval.index)).tolist()
-
-
-def rollouts(rows, ctx):
-    """Return rewards of rows, some of them all equal, and of one row none."""
-    rewards = (rows[:, None] * np.array([1, 3, 5, 7]) // 4 % 3 > 0).astype(float)
-    rewards[rows % 16 == 5] = math.nan
-    domains = rows % len(ctx.domains.names)
-    return example_rollouts(rewards, rows=rows, domains=domains, names=ctx.domains.names, step=ctx.interval.start_step)
-
-
-def prepare(weighter, ctx):
-    if weighter.due(ctx.interval.start_step):
-        weighter.prepare(ctx, pool_of(8))
-
-
-def mixed(mixer, ctx):
-    """Return proportions and loss weights, then let the mixer see a step."""
-    held = ctx.domains.names if mixer.requires().targets else ()
-    proportions = mixer.mix(dataclasses.replace(ctx, targets=held)).proportions.tolist()
-    weights = mixer.loss_weights().tolist() if isinstance(mixer, DomainWeighter) else None
-    if "rollouts" in mixer.requires().signals:
-        mixer.observe_rollouts(rollouts(pool_of(6), ctx))
-    if mixer.observes:
-        step = ctx.interval.start_step
-        losses = [2.0 + 0.1 * k + math.cos(step + k) for k in range(len(ctx.domains.names))]
-        names = ctx.domains.names
-        excess = [max(loss - 2.0, 0.0) for loss in losses]
-        absent = [0.0 if k == 1 and step % 20 else 10.0 for k in range(len(names))]
-        mixer.observe(example_stats(losses, absent, names=names, excess=excess, proportions=proportions, step=step))
-    return proportions, weights
-
-
-def is_plain(value):
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(is_plain(item) for item in value)
-    return value is None or isinstance(value, str | int | float | np.ndarray)
+    return decision(method, columns=COLUMNS, **options)
 
 
 # ---------------------------------------------------------------- 1. building
@@ -321,43 +267,10 @@ def test_the_guard_of_the_global_streams_can_fail(move):
 
 @every_method
 def test_state_goes_through_a_checkpoint(kind, name):
-    steps = [{"index": i, "start_step": 10 * i, "stop_step": 10 * i + 10} for i in range(14)]
-    straight = build(kind, name)
-    for step in steps[:4]:
-        decide(straight, **step)
-    state = straight.state_dict()
-    assert is_plain(state)
-    resumed = build(kind, name)
-    resumed.load_state_dict(state)
-    assert [decide(resumed, **step) for step in steps[4:]] == [decide(straight, **step) for step in steps[4:]]
-
-
-@every_method
-def test_a_foreign_state_is_refused(kind, name):
-    with pytest.raises((ValueError, DataFlexError)):
-        build(kind, name).load_state_dict({"nonsense": 1})
+    check_state(lambda: build(kind, name), decide)
 
 
 # ---------------------------------------------------------------- 4. and 5. answers
-
-
-def check_selection(selector, selection, pool, budget):
-    rows = selection.rows
-    assert rows.dtype == np.int64
-    assert rows.ndim == 1
-    assert set(rows.tolist()) <= set(pool.tolist())
-    assert len(set(rows.tolist())) == len(rows)
-    if selector.selects_subset:
-        assert len(rows) <= budget
-    else:
-        assert rows.tolist() == pool.tolist()
-    if selection.scores is not None:
-        assert selection.scores.shape == pool.shape
-        assert np.issubdtype(selection.scores.dtype, np.floating)
-        position = {row: i for i, row in enumerate(pool.tolist())}
-        assert not any(math.isnan(selection.scores[position[row]]) for row in rows.tolist())
-    assert selection.reason
-    assert "\n" not in selection.reason
 
 
 @every_selector
@@ -376,17 +289,9 @@ def test_rows_come_from_the_pool_within_the_budget(name, num_pool, budget):
     assert pool.tolist() == before.tolist()
 
 
-@every_selector
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
-    losses = 1.0 + 0.01 * np.arange(NUM_ROWS)
-    losses[::2] = bad
-    selector = build("selector", name)
-    selection = selector.select(pool_of(NUM_ROWS), 48, example_context(columns=COLUMNS, signals=FakeSignals(losses)))
-    check_selection(selector, selection, pool_of(NUM_ROWS), 48)
-    if selector.requires().signals - {"rollouts", *IN_RUN}:  # which tell nothing of rows that were not served
-        assert (selection.rows % 2 == 1).all()
-        assert np.isnan(selection.scores[::2]).all()
+@every_method
+def test_answers_are_right_where_that_is_hard(kind, name):
+    check_answers(build(kind, name), absent=(np.nan, np.inf, -np.inf), **COLUMNS)
 
 
 SIZES = ({"only": 30}, {"web": 40, "code": 20, "math": 4}, {"big": 10_000, "tiny": 1})
@@ -414,49 +319,6 @@ def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
     assert abs(mix.proportions.sum() - 1.0) < 1e-12
     assert mix.reason
     assert "\n" not in mix.reason
-
-
-@every_orderer
-def test_ranks_are_a_permutation_and_keys_one_number_a_row(name):
-    orderer = build("orderer", name)
-    for count in range(70):
-        ranks = orderer.ranks(count, np.random.default_rng(count))
-        assert ranks.dtype == np.int64
-        assert sorted(ranks.tolist()) == list(range(count))
-    losses = np.where(pool_of(NUM_ROWS) % 3, 1.0, math.nan)
-    keys = orderer.sort_keys(pool_of(NUM_ROWS)[5:], example_context(columns=COLUMNS, signals=FakeSignals(losses)))
-    assert keys.shape == (NUM_ROWS - 5,)
-    assert keys.dtype.kind == "f"
-    shares = [orderer.available(step, 100) for step in range(100)]
-    assert all(0 < share <= 1 for share in shares)
-    assert shares == sorted(shares)
-    assert (shares != [1.0] * 100) == orderer.paced
-    assert orderer.reason
-    assert "\n" not in orderer.reason
-
-
-@every_weighter
-def test_weights_are_finite_and_not_negative(name):
-    weighter = build("weighter", name)
-    assert weighter.normalizer in ("weight_sum", "num_tokens", "num_sequences")
-    assert weighter.active(99_999, 100_000) is True
-    prepare(weighter, example_context(columns=COLUMNS))
-    rows = np.array([63, 0, 5, 5], dtype=np.int64)
-    static = weighter.static_weights(rows, COLUMNS)
-    if static is None:
-        for losses, tokens in (([1.0, 2.0, 3.0, 9.0], [3, 1, 0, 8]), ([1.0], [4]), ([0.0, 0.0], [0, 0])):
-            batch = example_batch(losses, tokens)
-            w = weighter.weigh(batch)
-            assert w.dtype == torch.float32
-            assert w.shape in (batch.loss_B.shape, batch.loss_BT.shape)
-            assert not w.requires_grad
-            assert bool(w.isfinite().all())
-            assert bool((w >= 0).all())
-    else:
-        assert static.dtype == np.float32
-        assert static.shape == rows.shape
-        assert np.isfinite(static).all()
-        assert (static >= 0).all()
 
 
 @every_weighter
@@ -498,6 +360,51 @@ def test_signals_asked_for_are_those_declared(kind, name):
     method = build(kind, name)
     decide(method, signals=signals)
     assert signals.asked == method.requires().signals - {"rollouts"}  # which are observed
+
+
+class Careless(Selector):
+    """Selects what it is given, whatever is asked for."""
+
+    name = "careless"
+    card = Card(summary="Selects too much.", paper="baseline", cost="none")
+
+    def select(self, pool, budget, ctx):
+        return Selection(rows=pool, reason="everything")
+
+
+class Restless(Careless):
+    """Draws from numpy's global stream."""
+
+    def select(self, pool, budget, ctx):
+        return Selection(rows=np.random.permutation(pool)[:budget], reason="drawn")
+
+
+class Forgetful(Careless):
+    """Counts its decisions and does not say so."""
+
+    count = 0
+
+    def select(self, pool, budget, ctx):
+        self.count += 1
+        return Selection(rows=np.roll(pool, self.count)[:budget], reason="rolled")
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (Careless, "64 rows for a budget of 16"),
+        (Restless, "two answers|global random state was moved"),
+        (Forgetful, "a resumed method decides otherwise"),
+    ],
+)
+def test_the_contract_for_methods_of_ones_own_can_fail(broken, told):
+    with pytest.raises(AssertionError, match=told):
+        contract(broken)
+
+
+@pytest.mark.parametrize("name", ["random", "loss", "bm25"])
+def test_the_contract_for_methods_of_ones_own_holds_for_ours(name):
+    contract(find("selector", name))
 
 
 def test_methods_are_imported_without_torch():
