@@ -125,12 +125,15 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_untied(tiny_model, tmp_path_factory) -> Path:
-    """The tiny model with weights of its own at both ends; LLaMA-Factory v1 fails to load a checkpoint of tied ones."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def tiny_tied(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with one matrix at both ends, of which LLaMA-Factory v1 alone fails to load a checkpoint."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("tiny-untied")
-    AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=False).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("tiny-tied")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder
 

@@ -17,11 +17,11 @@ BLOCK = {
 }
 
 
-def test_two_ranks_serve_and_learn_what_one_does(tiny_untied, data_dir, tmp_path, two_ranks):
+def test_two_ranks_serve_and_learn_what_one_does(tiny_tied, data_dir, tmp_path, two_ranks):
     from dataflex.run import train_here
 
     keys = {
-        **{"model": str(tiny_untied), "template": "chatml", "cutoff_len": 40, "batching_workers": 0, "seed": 3},
+        **{"model": str(tiny_tied), "template": "chatml", "cutoff_len": 40, "batching_workers": 0, "seed": 3},
         **{"global_batch_size": 4, "learning_rate": 2e-3, "max_steps": 6, "save_steps": 3, "dynamic": BLOCK},
         "train_dataset": sources(tmp_path, data_dir, "alpha", "beta"),
     }

@@ -165,10 +165,10 @@ def test_an_example_runs(name, tiny_model, tiny_moe, tmp_path):
 @pytest.mark.trains
 @pytest.mark.usefixtures("_at_the_root")
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("v1/")])
-def test_an_example_of_v1_runs(name, tiny_untied, tmp_path):
+def test_an_example_of_v1_runs(name, tiny_tied, tmp_path):
     from dataflex.run import train_here
 
-    settings = [f"model={tiny_untied}", f"output_dir={tmp_path / 'run'}", "cutoff_len=48"]
+    settings = [f"model={tiny_tied}", f"output_dir={tmp_path / 'run'}", "cutoff_len=48"]
     assert train_here([str(EXAMPLES / name), *settings]) == 0
     events = read_events(tmp_path / "run")
     assert [event["event"] for event in events][-1] == "finished"

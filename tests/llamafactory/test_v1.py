@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from dataflex.cli import main
 from dataflex.config.split import resolve
@@ -26,12 +27,12 @@ def sources(folder, data_dir, *names, **more):
 
 
 @pytest.fixture
-def given(tiny_untied, data_dir, tmp_path):
+def given(tiny_tied, data_dir, tmp_path):
     """Return a function that gives a v1 configuration with some keys changed."""
 
     def give(name, **changes):
         keys = {
-            **{"model": str(tiny_untied), "template": "chatml", "cutoff_len": 40, "batching_workers": 0, "seed": 3},
+            **{"model": str(tiny_tied), "template": "chatml", "cutoff_len": 40, "batching_workers": 0, "seed": 3},
             **{"micro_batch_size": 2, "global_batch_size": 4, "learning_rate": 2e-3, "max_steps": STEPS},
             "train_dataset": sources(tmp_path, data_dir, "alpha", "beta", "gamma"),
             "output_dir": str(tmp_path / name),
@@ -75,7 +76,7 @@ def told(file, capsys):
 ROWS_OF_V0 = {"stage": "sft", "do_train": True, "finetuning_type": "full", "template": "default", "report_to": "none"}
 
 
-def test_rows_are_those_of_v0_and_losses_those_of_v1_itself(train, tiny_untied, data_dir, tmp_path, monkeypatch):
+def test_rows_are_those_of_v0_and_losses_those_of_v1_itself(train, tiny_tied, data_dir, tmp_path, monkeypatch):
     from llamafactory.v1.core.utils import batching
 
     from dataflex.run import train_here
@@ -83,7 +84,7 @@ def test_rows_are_those_of_v0_and_losses_those_of_v1_itself(train, tiny_untied, 
     ours = train("ours", {"selector": "all"}, learning_rate=1e-3)
     v0 = {
         **{
-            "model_name_or_path": str(tiny_untied),
+            "model_name_or_path": str(tiny_tied),
             "dataset_dir": str(data_dir),
             "dataset": "alpha,beta,gamma",
             "seed": 3,
@@ -124,6 +125,7 @@ def test_a_resumed_run_goes_on_exactly(train, data_dir, tmp_path):
     data = {"train_dataset": sources(tmp_path, data_dir, "alpha", "beta")}
     whole = train("whole", RESUMED, save_steps=2, save_total_limit=2, **data)
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert "lm_head.weight" not in load_file(whole / "checkpoint-4" / "model" / "model.safetensors")  # it is tied
     again = train("again", RESUMED, resume_from_checkpoint=str(whole / "checkpoint-4"), **data)
     assert losses(again) == losses(whole)[4:]
     weights = [folder / "model.safetensors" for folder in (whole, again)]

@@ -94,6 +94,10 @@ class _Stock(BatchGenerator):
         return served
 
 
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 class _Callback(TrainerCallback):
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -130,7 +134,19 @@ class Checkpoints(v1_checkpoint.TrainingCheckpointCoordinator):
         if broken is not None and not self._t.dataflex.config.stock:
             raise CheckpointError(f"resume_from_checkpoint: {found} cannot be resumed from: {broken}")
         if found is not None:
-            super().resume(found)
+            with replaced((v1_checkpoint, "load_file", partial(self._loaded, v1_checkpoint.load_file))):
+                super().resume(found)
+
+    def _loaded(self, load: Any, file: str, **options: Any) -> dict[str, torch.Tensor]:
+        """Load a file of weights, and give tied ones all their names, of which one is saved and all are wanted."""
+        found: dict[str, torch.Tensor] = load(file, **options)
+        names: dict[int, list[str]] = {}
+        for name, value in _unwrapped(self._t.model).state_dict().items():
+            names.setdefault(value.data_ptr(), []).append(name)
+        for same in names.values():
+            saved = next((name for name in same if name in found), None)
+            found |= {} if saved is None else dict.fromkeys(same, found[saved])
+        return found
 
 
 class DynamicTrainer(sft_trainer.SFTTrainer):
@@ -168,9 +184,9 @@ class DynamicTrainer(sft_trainer.SFTTrainer):
             self.train_batch_generator.trainer = self
 
     def _loop(self) -> Loop:
-        args, model = self.args, self.model
+        args = self.args
         return Loop(
-            model=model.module if isinstance(model, DistributedDataParallel) else model,
+            model=_unwrapped(self.model),
             optimizer=lambda: self.optimizer,
             learning_rate=lambda: float(self.lr_scheduler.get_last_lr()[0]),
             collate=partial(collate, args.cutoff_len, ()),
