@@ -18,7 +18,8 @@ from dataflex.config.args import data_set_names
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.mixing.fit import FIT, Fit, read_fit
 from dataflex.mixing.options import Solution, check_names, given, numbers_by_name, write_result
-from dataflex.mixing.swarm import SWARM, dirichlet, given_sizes, prior_of, read_swarm
+from dataflex.mixing.runs import given_sizes
+from dataflex.mixing.swarm import SWARM, dirichlet, prior_of, read_swarm
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import provenance
 from dataflex.printable import Answer

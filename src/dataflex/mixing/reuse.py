@@ -86,7 +86,7 @@ def _new_shares(options: argparse.Namespace) -> dict[str, float]:
 
 def reuse_step(options: argparse.Namespace) -> Answer:
     """Write the proportions of all domains and return what to print."""
-    from dataflex.mixing.swarm import given_sizes
+    from dataflex.mixing.runs import given_sizes
 
     old, shares = read_proportions(options.old, "FILE").by_name, _new_shares(options)
     changed = [name for name in shares if name != KEPT]

@@ -19,7 +19,9 @@ from dataflex.config.split import split
 from dataflex.console import child_stdout
 from dataflex.ending import run_child
 from dataflex.errors import ConfigError, DataError
+from dataflex.mixing.options import numbers_by_name
 from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import read_proportions
 from dataflex.printable import shown, without_secrets
 from dataflex.record.read import read_events
 from dataflex.state import replacing
@@ -212,3 +214,30 @@ def _numbers(line: Sequence[str], head: Sequence[str], problems: list[str]) -> l
                 f"run out with '--without {line[0]}' or by removing its line"
             )
     return row
+
+
+Natural = tuple[dict[str, float], str]
+"""Sizes of the domains by name, and their unit."""
+
+
+def given_sizes(asked: str) -> Natural:
+    """Return sizes from the output_dir of a run (its rows), a proportions file, or text such as ``web=9,code=1``."""
+    path = Path(asked).expanduser()
+    if path.is_dir():
+        try:
+            events = read_events(path)
+        except DataError as error:
+            raise ConfigError(f"--natural: {error}") from error
+        spaces = [event["row_space"] for event in events if event["event"] == "run_started"]
+        domains = spaces[-1].get("domains") if spaces else None
+        if not domains:
+            raise ConfigError(f"--natural: the record in {path} does not say how many rows each domain has")
+        return domains, "rows"
+    if path.suffix == ".json":
+        return read_proportions(path, "--natural").by_name, "shares"
+    if "=" not in asked:
+        raise ConfigError(
+            f"--natural: {asked!r} is neither 'rows' nor 'bytes', nor a folder, a .json file or sizes by name such as "
+            "'web=900,code=100'"
+        )
+    return numbers_by_name(asked, "--natural"), "given"

@@ -23,13 +23,15 @@ from dataflex.config.load import load_mapping
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixing.options import check_names, numbers_by_name
+from dataflex.mixing.options import check_names
 from dataflex.mixing.reuse import collapsed_domains, expanded
 from dataflex.mixing.runs import (
     RATIOS,
+    Natural,
     Table,
     configuration,
     finished,
+    given_sizes,
     say,
     train_unfinished,
     without_mixer,
@@ -37,9 +39,8 @@ from dataflex.mixing.runs import (
     write_table,
 )
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import digest_of, provenance, read_proportions
+from dataflex.plan.proportions import digest_of, provenance
 from dataflex.printable import Answer, file_name_problem, left_out_note, passing_on, plain, redacted
-from dataflex.record.read import read_events
 from dataflex.record.text import columns
 from dataflex.rng import stream
 from dataflex.state import write_json
@@ -233,33 +234,8 @@ def read_swarm(folder: Path) -> Swarm:
 
 # ---- natural sizes of the domains
 
-Natural = tuple[dict[str, float], str]
-"""Sizes of the domains by name, and their unit."""
 
 _OR_GIVE = "give sizes by name such as 'web=900,code=100', or the output_dir of a run with the same data"
-
-
-def given_sizes(asked: str) -> Natural:
-    """Return sizes from the output_dir of a run (its rows), a proportions file, or text such as ``web=9,code=1``."""
-    path = Path(asked).expanduser()
-    if path.is_dir():
-        try:
-            events = read_events(path)
-        except DataError as error:
-            raise ConfigError(f"--natural: {error}") from error
-        spaces = [event["row_space"] for event in events if event["event"] == "run_started"]
-        domains = spaces[-1].get("domains") if spaces else None
-        if not domains:
-            raise ConfigError(f"--natural: the record in {path} does not say how many rows each domain has")
-        return domains, "rows"
-    if path.suffix == ".json":
-        return read_proportions(path, "--natural").by_name, "shares"
-    if "=" not in asked:
-        raise ConfigError(
-            f"--natural: {asked!r} is neither 'rows' nor 'bytes', nor a folder, a .json file or sizes by name such as "
-            "'web=900,code=100'"
-        )
-    return numbers_by_name(asked, "--natural"), "given"
 
 
 def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig, base_dir: Path) -> Natural:
