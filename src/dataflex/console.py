@@ -35,6 +35,18 @@ def tell(text: str) -> None:
     sys.stderr.flush()
 
 
+def answers() -> bool:
+    """Return whether somebody at a terminal can answer questions."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask(question: str) -> str:
+    """Return the line that is typed in answer to a question on stderr."""
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
 def others_aside() -> AbstractContextManager[object]:
     """Send what other code prints to stderr, so that stdout has only what was asked for."""
     return redirect_stdout(sys.stderr)

@@ -71,7 +71,13 @@ def test_ratios_do_not_change_the_size_of_the_step():
 
 @pytest.mark.parametrize("name", [name for name in names("weighter") if name not in ("none", "product")])
 def test_a_factor_of_ones_changes_nothing(name):
-    params = {"reference": "r"} if name in ("slm", "rho") else {"warmup_steps": 0} if name == "loss" else {}
+    params = (
+        {"reference": "r"}
+        if name in ("slm", "rho", "ss_token", "pear")
+        else {"warmup_steps": 0}
+        if name == "loss"
+        else {}
+    )
     alone, both = Factor.of(name, **params).build(), product(Factor.of("column"), Factor.of(name, **params))
     rows = np.arange(5, dtype=np.int64)
     for weighter in (alone, both):

@@ -23,7 +23,7 @@ from dataflex.selectors.losses import Tacs
 from dataflex.selectors.nearest import RdsPlus
 from dataflex.signals.kinds import AdaptedLoss
 from dataflex.testing import FakeSignals, example_context
-from tests.contract.test_methods import MINIMAL
+from tests.contract.test_methods import COLUMNS, MINIMAL
 from tests.methods.test_embedding_selectors import GivenVectors
 
 RNG = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_every_selector_that_scores_is_a_representation(name):
     targeted = part.scorer().gives == "vectors" or part.scorer().requires().targets
     composed = read({"represent": {"name": name, **given}, **({"targets": ["target"]} if targeted else {})})
     assert not isinstance(composed, list), composed
-    ctx = example_context(targets=composed.targets)
+    ctx = example_context(targets=composed.targets, columns=COLUMNS)
     kept = composed.build().select(np.arange(64), 8, ctx)
     assert len(set(kept.rows.tolist())) == 8
     assert kept.scores[kept.rows].tolist() == sorted(kept.scores[~np.isnan(kept.scores)].tolist())[: -8 - 1 : -1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, Field, dataclass, fields
@@ -21,6 +20,7 @@ from dataflex.config.build import method_class
 from dataflex.config.data import INFO_FILE, columns_of, contents_of
 from dataflex.config.load import merged
 from dataflex.config.mappings import as_yaml, key_of, plain
+from dataflex.console import answers, ask
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import Method
 from dataflex.printable import Answer
@@ -174,12 +174,10 @@ def _ask(given: dict[str, Any], questions: Mapping[str, str]) -> None:
         ConfigError: Nobody is, or the answer is empty; all that is missing is named.
     """
     missing = [key for key in questions if not given.get(key)]
-    if missing and not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if missing and not answers():
         raise ConfigError(f"init: {', '.join(_NEEDED[key] for key in missing)} must be given where no terminal can ask")
     for key in missing:
-        sys.stderr.write(questions[key])
-        sys.stderr.flush()
-        given[key] = sys.stdin.readline().strip()
+        given[key] = ask(questions[key])
         if not given[key]:
             raise ConfigError(f"init: {_NEEDED[key]} is needed")
 

@@ -35,7 +35,10 @@ from dataflex.selectors.influence import Less
 from dataflex.signals import kinds
 from dataflex.signals.specs import GradientOptions
 
-_WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
+_WITHOUT_SCORES = (
+    *("all", "random", "random_balanced", "compose", "greats", "opus", "uds"),
+    *("infobatch", "pass_band", "pass_schedule", "mopps", "greso"),  # what they go by is observed
+)
 _ALONE = ("icons", "dsir")  # targets count together there; composed, each is asked for by itself
 
 
