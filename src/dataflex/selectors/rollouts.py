@@ -17,7 +17,7 @@ from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
 from dataflex.plan.rollouts import RolloutStats
 from dataflex.rng import keys, uniforms
-from dataflex.select.choose import top_k
+from dataflex.select.choose import largest_remainder, top_k
 
 _NONE: Floats = np.zeros(0)
 _THRESHOLD = "reward above which an answer is right; null: rewards are in [0, 1], and their mean is the pass rate"
@@ -192,11 +192,7 @@ def quotas(weights: Floats, counts: NDArray[np.int64], budget: int) -> NDArray[n
     while left:
         room = counts > given
         share = np.where(room, weights, 0.0)
-        share = share / share.sum() if share.sum() > 0.0 else room / room.sum()
-        exact = share * left
-        more = np.floor(exact).astype(np.int64)
-        rest = np.argsort(-np.where(room, exact - more, -1.0), kind="stable")[: left - int(more.sum())]
-        more[rest] += 1
+        more = largest_remainder(left, share if share.any() else room)
         given = np.minimum(given + more, counts)
         left = min(budget, int(counts.sum())) - int(given.sum())
     return given
