@@ -508,14 +508,13 @@ class Session:
         account = self.controller.rollouts
         assert account is not None, "only stage rl has rewards"
         with self.clock.phase("decide"), preserve_state(self.loop.model):
-            if stats.step >= account.next_step:
-                for method in (self.selector, self.mixer):
-                    if method is not None:
-                        method.observe_rollouts(stats)
-                kept = stats.informative if self.selector is None else self.selector.keeps(stats)
+            new = stats.step >= account.next_step
+            for method in (self.selector, self.mixer):
+                if new and method is not None:
+                    method.observe_rollouts(stats)
+            kept = stats.informative if self.selector is None else self.selector.keeps(stats)
+            if new:
                 account.take(stats, kept)
-            else:
-                kept = stats.informative if self.selector is None else self.selector.keeps(stats)
         self.recorder.rolled_out(stats.step + 1, account.line)
         return kept
 
