@@ -79,11 +79,11 @@ class PassCounter:
         ``beside`` has other counts of this rank; their sums over ranks come with it, in the same reduction.
         """
         keys = [f"{phase}/{way}" for phase in PHASES for way in _WAYS]
-        own = [float(self._own.get(key, 0)) for key in keys] + beside.ravel().tolist()
-        sums = comm.gather_sum(torch.tensor(own, dtype=torch.float64, device=self._device)).tolist()
-        passes = zip(keys, sums[: len(keys)], strict=True)
+        own = np.concatenate([[float(self._own.get(key, 0)) for key in keys], beside.ravel()])
+        sums = comm.gather_sum(torch.from_numpy(own).to(self._device)).cpu().numpy()
+        passes = zip(keys, sums[: len(keys)].tolist(), strict=True)
         found = {key: round(self.before.get(key, 0.0) + value) for key, value in passes if value or key in self.before}
-        return found, np.array(sums[len(keys) :], dtype=np.int64).reshape(beside.shape)
+        return found, sums[len(keys) :].astype(np.int64).reshape(beside.shape)
 
     def close(self) -> None:
         """Stop counting."""
