@@ -230,6 +230,16 @@ def test_evaluations_are_checked_too(suite, tmp_path):
         read_suite(Path(suite(evaluate={"data": "gaol"})), work=tmp_path)
 
 
+def test_losses_by_set_need_sets_that_are_evaluated_apart(suite, tmp_path, tiny_model, data_dir):
+    """Several held-out sets are one for the Trainer unless it is told otherwise: no claim may wait for their macro."""
+    base = base_settings(tiny_model, data_dir) | {"eval_dataset": "goal,ones"}
+    del base["num_train_epochs"], base["seed"]
+    claims = [{"claim": "c", "arm": "slow", "metric": "eval_macro_loss", "better": "less"}]
+    with pytest.raises(ConfigError, match="eval_macro_loss needs eval_on_each_dataset: true in the base"):
+        read_suite(Path(suite(base=base, protocol=claims)), work=tmp_path)
+    assert read_suite(Path(suite(base={**base, "eval_on_each_dataset": True}, protocol=claims)), work=tmp_path).claims
+
+
 def test_patches_reach_into_blocks():
     base = {"a": 1, "dynamic": {"selector": "loss", "every": 2}}
     patch = {"dynamic.selector.focus": "high", "dynamic.every": None, "b.c": 2}

@@ -251,3 +251,10 @@ def test_what_is_refused(held, tiny_model, tmp_path_factory, model, options, tol
     with pytest.raises(ConfigError) as caught:
         eval_request(model, [f"dataset_dir={held.data}"], work=work, **options)
     assert told in str(caught.value)
+
+
+def test_what_was_trained_from_scratch_is_loaded(held, tiny_model, tmp_path_factory):
+    """The configuration of a run that began with random weights evaluates the weights that it names."""
+    given = [f"dataset_dir={held.data}", "train_from_scratch=true"]
+    request = eval_request(str(tiny_model), given, work=tmp_path_factory.mktemp("work"), data="web")
+    assert "train_from_scratch" not in request.score.lf

@@ -239,17 +239,19 @@ def _measures(base: Mapping[str, Any], evaluation: Any) -> dict[str, str]:
     parts = {"data": ("loss", "macro_loss", "domain_loss"), "mix": ("mix_loss",), "answers": ("exact_match",)}
     parts["choices"] = ("accuracy", "margin", "bits_per_byte")
     found = {name: "" if asked.get(key) else f"needs evaluate.{key}" for key, names in parts.items() for name in names}
-    held = ["eval_loss", "eval_token_loss", "eval_perplexity"]
+    found |= dict.fromkeys(("eval_loss", "eval_token_loss", "eval_perplexity"), trainer)
     sets = data_set_names(base.get("eval_dataset"))
-    if len(sets) > 1:
-        held += ["eval_macro_loss", "eval_micro_loss", "eval_macro_perplexity", "eval_micro_perplexity"]
-        held += [f"eval_{name}_{what}" for name in sets for what in ("loss", "token_loss", "perplexity")]
     block = base.get("dynamic")
-    others = base.get("stage", "sft") not in ("sft", "pt") or (
-        isinstance(block, Mapping) and block.get("eval_by_domain")
-    )
+    by_domain = isinstance(block, Mapping) and block.get("eval_by_domain")
+    if len(sets) > 1:
+        held = ["eval_macro_loss", "eval_micro_loss", "eval_macro_perplexity", "eval_micro_perplexity"]
+        held += [f"eval_{name}_{what}" for name in sets for what in ("loss", "token_loss", "perplexity")]
+        each = by_domain or base.get("eval_on_each_dataset")
+        told = "needs eval_on_each_dataset: true in the base, which evaluates its sets as one"
+        found |= dict.fromkeys(held, "" if each else told)
+    others = base.get("stage", "sft") not in ("sft", "pt") or by_domain
     others = others or base.get("compute_accuracy") or base.get("predict_with_generate")
-    return {**dict.fromkeys(held, trainer), **found, **({"eval_...": trainer} if others else {})}
+    return {**found, **({"eval_...": trainer} if others else {})}
 
 
 def _claims(

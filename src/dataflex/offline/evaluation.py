@@ -170,7 +170,8 @@ def _mapping(model: str, overrides: Sequence[str], problems: list[str]) -> dict[
     else:
         given = merged({}, overrides)
         mapping = {**_loads(model, given, problems), **given}
-    mapping = {key: value for key, value in mapping.items() if key not in FLAT_KEYS}
+    # The model is the one that was trained, whatever its training began with.
+    mapping = {key: value for key, value in mapping.items() if key not in (*FLAT_KEYS, "train_from_scratch")}
     if isinstance(mapping.get("dynamic"), Mapping):
         mapping["dynamic"] = {key: value for key, value in mapping["dynamic"].items() if key not in KINDS}
     return mapping
