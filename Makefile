@@ -93,8 +93,8 @@ COMPARE = $(TUNED) $(QUIET) OMP_NUM_THREADS=1 $(RUN) -m dataflex compare --jobs 
 
 evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many hours), and render docs/results.md
 	$(RUN) evidence/data.py
-	test -f runs/evidence/w1_reference/config.json || \
-		$(TUNED) $(QUIET) $(RUN) -m dataflex train evidence/w1_reference.yaml
+	@set -e; for name in m1 m3 w1; do test -f runs/evidence/$${name}_reference/config.json || \
+		$(TUNED) $(QUIET) $(RUN) -m dataflex train evidence/$${name}_reference.yaml; done
 	@set -e; for suite in $(SUITES); do $(COMPARE) evidence/$$suite.yaml; done
 	$(TUNED) $(QUIET) $(RUN) -m dataflex audit evidence/audit.yaml
 	$(RUN) evidence/render.py

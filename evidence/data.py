@@ -6,13 +6,16 @@ m1   four real domains and two of junk: 40 % random hexadecimal digits, 20 % of 
 m3   seven domains of equal size
 w1   instructions of which 30 % have the answer of another row of their source; the right ones alone; clean ones beside
 
-Questions with four choices, of GSM8K's test rows, lie beside them. By hand: python evidence/data.py [FOLDER]
+Questions with four choices, of GSM8K's test rows, lie beside them, and beside the folder the shape of a small
+model with the tokenizer of base-4m, which the suites of mixtures train from scratch. By hand: python evidence/data.py
+[FOLDER]
 """
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +33,7 @@ REAL = {
 }
 SEVEN = ("gsm8k", "svamp", "aqua", "alpaca_libre", "cot_strategyqa", "cot_ecqa", "cot_creak")
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2}
 BOILERPLATE = "This page uses cookies. By continuing you accept our terms of use and our privacy policy. "
 
 Row = dict[str, Any]
@@ -83,13 +87,13 @@ def text_of(row: Row) -> Row:
 
 
 def domains() -> dict[str, list[Row]]:
-    """Return m1: four domains with held-out parts, and two of junk that are 60 % of all rows."""
+    """Return m1: four domains, each with a held-out part and one to decide by, and two of junk, 60 % of all rows."""
     rng, rows, found = random.Random("m1"), pool(), {}
     for name, sources in REAL.items():
         own = [text_of(row) for row in rows if row["source"] in sources]
         rng.shuffle(own)
-        found[f"m1_{name}"], found[f"m1_{name}_held"] = own[40:200], own[:40]
-    size = sum(len(part) for name, part in found.items() if not name.endswith("_held"))
+        found[f"m1_{name}"], found[f"m1_{name}_held"], found[f"m1_{name}_valid"] = own[40:200], own[:40], own[200:208]
+    size = 160 * len(REAL)
     found["m1_hex"] = [{"text": "".join(rng.choices("0123456789abcdef", k=400))} for _ in range(size)]
     page = [{"text": BOILERPLATE * 4 + f"Page {rng.randrange(10**6)}."} for _ in range(size // 2)]
     return {**found, "m1_page": page}
@@ -118,8 +122,19 @@ def reweighted() -> dict[str, list[Row]]:
     return {"w1": mixed, "w1_right": same, "w1_clean": clean, "w1_held": held}
 
 
+def small_model(folder: Path) -> None:
+    """Write the configuration and the tokenizer of a model of a million parameters, without these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = EXAMPLES / "models/base-4m"
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **SHAPE}, indent=1), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        shutil.copy(base / name, folder)
+
+
 def main(out: Path = OUT) -> int:
     """Write everything."""
+    small_model(out.parent / "small")
     write(out, {**planted("s1"), **planted("s3"), **domains(), **seven(), **reweighted()})
     sys.path.insert(0, str(EXAMPLES))
     from choices import main as write_choices
