@@ -87,15 +87,15 @@ def text_of(row: Row) -> Row:
 
 
 def domains() -> dict[str, list[Row]]:
-    """Return m1: four domains, each with a held-out part and one to decide by, and two of junk, 60 % of all rows."""
+    """Return m1: four domains, each with a held-out part and one to decide by, and two of junk, 60 % of all tokens."""
     rng, rows, found = random.Random("m1"), pool(), {}
     for name, sources in REAL.items():
         own = [text_of(row) for row in rows if row["source"] in sources]
         rng.shuffle(own)
         found[f"m1_{name}"], found[f"m1_{name}_held"], found[f"m1_{name}_valid"] = own[40:200], own[:40], own[200:208]
     size = 160 * len(REAL)
-    found["m1_hex"] = [{"text": "".join(rng.choices("0123456789abcdef", k=400))} for _ in range(size)]
-    page = [{"text": BOILERPLATE * 4 + f"Page {rng.randrange(10**6)}."} for _ in range(size // 2)]
+    found["m1_hex"] = [{"text": "".join(rng.choices("0123456789abcdef", k=144))} for _ in range(size)]
+    page = [{"text": BOILERPLATE * 4 + f"Page {rng.randrange(10**6)}."} for _ in range(size * 2 // 3)]
     return {**found, "m1_page": page}
 
 
