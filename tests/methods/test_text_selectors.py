@@ -184,13 +184,9 @@ def test_the_sheets_toy_of_dsir():
 
 
 def test_buckets_do_not_depend_on_the_process():
-    assert hasher(10_000, 2)(["the", "cat"]).tolist() == [
-        oracle_bucket(gram, 10_000) for gram in ("the", "cat", "the cat")
-    ]
-    assert hasher(10_000, 1)(["the", "cat"]).tolist() == [oracle_bucket(gram, 10_000) for gram in ("the", "cat")]
-    assert hasher(7, 3)(["a", "b", "c"]).tolist() == [
-        oracle_bucket(gram, 7) for gram in ("a", "b", "c", "a b", "b c", "a b c")
-    ]
+    assert hasher(10_000, 2)(["the", "cat"]) == [oracle_bucket(gram, 10_000) for gram in ("the", "cat", "the cat")]
+    assert hasher(10_000, 1)(["the", "cat"]) == [oracle_bucket(gram, 10_000) for gram in ("the", "cat")]
+    assert hasher(7, 3)(["a", "b", "c"]) == [oracle_bucket(gram, 7) for gram in ("a", "b", "c", "a b", "b c", "a b c")]
 
 
 def test_a_prior_draws_towards_the_pool():

@@ -7,8 +7,11 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dataflex.errors import DataError, UnsupportedError
+from dataflex.offline import files
 from dataflex.offline.files import FileRecord, SourceRows, file_records
 
 JSONL = b'{"a": 1,  "b": "x"}\n\n{"b":"\xc3\xa9","a":2}\r\n  {"a": 3, "b": "last"}'
@@ -75,6 +78,61 @@ def test_counts_are_those_of_the_data_sets_library(tmp_path):
     for kind, name in (("json", "rows.jsonl"), ("csv", "rows.csv"), ("text", "rows.txt")):
         read = load_dataset(kind, data_files=[str(tmp_path / name)], split="train", cache_dir=str(tmp_path / "cache"))
         assert SourceRows([tmp_path / name]).num_rows == len(read), name
+
+
+def records_of(content, ending):
+    """The rows of a file that is held whole, line by line."""
+    if ending == ".txt":
+        return content.splitlines()
+    records, pending = [], b""
+    for line in content.split(b"\n"):
+        pending += (b"\n" if pending else b"") + line
+        if ending != ".csv" or pending.count(b'"') % 2 == 0:
+            records.append(pending.rstrip(b"\r"))
+            pending = b""
+    return [record for record in records if record.strip()]
+
+
+@given(pieces=st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\r\n", b'"', b" ", b"bc,"]), max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_rows_of_files_read_in_blocks(tmp_path_factory, pieces):
+    folder, content = tmp_path_factory.mktemp("files"), b"".join(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_BLOCK_BYTES", 3)
+        for ending in (".txt", ".csv", ".jsonl"):
+            path = folder / f"rows{ending}"
+            path.write_bytes(content)
+            rows, want = SourceRows([path]), records_of(content, ending)
+            head = want[:1] if ending == ".csv" else []
+            assert head + [rows.row(at) for at in range(rows.num_rows)] == want, ending
+
+
+def test_rows_of_several_files_are_one_after_the_other(tmp_path):
+    for name, content in (("1", b"one\ntwo"), ("2", b""), ("3", b"three\n")):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    rows = SourceRows([tmp_path / f"{name}.txt" for name in "123"])
+    assert [rows.row(at) for at in range(rows.num_rows)] == [b"one", b"two", b"three"]
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 4], [3, 3, 4], [4, 0, 0, 2], []])
+def test_tables_keep_the_order_asked_for_and_their_columns(tmp_path, positions):
+    schema = pa.schema({"a": pa.int64(), "b": pa.list_(pa.string())}, metadata={b"huggingface": b"{}"})
+    whole = pa.table({"a": [10, 11, 12, 13, 14], "b": [["x"], [], None, ["y", "z"], []]}, schema=schema)
+    for name, part in (("2", whole[:2]), ("1", whole[2:])):  # files go by the order given, not by name
+        pq.write_table(part, tmp_path / f"{name}.parquet", row_group_size=2)
+    rows = SourceRows([tmp_path / "2.parquet", tmp_path / "1.parquet"])
+    rows.write(tmp_path / "out.parquet", positions)
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.equals(whole.take(pa.array(positions, pa.int64())))
+    assert found.schema.metadata == schema.metadata
+    assert json.loads(rows.row(3)) == {"a": 13, "b": ["y", "z"]}
+
+
+def test_tables_of_other_columns(tmp_path):
+    for name, column in (("1", "a"), ("2", "b")):
+        pq.write_table(pa.table({column: [1]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"2\.parquet: cannot be read as parquet: its columns are not those of"):
+        SourceRows([tmp_path / "1.parquet", tmp_path / "2.parquet"])
 
 
 def test_what_does_not_go_together(tmp_path):

@@ -24,6 +24,7 @@ from dataflex.errors import DataError, UnsupportedError
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK = 1 << 26
+_BLOCK_BYTES = 1 << 22
 MOST_READ_BYTES = 2 << 30
 """Bytes of a file up to which a training run reads it through for the lines and the hash of its rows."""
 
@@ -95,67 +96,137 @@ def _filled(content: bytes, *, blank: bool) -> NDArray[np.int64]:
 
 
 class SourceRows:
-    """The rows of a data set's files, one file after the other; the files must have one format."""
+    """The rows of a data set's files, one file after the other; the files must have one format.
+
+    Files may be larger than memory: those of lines are mapped, with 16 bytes for the place of each row, and tables are
+    read in batches. A JSON array alone is read whole.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         endings = sorted({path.suffix.lower() for path in paths})
         self.ending = endings[0]
-        self._rows: list[bytes] = []
+        self._contents: list[NDArray[np.uint8]] = []
+        self._spans: list[NDArray[np.int64]] = []
         self._table: Any = None
         self._heads: set[bytes] = set()
         self._array = False
         if len(endings) > 1:
             raise UnsupportedError(f"{paths[0].parent}: files of several formats ({', '.join(endings)})")
         if self.ending == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            try:
-                self._table = pa.concat_tables([pq.read_table(path) for path in paths])
-            except Exception as error:  # arrow has many kinds of its own
-                raise DataError(f"{paths[0]}: cannot be read as parquet: {str(error)[:300]}") from error
+            self._table = _parquet(paths)
+            self._ends = np.array([self._table.count_rows()])
             return
+        if self.ending not in (".json", ".jsonl", ".txt", ".csv"):
+            raise UnsupportedError(f"{paths[0]}: rows of {self.ending or 'such'} files cannot be written back")
         for path in paths:
-            content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
-            if self.ending == ".txt":
-                self._rows += content.splitlines()
-            elif self.ending == ".csv":
-                records = _csv_records(content)
-                self._heads.update(records[:1])
-                self._rows += records[1:]
-            elif self.ending not in (".json", ".jsonl"):
-                raise UnsupportedError(f"{path}: rows of {self.ending or 'such'} files cannot be written back")
-            elif content.lstrip().startswith(b"["):
+            content = np.asarray(np.memmap(path, mode="r")) if path.stat().st_size else np.zeros(0, dtype=np.uint8)
+            spans = _line_spans(content, self.ending)
+            if self.ending == ".csv":
+                self._heads.update(_cut(content, span) for span in spans[:1])
+                spans = spans[1:]
+            elif self.ending != ".txt" and len(spans) and _cut(content, spans[0]).lstrip().startswith(b"["):
                 self._array = True
-                self._rows += _array_items(content, path)
-            else:
-                self._rows += [line.rstrip(b"\r") for line in content.split(b"\n") if line.strip()]
+                items = _array_items(content.tobytes().removeprefix(_BYTE_ORDER_MARK), path)
+                content = np.frombuffer(b"".join(items), dtype=np.uint8)
+                ends = np.cumsum([0, *map(len, items)])
+                spans = np.stack([ends[:-1], ends[1:]], axis=1)
+            self._contents.append(content)
+            self._spans.append(spans)
+        self._ends = np.cumsum([len(spans) for spans in self._spans])
         if len(self._heads) > 1:
             raise UnsupportedError(f"{paths[0].parent}: its files have different header lines")
 
     @property
     def num_rows(self) -> int:
         """Number of rows."""
-        return len(self._rows) if self._table is None else self._table.num_rows
+        return int(self._ends[-1])
 
     def row(self, position: int) -> bytes:
         """Return a row as it stands in its file; one of a table as JSON."""
-        if self._table is None:
-            return self._rows[position]
-        return json.dumps(self._table.slice(position, 1).to_pylist()[0], default=str, ensure_ascii=False).encode()
+        if self._table is not None:
+            found = self._table.take([position]).to_pylist()[0]
+            return json.dumps(found, default=str, ensure_ascii=False).encode()
+        which = int(np.searchsorted(self._ends, position, side="right"))
+        return _cut(self._contents[which], self._spans[which][position - self._ends[which]])  # counted from its end
 
     def write(self, target: Path, positions: Sequence[int]) -> None:
-        """Write the rows at ``positions``, in that order, as one file of the same format."""
-        if self._table is not None:
-            import pyarrow.parquet as pq
+        """Write the rows at ``positions``, in that order, as one file of the same format.
 
-            pq.write_table(self._table.take(list(positions)), target)
+        Rows of tables that are not in the order of the files are held in memory.
+        """
+        if self._table is not None:
+            _write_parquet(self._table, target, np.asarray(positions, dtype=np.int64))
             return
-        chosen = [self._rows[position] for position in positions]
-        if self._array:
-            target.write_bytes(b"[\n  " + b",\n  ".join(chosen) + b"\n]\n")
-        else:
-            target.write_bytes(b"".join(line + b"\n" for line in [*self._heads, *chosen]))
+        before, after = (b"[\n  ", b"\n]\n") if self._array else (b"".join(line + b"\n" for line in self._heads), b"")
+        between = b",\n  " if self._array else b"\n"
+        with target.open("wb") as out:
+            out.write(before)
+            for number, position in enumerate(positions):
+                out.write((between if number else b"") + self.row(position))
+            out.write(after if self._array else b"\n" if len(positions) else b"")
+
+
+def _cut(content: NDArray[np.uint8], span: NDArray[np.int64]) -> bytes:
+    return content[span[0] : span[1]].tobytes().rstrip(b"\r")
+
+
+def _line_spans(content: NDArray[np.uint8], ending: str) -> NDArray[np.int64]:
+    """Return where each row starts and ends in a file of lines [n, 2]; blank lines are rows of text files alone.
+
+    Line ends inside quotes of a CSV file end no row; a quote written twice counts as two.
+    """
+    start = len(_BYTE_ORDER_MARK) if content[:3].tobytes() == _BYTE_ORDER_MARK else 0
+    found, filled, quotes, held = [np.array([start - 1])], [np.zeros(1, dtype=np.int64)], 0, 0
+    for first in range(start, len(content), _BLOCK_BYTES):
+        part = content[first : first + _BLOCK_BYTES]
+        ends = part == ord("\n")
+        if ending == ".txt":
+            following = content[first + 1 : first + 1 + len(part)]
+            ends[: len(following)] |= (part[: len(following)] == ord("\r")) & (following != ord("\n"))
+            ends[len(following) :] |= part[len(following) :] == ord("\r")
+        places, marks = np.flatnonzero(ends), np.flatnonzero(part == ord('"'))
+        if ending == ".csv":
+            places = places[(np.searchsorted(marks, places) + quotes) % 2 == 0]
+        inside = np.cumsum(part > ord(" "), dtype=np.int64)
+        found.append(places + first)
+        filled.append(inside[places] + held)
+        held, quotes = held + int(inside[-1]), quotes + len(marks)
+    stops, count = np.concatenate(found), np.concatenate(filled)
+    if stops[-1] < len(content) - 1 and not (ending == ".csv" and quotes % 2):
+        stops, count = np.append(stops, len(content)), np.append(count, held)
+    spans = np.stack([stops[:-1] + 1, stops[1:]], axis=1)
+    return spans if ending == ".txt" else spans[np.diff(count) > 0]
+
+
+def _parquet(paths: Sequence[Path]) -> Any:
+    """Return parquet files as one data set, which is read in parts."""
+    import pyarrow.dataset as pd
+    import pyarrow.parquet as pq
+
+    try:
+        schemas = [pq.read_schema(path) for path in paths]
+    except Exception as error:  # arrow has many kinds of its own
+        raise DataError(f"{paths[0]}: cannot be read as parquet: {str(error)[:300]}") from error
+    for path, schema in zip(paths, schemas, strict=True):
+        if schema != schemas[0]:
+            raise DataError(f"{path}: cannot be read as parquet: its columns are not those of {paths[0]}")
+    return pd.dataset([str(path) for path in paths], schema=schemas[0], format="parquet")
+
+
+def _write_parquet(table: Any, target: Path, positions: NDArray[np.int64]) -> None:
+    import pyarrow.parquet as pq
+
+    if (np.diff(positions) < 0).any():
+        rows, places = np.unique(positions, return_inverse=True)
+        pq.write_table(table.take(rows).take(places), target)
+        return
+    first = 0
+    with pq.ParquetWriter(target, table.schema) as out:
+        for batch in table.to_batches():
+            here = positions[np.searchsorted(positions, first) : np.searchsorted(positions, first + len(batch))] - first
+            if len(here):
+                out.write_batch(batch.take(here))
+            first += len(batch)
 
 
 def _array_items(content: bytes, path: Path) -> list[bytes]:
@@ -182,17 +253,3 @@ def _skip(text: str, place: int) -> int:
     match = _JSON_SPACE.match(text, place)
     assert match is not None
     return match.end()
-
-
-def _csv_records(content: bytes) -> list[bytes]:
-    """Split at line ends that are not inside quotes; a quote written twice counts as two."""
-    records: list[bytes] = []
-    pending: list[bytes] = []
-    quotes = 0
-    for line in content.split(b"\n"):
-        pending.append(line)
-        quotes += line.count(b'"')
-        if quotes % 2 == 0:
-            records.append(b"\n".join(pending).rstrip(b"\r"))
-            pending, quotes = [], 0
-    return [record for record in records if record.strip()]

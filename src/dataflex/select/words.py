@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import string
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Generic, TypeVar
 
@@ -99,39 +100,34 @@ class Okapi:
         epsilon: float = 0.25,
     ) -> None:
         frequencies: Counter[str] = Counter()
-        numbers: dict[str, int] = {}
-        words, places, counts, lengths = [], [], [], []
+        met: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("i")))
+        lengths = array("q")
         for place, document in enumerate(documents):
             found = Counter(document)
             frequencies.update(found.keys())
             lengths.append(len(document))
             for word in found.keys() & asked:
-                words.append(numbers.setdefault(word, len(numbers)))
+                places, counts = met[word]
                 places.append(place)
                 counts.append(found[word])
         self.lengths = np.array(lengths, dtype=np.int64)
-        self._numbers = numbers
         odds = {word: (len(lengths) - df + 0.5, df + 0.5) for word, df in frequencies.items()}
         values = {word: float(np.log(without) - np.log(with_it)) for word, (without, with_it) in odds.items()}
         floor = epsilon * sum(values.values()) / len(values) if values else 0.0
-        self.idf = {word: values[word] if values[word] >= 0 else floor for word in numbers}
-
-        order = np.argsort(np.array(words, dtype=np.int64), kind="stable")
-        self._places = np.array(places, dtype=np.int32)[order]
-        tf = np.array(counts, dtype=np.float64)[order]
-        number = np.array(words, dtype=np.int64)[order]
-        idf = np.array([self.idf[word] for word in numbers], dtype=np.float64)
+        self.idf = {word: values[word] if values[word] >= 0 else floor for word in met}
         mean = self.lengths.mean() if len(lengths) and self.lengths.any() else 1.0
-        norm = k1 * (1 - b + b * self.lengths[self._places] / mean)
-        self._values = idf[number] * tf * (k1 + 1) / (tf + norm) if len(tf) else tf
-        self._bounds = np.searchsorted(number, np.arange(len(numbers) + 1))
+        self._values: dict[str, tuple[NDArray[np.int32], NDArray[np.float64]]] = {}
+        while met:
+            word, (places, counts) = met.popitem()
+            at, tf = np.array(places, dtype=np.int32), np.array(counts, dtype=np.float64)
+            norm = k1 * (1 - b + b * self.lengths[at] / mean)
+            self._values[word] = at, self.idf[word] * tf * (k1 + 1) / (tf + norm)
 
     def scores(self, query: Mapping[str, float]) -> NDArray[np.float64]:
         """Return the score of each document [N] for a bag of words: how often each occurs, fractions allowed."""
         total = np.zeros(len(self.lengths), dtype=np.float64)
         for word, count in query.items():
-            if word in self._numbers:
-                number = self._numbers[word]
-                part = slice(self._bounds[number], self._bounds[number + 1])
-                total[self._places[part]] += count * self._values[part]  # a word meets a document once
+            if word in self._values:
+                places, values = self._values[word]
+                total[places] += count * values  # a word meets a document once
         return total

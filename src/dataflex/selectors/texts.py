@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_t
 from dataflex.signals.specs import Part
 
 _EPSILON = 1e-8
+_BLOCK_ROWS = 8192
+_REMEMBERED = 1 << 18  # buckets of n-grams that are kept: text repeats its frequent ones
 
 
 class Bm25(ScoringSelector):
@@ -98,21 +101,45 @@ def _mean(queries: list[list[str]]) -> dict[str, float]:
     return {word: count / len(queries) for word, count in counts.items()}
 
 
-def hasher(buckets: int, ngrams: int) -> Callable[[list[str]], NDArray[np.int64]]:
+def hasher(buckets: int, ngrams: int) -> Callable[[list[str]], list[int]]:
     """Return a function that gives the bucket of every n-gram of a text's words, by length of n-gram.
 
     An n-gram is up to ``ngrams`` words joined by single spaces; its bucket is its SHA-256 modulo ``buckets``.
     """
 
-    @lru_cache(maxsize=2_000_000)
+    @lru_cache(maxsize=_REMEMBERED)
     def bucket(gram: str) -> int:
         return int.from_bytes(hashlib.sha256(gram.encode("utf-8")).digest(), "big") % buckets
 
-    def hashed(words: list[str]) -> NDArray[np.int64]:
-        grams = [" ".join(words[i : i + n]) for n in range(1, ngrams + 1) for i in range(len(words) - n + 1)]
-        return np.array([bucket(gram) for gram in grams], dtype=np.int64)
+    def hashed(words: list[str]) -> list[int]:
+        runs = (zip(*(words[i:] for i in range(n)), strict=False) for n in range(1, ngrams + 1))
+        return [bucket(" ".join(run)) for run in chain.from_iterable(runs)]
 
     return hashed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grams:
+    """The n-grams of consecutive rows, in two arrays and no object a row."""
+
+    buckets: NDArray[np.unsignedinteger]  # bucket of each n-gram, row after row
+    lengths: NDArray[np.int64]  # number of n-grams of each row
+
+    @classmethod
+    def blocks(cls, rows: Iterable[list[int]], buckets: int) -> Iterator[Grams]:
+        """Yield the n-grams of blocks of rows; ``buckets`` is their number."""
+        smallest, rest = np.min_scalar_type(buckets - 1), iter(rows)
+        while block := list(islice(rest, _BLOCK_ROWS)):
+            lengths = np.array([len(row) for row in block], dtype=np.int64)
+            yield cls(buckets=np.fromiter(chain.from_iterable(block), smallest, int(lengths.sum())), lengths=lengths)
+
+    def sums(self, values_TB: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum of values of the buckets over each row's n-grams [T, rows]; rows of one length together."""
+        total, starts = np.zeros((len(values_TB), len(self.lengths))), np.cumsum(self.lengths) - self.lengths
+        for length in np.unique(self.lengths):
+            rows = np.flatnonzero(self.lengths == length)
+            total[:, rows] = values_TB[:, self.buckets[starts[rows, None] + np.arange(length)]].sum(axis=2)
+        return total
 
 
 def drawn_ratios(counts: NDArray[np.int64], p_pool: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
@@ -244,10 +271,10 @@ class Dsir(ScoringSelector):
         targets = target_words(self.name, ctx, p.part, word_punct)
         if p.target_proportions is None:
             targets = [[row for rows in targets for row in rows]]
-        wanted = [_counts((hashed(row) for row in rows), p.buckets) for rows in targets]
-        smallest = np.min_scalar_type(p.buckets - 1)
-        rows = [hashed(word_punct(text)).astype(smallest) for text in pool_texts(pool, ctx, p.part)]
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        wanted = [_counts(Grams.blocks(map(hashed, rows), p.buckets), p.buckets) for rows in targets]
+        words = map(word_punct, pool_texts(pool, ctx, p.part))
+        blocks = list(Grams.blocks(map(hashed, words), p.buckets))
+        lengths = np.concatenate([block.lengths for block in blocks])
         usable = lengths >= p.min_ngrams
         if not usable.any():
             if not lengths.any():
@@ -255,16 +282,15 @@ class Dsir(ScoringSelector):
             raise ConfigError(
                 f"dynamic.selector.min_ngrams: {p.min_ngrams:,} is more than any row has (at most {lengths.max():,})"
             )
-        of_pool = _counts(rows, p.buckets)
+        of_pool = _counts(blocks, p.buckets)
         ratios = np.stack([drawn_ratios(counts, of_pool / of_pool.sum(), p.smoothing) for counts in wanted])
-        found = np.full((len(wanted), len(pool)), np.nan)
-        for place in np.flatnonzero(usable):
-            found[:, place] = ratios[:, rows[place]].sum(axis=1)
+        found = np.concatenate([block.sums(ratios) for block in blocks], axis=1)
+        found[:, ~usable] = np.nan
         return found / np.maximum(lengths, 1) if p.per_ngram else found
 
 
-def _counts(rows: Iterable[NDArray[np.integer]], buckets: int) -> NDArray[np.int64]:
+def _counts(blocks: Iterable[Grams], buckets: int) -> NDArray[np.int64]:
     total = np.zeros(buckets, dtype=np.int64)
-    for row in rows:
-        np.add.at(total, row, 1)
+    for block in blocks:
+        np.add.at(total, block.buckets, 1)
     return total
