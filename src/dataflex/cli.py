@@ -398,6 +398,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest generated answer (default: 256)")
     add("--after", default="", metavar="TEXT", help="compare what follows the last TEXT of an answer, such as '####'")
     add("--mix", metavar="NAME=SHARE,...", help="also the loss under these shares of domains")
+    add("--tasks", metavar="FILE[,FILE]", help="task files of lm-eval (extra lm-eval)")
     add("--out", type=Path, metavar="FILE", help="also write the JSON here")
     _add_overrides(command, "LLaMA-Factory's keys, such as template=llama3 or dataset_dir=data")
 

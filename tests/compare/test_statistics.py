@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from dataflex.compare.results import Results
 from dataflex.compare.statistics import at_compute, difference, holm, resampled_means
+from dataflex.compare.suite import Claim
 
 
 def test_against_scipy_and_a_loop():
@@ -63,3 +66,59 @@ def test_a_curve_at_a_compute():
     assert at_compute(curve, 30.0) == 2.0
     assert at_compute(curve, 30.1) is None
     assert at_compute([], 1.0) is None
+
+
+def results_of(values, claims):
+    """Results of a suite of five seeds without any training: ``values[arm]`` are its metric by seed."""
+    seeds = tuple(range(5))
+    suite = SimpleNamespace(arms=list(values), seeds=seeds, steps=3, baseline="static", claims=claims)
+    outcomes = {
+        (arm, 3, seed): SimpleNamespace(metrics={"eval_loss": float(found[seed])})
+        for arm, found in values.items()
+        for seed in seeds
+    }
+    return Results(suite=suite, outcomes=outcomes)
+
+
+def claim(arm, **more):
+    return Claim(claim="it is better", arm=arm, metric="eval_loss", better="less", **more)
+
+
+def test_a_method_that_was_broken_is_not_held():
+    """The claim that a method holds, it does not with its sign flipped, nor with a target that is none."""
+    rng = np.random.default_rng(3)
+    static = 2.7 + 0.05 * rng.normal(size=5)  # the seed's own part is common to the arms
+    noise = {arm: 0.01 * rng.normal(size=5) for arm in ("less", "flipped", "astray", "close")}
+    gains = {"less": -0.2, "flipped": 0.2, "astray": 0.0, "close": 0.01}
+    values = {"static": static} | {arm: static + gains[arm] + noise[arm] for arm in noise}
+    claims = [*map(claim, noise), claim("less", by=0.3), claim("less", than="flipped", by=0.3)]
+    claims += [claim("close", by=-0.05), claim("flipped", by=-0.05), claim("less", by=-0.05)]
+    judged = results_of(values, claims).judged()
+    assert [line["verdict"] for line in judged[:1]] == ["held"]
+    assert judged[1]["verdict"] == "not held"
+    assert judged[2]["verdict"] in ("not held", "not decided")
+    assert [line["verdict"] for line in judged[4:]] == ["not held", "held", "held", "not held", "held"]
+    assert [line["why"] for line in judged[4:8]] == [
+        "the difference is not more than 0.3", "", "", "it is worse by 0.05 or more",
+    ]  # fmt: skip
+    assert judged[6]["gain"] == pytest.approx(0.05 - np.mean(values["close"] - static))
+
+
+def test_suites_of_equal_arms_hold_nothing():
+    """Of suites whose three arms are the baseline again, at most alpha hold any of their claims."""
+    rng = np.random.default_rng(5)
+    arms = ("first", "second", "third")
+    held = [
+        any(
+            line["verdict"] == "held"
+            for line in results_of(
+                {arm: rng.normal(size=5) for arm in ("static", *arms)}, [claim(arm) for arm in arms]
+            ).judged()
+        )
+        for _ in range(200)
+    ]
+    assert np.mean(held) <= 0.05
+    alike = rng.normal(size=5)
+    same = results_of({arm: alike for arm in ("static", *arms)}, [claim(arm) for arm in arms])
+    assert [line["verdict"] for line in same.judged()] == ["not held"] * 3
+    assert [line.get("p_holm") for line in same.compared("eval_loss", "steps")] == [None, 1.0, 1.0, 1.0]

@@ -83,11 +83,11 @@ def test_extras():
     assert wanted <= {*EXTRAS}
     (everything,) = EXTRAS["all"]
     assert Requirement(everything).extras == {*EXTRAS} - {"all", "dev", "docs"}
-    named = re.findall(r"""(?:extra:?|install\(['"])\s*`?(\w+)""", "\n".join(_code()))
+    named = re.findall(r"""(?:extra:?|install\(['"])\s*`?([\w-]+)""", "\n".join(_code()))
     assert {"ann", "cluster", "encoders", "report"} <= {*named}
-    told = {name for text in (*TEXTS.values(), *_code()) for name in re.findall(rf"{DISTRIBUTION}\[([\w,]+)\]", text)}
+    told = {name for text in (*TEXTS.values(), *_code()) for name in re.findall(rf"{DISTRIBUTION}\[([\w,-]+)\]", text)}
     assert {name for names in told for name in names.split(",")} <= {*EXTRAS}
-    assert {*re.findall(r"install\('(\w+)'\)", "\n".join(_code()))} <= {*EXTRAS}
+    assert {*re.findall(r"install\('([\w-]+)'\)", "\n".join(_code()))} <= {*EXTRAS}
 
 
 def _code():

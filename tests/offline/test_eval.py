@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataflex.compare.results import evaluation_metrics
 from dataflex.errors import ConfigError
 from dataflex.offline.answers import Task, Written, matches, normalized, read_tasks
 from dataflex.offline.choices import Question, as_rows, outcomes, read_questions, summary
@@ -258,3 +259,64 @@ def test_what_was_trained_from_scratch_is_loaded(held, tiny_model, tmp_path_fact
     given = [f"dataset_dir={held.data}", "train_from_scratch=true"]
     request = eval_request(str(tiny_model), given, work=tmp_path_factory.mktemp("work"), data="web")
     assert "train_from_scratch" not in request.score.lf
+
+
+def test_tasks_of_lm_eval_against_single_rows(held, tiny_model, capsys):
+    """Local task files: which choice is taken, and what is generated, are those of plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(tiny_model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    task = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "q2.jsonl"}}, "test_split": "test"}
+    texts = [row["instruction"] for row in rows_of(6, seed=50)]
+    others = [row["output"] for row in rows_of(6, seed=51)]
+
+    def tokens(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def logits(ids):
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    def gain(text, choice):
+        head, tail = tokens(text), tokens(text + " " + choice)
+        return float(sum(logits(tail)[i - 1, tail[i]] for i in range(len(head), len(tail))))
+
+    questions = [{"q": text, "choices": [others[i], others[i - 1]], "right": i % 2} for i, text in enumerate(texts)]
+    taken = [max((0, 1), key=lambda k: gain(each["q"], each["choices"][k])) for each in questions]
+    for each in questions:
+        first = tokenizer.decode([int(logits(tokens(each["q"]))[-1].argmax())])
+        each["next"] = first if each["right"] else first + "not"
+    Path("q2.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    chosen = {"output_type": "multiple_choice", "doc_to_target": "right", "doc_to_choice": "choices"}
+    made = {"output_type": "generate_until", "doc_to_target": "{{next}}", "metric_list": [{"metric": "exact_match"}]}
+    made["generation_kwargs"] = {"until": ["<never>"], "max_gen_toks": 1, "do_sample": False}
+    for name, own in (("chosen", chosen), ("made", made)):
+        Path(f"{name}.yaml").write_text(json.dumps({"task": name, "doc_to_text": "{{q}}", **task, **own}))
+
+    def found(*more):
+        command = ["eval", str(tiny_model), "--tasks", "chosen.yaml,made.yaml", "--out", "out.json", "template=default"]
+        assert held.run(*command, *more) == 0
+        return json.loads(Path("out.json").read_text())
+
+    alone = found()
+    assert "data" not in alone
+    by_name = {each["task"]: each for each in alone["tasks"]}
+    right = np.mean([k == each["right"] for k, each in zip(taken, questions, strict=True)])
+    assert by_name["chosen"]["questions"] == 6
+    assert by_name["chosen"]["metrics"]["acc"] == pytest.approx(right)
+    assert 0 < right < 1
+    assert by_name["made"]["metrics"] == {"exact_match": 0.5}
+    assert "exact_match" in capsys.readouterr().out
+    beside = found("--data", "web", f"dataset_dir={held.data}")
+    assert beside["tasks"] == alone["tasks"]
+    assert beside["data"]["micro"]["rows"] == 7
+    assert evaluation_metrics(alone)["task/chosen/acc"] == pytest.approx(right)
+
+
+def test_tasks_that_cannot_be_run(held, tiny_model, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        eval_request(str(tiny_model), [], work=tmp_path_factory.mktemp("work"), tasks="nowhere.yaml")
+    for told in ("--tasks: no such file: nowhere.yaml", "--tasks: lm-eval is not installed; install the extra: pip "):
+        assert told in str(caught.value)

@@ -11,7 +11,7 @@ from dataflex.config.args import data_set_names
 from dataflex.console import others_aside, show_log
 from dataflex.ending import release_groups
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.offline.evaluation import as_text, eval_request, evaluated, generated
+from dataflex.offline.evaluation import also, as_text, eval_request, evaluated
 from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
 from dataflex.printable import Answer
@@ -65,8 +65,8 @@ def evaluate(*, model: str, overrides: list[str], out: Path | None, arguments: l
             from dataflex.offline.scoring import scored_table
 
             show_log()
-            scored, table = scored_table(request.score, partial(generated, request))
-            found = evaluated(request, table, scored.also)
+            scored, table = scored_table(request.score, partial(also, request))
+            found = evaluated(request, table, *scored.also)
         told = ""
         if comm.rank() == 0:
             if out is not None:

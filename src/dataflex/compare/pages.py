@@ -117,6 +117,8 @@ def _claims_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for line in found["claims"]:
         by = f" by {line['by']:g}" if line["by"] else ""
+        if line["by"] < 0:
+            by = f", or worse by less than {-line['by']:g}"
         told = f"{line['claim']} ({line['metric']} of {line['arm']} {line['better']} than of {line['than']}{by}, "
         told += f"at equal {line['at']})"
         gap = "-" if line["difference"] is None else signed(line["difference"])

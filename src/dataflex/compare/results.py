@@ -159,7 +159,9 @@ class Results:
                 line["why"] = line["why"] or "fewer than two pairs of runs"
             elif gain <= 0:
                 line["verdict"], line["why"] = NOT_HELD, "the difference does not go the way that is claimed"
-                if line["difference"] and claim.by and gain > -claim.by:
+                if claim.by < 0:
+                    line["why"] = f"it is worse by {-claim.by:g} or more"
+                elif line["difference"] and claim.by and gain > -claim.by:
                     line["why"] = f"the difference is not more than {claim.by:g}"
             elif p is not None and p <= claim.alpha:
                 line["verdict"] = HELD
@@ -255,9 +257,14 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+_LESS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+
+
 def better(metric: str) -> str:
     """Return which values of a metric are better, by its name."""
-    name = metric.partition("/")[0]
+    name, _, rest = metric.partition("/")
+    if name == "task":  # lm-eval's: all but these are shares, or grow with what is right
+        return "less" if rest.rpartition("/")[2].startswith(_LESS) else "more"
     if name in ("accuracy", "margin", "exact_match"):
         return "more"
     return "more" if higher_is_better(name) else "less"
@@ -304,4 +311,6 @@ def evaluation_metrics(found: Mapping[str, Any]) -> dict[str, float]:
                     metrics[key] = values[key]
                 if len(files) > 1:
                     metrics[f"{key}/{Path(values['file']).stem}"] = values[key]
+    for each in found.get("tasks") or ():
+        metrics |= {f"task/{each['task']}/{name}": value for name, value in each["metrics"].items()}
     return {name: float(value) for name, value in metrics.items() if value is not None}

@@ -121,7 +121,12 @@ def changed(jobs: Sequence[Job]) -> list[str]:
 
 def _evaluation_key(evaluation: Evaluation) -> str:
     """Return a hash of what is evaluated, the bytes of its files, and the code."""
-    files = [part for given in (evaluation.choices, evaluation.answers) if given for part in given.split(",")]
+    files = [
+        part
+        for given in (evaluation.choices, evaluation.answers, evaluation.tasks)
+        if given
+        for part in given.split(",")
+    ]
     made = [vars(evaluation), [_bytes(Path(file.strip())) for file in files], _code(("commands", "compare", "mixing"))]
     return blake2b(json.dumps(made, sort_keys=True, default=str).encode()).hex()[:8]
 

@@ -42,7 +42,7 @@ class Claim:
     better: str = param(help="which values are better", choices=BETTER)
     than: str | None = param(None, help="the arm that it is compared with; the baseline if not given")
     at: str = param("steps", help="what is equal", choices=AT)
-    by: float = param(0.0, help="how much better at least, in the metric's unit", minimum=0.0)
+    by: float = param(0.0, help="how much better at least, in the metric's unit; below 0: how much worse at most")
     alpha: float = param(0.05, help="level of the test", above=0.0, maximum=0.5)
 
 
@@ -57,6 +57,7 @@ class Evaluation:
     max_new_tokens: int = param(256, help="longest generated answer", minimum=1)
     after: str = param("", help="mark that the compared part of an answer follows")
     mix: str | None = param(None, help="shares of domains")
+    tasks: str | None = param(None, help="task files of lm-eval")
 
     def options(self) -> list[str]:
         """Return the command's options."""
@@ -237,7 +238,7 @@ def _measures(base: Mapping[str, Any], evaluation: Any) -> dict[str, str]:
     asked = evaluation if isinstance(evaluation, Mapping) else {}
     trainer = "" if base.get("eval_dataset") is not None or base.get("val_size") else "needs eval_dataset in the base"
     parts = {"data": ("loss", "macro_loss", "domain_loss"), "mix": ("mix_loss",), "answers": ("exact_match",)}
-    parts["choices"] = ("accuracy", "margin", "bits_per_byte")
+    parts |= {"choices": ("accuracy", "margin", "bits_per_byte"), "tasks": ("task",)}
     found = {name: "" if asked.get(key) else f"needs evaluate.{key}" for key, names in parts.items() for name in names}
     found |= dict.fromkeys(("eval_loss", "eval_token_loss", "eval_perplexity"), trainer)
     sets = data_set_names(base.get("eval_dataset"))

@@ -25,6 +25,7 @@ from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing.options import check_names, numbers_by_name
 from dataflex.offline.answers import Task, Written, matches, read_tasks
 from dataflex.offline.choices import LENGTHS, Length, Question, as_rows, outcomes, read_questions, summary
+from dataflex.offline.harness import run_tasks, task_lines, task_problems
 from dataflex.offline.request import ScoreRequest, score_request
 from dataflex.offline.table import ScoreTable
 from dataflex.printable import redacted
@@ -51,6 +52,8 @@ class EvalRequest:
     generation: GenerationSpec
     after: str  # mark that the compared part of an answer follows; "" for all of it
     mix: Mapping[str, float]  # share of each domain in the stated mix; empty for none
+    harness: tuple[Path, ...]  # task files of lm-eval
+    unasked: str  # name of a data set of one row, where nothing but lm-eval is asked for; else ""
 
 
 def eval_request(
@@ -65,6 +68,7 @@ def eval_request(
     max_new_tokens: int = 256,
     after: str = "",
     mix: str | None = None,
+    tasks: str | None = None,
     out: Path | None = None,
 ) -> EvalRequest:
     """Read and check what ``dataflex eval`` is asked for; ``ConfigError`` with all problems.
@@ -80,23 +84,23 @@ def eval_request(
         max_new_tokens: Longest generated answer.
         after: Mark that the compared part of an answer follows.
         mix: ``NAME=SHARE,...`` of domains; shares are divided by their sum.
+        tasks: Task files of lm-eval.
         out: The JSON file to write.
     """
     problems: list[str] = []
     mapping = _mapping(model, overrides, problems)
     lf = LlamaFactoryArgs.read({**mapping, "stage": mapping.get("stage", "sft")})
     names = data_set_names(data) if data is not None else tuple(lf.eval_sets)
-    paths, to_write = ([Path(name) for name in data_set_names(given)] for given in (choices, answers))
-    if not names and not paths and not to_write:
-        problems.append(
-            "--data: name data sets of dataset_info.json, or files of questions with --choices or --answers"
-        )
+    paths, to_write, harness = ([Path(name) for name in data_set_names(given)] for given in (choices, answers, tasks))
+    problems += task_problems(harness)
+    if not (names or paths or to_write or harness):
+        problems.append("--data: name data sets of dataset_info.json, or files with --choices, --answers or --tasks")
     if lf.stage not in (*_STAGES, ""):
         problems.append(f"stage: eval takes {' and '.join(_STAGES)}, found {lf.stage}")
-    for option, asked in (("--choices", paths), ("--answers", to_write)):
+    for option, asked in (("--choices", paths), ("--answers", to_write), ("--tasks", harness)):
         problems += [f"{option}: {path} is named twice" for path in dict.fromkeys(asked) if asked.count(path) > 1]
     files = {str(path): read_questions(path, problems) for path in dict.fromkeys(paths)}
-    tasks = {str(path): read_tasks(path, problems) for path in dict.fromkeys(to_write)}
+    written = {str(path): read_tasks(path, problems) for path in dict.fromkeys(to_write)}
     if max_new_tokens < 1:
         problems.append(f"--max-new-tokens: expected 1 or more, found {max_new_tokens}")
     if length not in LENGTHS:
@@ -105,16 +109,7 @@ def eval_request(
     by = {key: block.get(key) for key in ("domain_column", "domain_path", "domain_clusters") if block.get(key)}
     if paths or to_write:
         problems += _not_for_questions(lf, by)
-    shares: dict[str, float] = {}
-    if mix is not None:
-        try:
-            shares = numbers_by_name(mix, "--mix")
-            if not sum(shares.values()):
-                problems.append(f"--mix: all shares of {mix!r} are 0")
-            if not by:
-                check_names("--mix", shares, names, every=False)
-        except ConfigError as error:
-            problems += error.problems
+    shares = _shares(mix, () if by else names, problems) if mix is not None else {}
     if out is not None and out.is_dir():
         problems.append(f"--out: {out} is a folder")
     for key in ("eval_dataset", "val_size"):
@@ -124,11 +119,12 @@ def eval_request(
     rows = {
         "choices": as_rows([question for questions in files.values() for question in questions]),
         "answers": [
-            {"instruction": task.text, "input": "", "output": task.answer} for each in tasks.values() for task in each
+            {"instruction": task.text, "input": "", "output": task.answer} for each in written.values() for task in each
         ],
+        "unasked": [] if names or paths or to_write else [{"instruction": "one", "input": "", "output": "two"}],
     }
     own: dict[str, str] = {}
-    if (paths or to_write) and not problems:
+    if any(rows.values()) and not problems:
         own = _write_rows(work, rows, names, lf, None if column is None else str(column), problems)
         mapping.update(dataset=",".join([*names, *own.values()]), dataset_dir=str(work))
     try:
@@ -146,12 +142,28 @@ def eval_request(
         files=files,
         choices=own.get("choices", ""),
         length=cast(Length, length),
-        tasks=tasks,
+        tasks=written,
         answers=own.get("answers", ""),
         generation=GenerationSpec(max_new_tokens=max_new_tokens, temperature=0.0),
         after=after,
         mix=shares,
+        harness=tuple(harness),
+        unasked=own.get("unasked", ""),
     )
+
+
+def _shares(mix: str, names: Sequence[str], problems: list[str]) -> Mapping[str, float]:
+    """Return the share of each domain; ``names`` are those that there are, where that is known."""
+    try:
+        shares = numbers_by_name(mix, "--mix")
+        if not sum(shares.values()):
+            problems.append(f"--mix: all shares of {mix!r} are 0")
+        if names:
+            check_names("--mix", shares, names, every=False)
+    except ConfigError as error:
+        problems += error.problems
+        return {}
+    return shares
 
 
 def _not_for_questions(lf: LlamaFactoryArgs, by: Mapping[str, Any]) -> Iterator[str]:
@@ -286,7 +298,16 @@ def _write_rows(
 # -- what came out ----------------------------------------------------------------------------------------------------
 
 
-def generated(request: EvalRequest, runner: Any, space: Any) -> list[Any] | None:
+def also(request: EvalRequest, runner: Any, space: Any) -> tuple[list[Any] | None, list[dict[str, Any]]]:
+    """Return what the model writes for the answers' rows, and what lm-eval's tasks came to (collective)."""
+    batch = LlamaFactoryArgs.read(request.score.lf).per_device_eval_batch_size
+    written = _generated(request, runner, space)
+    access = runner.access
+    told = run_tasks(request.harness, access.model, access.known_tokenizer("lm-eval"), batch) if request.harness else []
+    return written, told
+
+
+def _generated(request: EvalRequest, runner: Any, space: Any) -> list[Any] | None:
     """Return what the model writes for each row of the answers' data set, greedily; None without one (collective)."""
     if not request.answers:
         return None
@@ -298,7 +319,11 @@ def generated(request: EvalRequest, runner: Any, space: Any) -> list[Any] | None
 
 
 def evaluated(
-    request: EvalRequest, scores: ScoreTable, generations: Sequence[Any] | None = None, column: str = "loss"
+    request: EvalRequest,
+    scores: ScoreTable,
+    generations: Sequence[Any] | None = None,
+    harness: Sequence[Mapping[str, Any]] = (),
+    column: str = "loss",
 ) -> dict[str, Any]:
     """Return losses by data set and domain, and what choices and generated answers came to, as JSON values.
 
@@ -309,11 +334,11 @@ def evaluated(
     # A first token that is supervised has nothing before it, and no loss.
     tokens = np.asarray(scores.supervised_tokens - (scores.supervised_tokens == scores.tokens), dtype=np.int64)
     tokens = np.where(np.isfinite(loss), tokens, 0)
-    is_choice, is_answer = (
+    is_choice, is_answer, unasked = (
         np.array([name == own for name in scores.datasets])[scores.dataset_of]
-        for own in (request.choices, request.answers)
+        for own in (request.choices, request.answers, request.unasked)
     )
-    is_question = is_choice | is_answer
+    is_question = is_choice | is_answer | unasked
     view = LlamaFactoryArgs.read(request.score.lf)
     settings = {key: getattr(view, key) for key in ("stage", "template", "cutoff_len")}
     found: dict[str, Any] = {"format": 1, "model": scores.provenance["model"], "settings": settings}
@@ -323,6 +348,8 @@ def evaluated(
         found["choices"] = _by_file(request, scores, loss, tokens, is_choice, view.cutoff_len)
     if generations is not None:
         found["answers"] = _written(request, scores, generations, is_answer, view.cutoff_len)
+    if harness:
+        found["tasks"] = list(harness)
     kept = ("config", "data", "versions")
     provenance = {key: scores.provenance[key] for key in kept}
     return cast(dict[str, Any], redacted({**found, "provenance": provenance}))
@@ -432,6 +459,8 @@ def as_text(found: Mapping[str, Any]) -> str:
             told.append((f"greedy, at most {each['max_new_tokens']:,} tokens", *counted))
         lines += ["", *table(told, "<>>>")]
         lines += [_LEFT_OUT.format(each["left_out"], "an answer")] if each["left_out"] else []
+    if "tasks" in found:
+        lines += ["", *task_lines(found["tasks"])]
     return "\n".join(lines)
 
 
