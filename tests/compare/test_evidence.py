@@ -31,7 +31,8 @@ def data(tmp_path):
     for name in ("examples", "evidence"):
         (tmp_path / name).symlink_to(ROOT / name)
     assert module_of("data").main(Path("runs/evidence/data")) == 0
-    (tmp_path / "runs/evidence/w1_reference").symlink_to(ROOT / "examples/models/base-4m")
+    for config in (ROOT / "evidence").glob("*_reference.yaml"):
+        (tmp_path / "runs/evidence" / config.stem).symlink_to(ROOT / "examples/models/base-4m")
     return tmp_path / "runs/evidence/data"
 
 
