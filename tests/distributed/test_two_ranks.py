@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.integration.test_identity import same
+
 pytestmark = pytest.mark.gloo
 
 CASES = {
@@ -45,6 +47,10 @@ STREAMED = {
     "streaming": True,
     "dataloader_num_workers": 2,
     "dynamic": {"mixer": {"name": "static", "proportions": [0.5, 0.5]}, "on_bad_shard": "skip"},
+}
+PACKED = {
+    **{"stage": "pt", "dataset": "text,weighted_text", "mix_strategy": "interleave_over", "streaming": True},
+    **{"dataloader_num_workers": 1, "buffer_size": 8, "preprocessing_batch_size": 20, "max_steps": 5},
 }
 MAX_STEPS = 8
 
@@ -107,6 +113,9 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     for name, more in {"two-streamed": {}, "two-streamed-on": {"resume_from_checkpoint": at_three}}.items():
         configs.append(folder / f"{name}.json")
         configs[-1].write_text(json.dumps(runner.mapping(name, **streamed, **more)))
+    for name, more in {"two-packed": {}, "two-packed-recorded": {"dynamic": {"record": True}}}.items():
+        configs.append(folder / f"{name}.json")
+        configs[-1].write_text(json.dumps(runner.mapping(name, **{**settings("stock", 2), **PACKED, **more})))
     two_ranks(configs)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
@@ -174,14 +183,21 @@ def loss_by_domain(outcome, of="loss"):
 
 def test_a_recorded_stock_run_of_two_ranks_is_stock_bit_for_bit(results):
     _, double = results
-    stock, recorded = double["two-static"], double["two-recorded"]
-    assert recorded.series() == stock.series()
-    ours, theirs = recorded.weights(), stock.weights()
-    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    recorded = double["two-recorded"]
+    same(double["two-static"], recorded)
     assert loss_by_domain(recorded, "sequences").sum(axis=1).tolist() == [8.0 * step for step in range(1, 9)]
     resumed, straight = double["two-recorded-rarely-resumed"], double["two-recorded-rarely"]
     for what in ("loss", "tokens", "sequences"):
         assert loss_by_domain(resumed, what).tolist() == loss_by_domain(straight, what).tolist()
+
+
+def test_a_recorded_packed_stream_of_two_ranks_is_stock_bit_for_bit(results):
+    """Both ranks' tokens are counted: 8 blocks of 64 in each step."""
+    _, double = results
+    recorded = double["two-packed-recorded"]
+    same(double["two-packed"], recorded)
+    assert loss_by_domain(recorded, "tokens").sum(axis=1).tolist() == [8.0 * 64 * step for step in range(1, 6)]
+    assert (loss_by_domain(recorded) > 0).any(axis=0).all()
 
 
 def test_loss_weights_look_at_the_global_micro_batch(results):

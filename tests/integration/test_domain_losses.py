@@ -48,13 +48,24 @@ def served(monkeypatch):
     note = Session.note
 
     def watch(self, batch, loss):
-        rows = batch["dataflex_rows"].tolist()
-        for place, row in enumerate(rows):
+        rows = batch["dataflex_rows"]
+        for place, row in enumerate(rows.tolist() if rows.ndim == 1 else []):
             real = batch["attention_mask"][place].bool()
             seen.append((row, {key: batch[key][place][real].tolist() for key in ("input_ids", "labels")}))
         note(self, batch, loss)
 
     monkeypatch.setattr(Session, "note", watch)
+    return seen
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Every micro-batch as the model was given it, with the ids of its rows."""
+    from dataflex.train.session import Session
+
+    seen = []
+    note = Session.note
+    monkeypatch.setattr(Session, "note", lambda self, batch, loss: seen.append(dict(batch)) or note(self, batch, loss))
     return seen
 
 
@@ -112,6 +123,15 @@ STOCK = {
     "pretraining": {"stage": "pt", "dataset": "text", "packing": True, "disable_shuffling": False},
     "workers": {**THREE, "dataloader_num_workers": 1},
     "streamed": {**STREAM, "mix_strategy": "interleave_over", "val_size": 4, "eval_strategy": "steps", "eval_steps": 5},
+    "streamed, packed": {**STREAM, "packing": True},
+    "streamed, neatly packed": {
+        **{**STREAM, "neat_packing": True, "mix_strategy": "interleave_under", "interleave_probs": "0.5,0.3,0.2"},
+        **{"val_size": 4, "eval_strategy": "steps", "eval_steps": 5},
+    },
+    "streamed pretraining": {
+        **{**STREAM, "stage": "pt", "dataset": "text,weighted_text", "mix_strategy": "interleave_over"},
+        **{"preprocessing_batch_size": 20, "eval_dataset": "text", "eval_strategy": "steps", "eval_steps": 5},
+    },
     "preferences": {"stage": "dpo", "dataset": "pairs", "finetuning_type": "lora", "disable_shuffling": False},
 }
 
@@ -130,6 +150,7 @@ def test_a_record_changes_nothing(run, case):
         assert "token losses" in last["no_loss_by_domain"]
     else:
         others = {"plain": {"ones"}, "pretraining": {"text"}, "packed": {"all"}, "neatly packed": {"all"}}
+        others["streamed pretraining"] = {"text", "weighted_text"}
         assert told == others.get(case, {"alpha", "beta", "gamma"})
     assert sum(of_domains(recorded, "sequences")[-1].values()) > 0
 
@@ -145,9 +166,94 @@ def test_the_rows_of_a_stream_are_known(run, served):
     assert all(tokens[row] == feature for row, feature in streamed)
 
 
-@pytest.mark.parametrize("dynamic", [{"domain_column": "source"}, {"domain_path": "*.jsonl"}], ids=["column", "path"])
-def test_domains_of_a_record_may_be_columns_or_paths(run, dynamic):
-    settings = {**THREE, "val_size": 0.2}
+PACKED_STREAMS = [case for case in STOCK if case.startswith("streamed,") or case == "streamed pretraining"]
+
+
+@pytest.mark.parametrize("case", PACKED_STREAMS)
+def test_the_documents_of_a_packed_stream_are_known(run, served, batches, tiny_model, case):
+    """Documents tile each row, and each token counts to the domain of its own; no step changes the model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dataflex.train.loader import PADDING
+
+    settings = {**STOCK[case], "learning_rate": 0.0}
+    outcome = run("recorded", **settings, dynamic=RECORD)
+    packed = list(batches)
+    served.clear()
+    plain = {"streaming": None, "packing": False, "neat_packing": None, "mix_strategy": None, "interleave_probs": None,
+             "val_size": None, "eval_strategy": None, "max_steps": -1, "cutoff_len": 512}  # fmt: skip
+    run("whole", **{**settings, **plain}, dynamic=RECORD)
+    tokens = {row: feature["input_ids"] for row, feature in served}
+    cut = settings.get("stage") == "pt"
+    sizes = {"text": 60, "weighted_text": 30} if cut else {"alpha": 40, "beta": 21, "gamma": 3}
+    names = np.repeat([*sizes], [*sizes.values()])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).double().eval()
+    counts, seen = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+    for batch, losses, tokens_told, sequences in zip(
+        packed, *(of_domains(outcome, what) for what in ("loss", "tokens", "sequences")), strict=True
+    ):
+        rows, sums = batch["dataflex_rows"], dict.fromkeys(sizes, (0.0, 0))
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        inputs["attention_mask"] = doubled(inputs["attention_mask"])
+        with torch.no_grad():
+            log_p = model(**inputs).logits.log_softmax(-1)
+        for place, ids in enumerate(batch["input_ids"].tolist()):
+            begins = np.flatnonzero(rows[place] > PADDING)
+            stop = int((rows[place] != PADDING).sum())
+            assert begins[0] == 0
+            assert (rows[place][stop:] == PADDING).all()
+            assert (batch["labels"][place][stop:] == -100).all()
+            for first, last in zip(begins, [*begins[1:], stop], strict=True):
+                row, part = int(rows[place][first]), ids[first:last]
+                row, begun = (row, False) if row >= 0 else (~row, True)
+                name = names[row]
+                if begun:  # by the block before
+                    assert first == 0
+                    assert contains(tokens[row][1:], part)
+                else:
+                    assert part == tokens[row][: len(part)]
+                    assert len(part) == len(tokens[row]) or (cut and last == stop)
+                counts[name] += last - first
+                seen[name] += not begun
+                for position in range(max(first, 1), last):
+                    if (label := int(batch["labels"][place][position])) != -100:
+                        total, number = sums[name]
+                        sums[name] = total - float(log_p[place, position - 1, label]), number + 1
+        assert losses == pytest.approx({n: s / t for n, (s, t) in sums.items() if t}, rel=1e-5)
+        assert (tokens_told, sequences) == (counts, seen)
+
+
+def contains(whole, part):
+    return any(whole[at : at + len(part)] == part for at in range(len(whole) - len(part) + 1))
+
+
+def doubled(mask):
+    return mask.double() if mask.is_floating_point() else mask
+
+
+def test_a_stream_has_rows_that_are_not_drawn(run, tmp_path, data_dir):
+    """LLaMA-Factory's streams do not heed ``num_samples``."""
+    (tmp_path / "data").mkdir()
+    info = {"alpha": {"file_name": str(data_dir / "alpha.jsonl"), "num_samples": 10}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    recorded = run("x", **{**STREAM, "dataset": "alpha", "dataset_dir": str(tmp_path / "data")}, dynamic=RECORD)
+    assert recorded.events[0]["row_space"]["sources"] == {"alpha": 40}
+
+
+BY_COLUMN, BY_PATH = {"domain_column": "source"}, {"domain_path": "*.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "settings"),
+    [
+        (BY_COLUMN, {**THREE, "val_size": 0.2}),
+        (BY_PATH, {**THREE, "val_size": 0.2}),
+        (BY_COLUMN, {**STREAM, "neat_packing": True}),
+    ],
+    ids=["column", "path", "column of a packed stream"],
+)
+def test_domains_of_a_record_may_be_columns_or_paths(run, dynamic, settings):
     stock = run("stock", **settings)
     recorded = run("recorded", **settings, dynamic={**RECORD, **dynamic})
     same(stock, recorded)
@@ -176,6 +282,17 @@ def test_the_log_of_a_resumed_run_is_the_same_to_the_bit(run, dynamic, at):
     keys = [key for key in straight.log[-1] if key.startswith("dataflex/") and not key.endswith("seconds")]
     assert any(key.startswith("dataflex/loss/") for key in keys)
     assert {key: resumed.log[-1][key] for key in keys} == {key: straight.log[-1][key] for key in keys}
+
+
+@pytest.mark.parametrize("case", ["streamed, packed", "streamed pretraining"])
+def test_a_packed_stream_is_resumed_with_the_same_log(run, case):
+    settings = {**STOCK[case], "max_steps": 6, "logging_steps": 3, "dynamic": RECORD, "eval_strategy": None}
+    straight = run("straight", **settings)
+    run("cut", **settings, save_strategy="steps", save_steps=2)
+    resumed = run("cut", **settings, resume_from_checkpoint=str(run.folder / "cut/checkpoint-2"))
+    told = [{key: n for key, n in of.log[-1].items() if not key.endswith("seconds")} for of in (straight, resumed)]
+    assert told[0] == told[1]
+    assert any(key.startswith("dataflex/loss/") for key in told[0])
 
 
 def test_a_record_may_begin_at_a_checkpoint_of_a_run_without(run, caplog):

@@ -258,10 +258,13 @@ def test_streaming_has_no_effect_on_a_copy(run, tmp_path):
     assert losses(made) == losses(mapped)
 
 
-def test_a_record_alone_of_a_packed_stream_is_refused_with_the_way_out(run, tmp_path):
-    mapping = run.mapping("x", **SHORT, dataset="alpha,beta", streaming=True, packing=True, dynamic={"record": True})
-    with pytest.raises(ConfigError, match=r"streaming: .* no row can be told by its tokens.*'selector: all'"):
+def test_a_record_alone_of_a_stream_of_pairs_is_refused(run, tmp_path):
+    mapping = run.mapping("x", **SHORT, dataset="pairs", stage="dpo", streaming=True, dynamic={"record": True})
+    with pytest.raises(ConfigError, match=r"streaming: rows of stage dpo are not told apart by their tokens"):
         resolve(mapping, tmp_path)
+
+
+def test_every_row_of_a_stream_is_served_as_a_record_alone_serves_those_of_memory(run):
     out = run("all", **SHORT, dataset="alpha,beta", streaming=True, dynamic={"selector": "all"})
     rows_at_once = run("record", **SHORT, dataset="alpha,beta", dynamic={"record": True})
     same(rows_at_once, out)

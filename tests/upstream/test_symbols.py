@@ -134,7 +134,9 @@ def test_raw_data_are_seen_before_alignment():
     parameters = list(inspect.signature(loader.align_dataset).parameters)
     assert parameters == ["dataset", "dataset_attr", "data_args", "training_args"]
     assert "return align_dataset(dataset," in inspect.getsource(loader._load_single_dataset)
-    assert "] = _load_single_dataset(dataset_attr," in inspect.getsource(loader._get_merged_dataset)
+    source = inspect.getsource(loader._get_merged_dataset)
+    assert "] = _load_single_dataset(dataset_attr," in source
+    assert "get_dataset_list(dataset_names, data_args.dataset_dir)" in source
 
 
 def test_packing_takes_a_token_from_the_cutoff_where_it_is_asked_for():

@@ -279,10 +279,8 @@ def _stream_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Pat
     """Yield why the rows of LLaMA-Factory's own stream cannot be told, from which a stock run trains."""
     if not lf.streaming:
         return
-    instead = "remove it, or write 'selector: all' instead of 'record', which streams every row epoch by epoch"
-    if lf.stage not in ("pt", "sft") or lf.packed:
-        what = "packs its rows in an order of its own" if lf.packed else f"of stage {lf.stage} has pairs of texts"
-        yield f"streaming: LLaMA-Factory's stream {what}, so that no row can be told by its tokens; {instead}"
+    if lf.stage not in ("pt", "sft"):
+        yield f"streaming: rows of stage {lf.stage} are not told apart by their tokens; remove it"
     if lf.tokenized_path:
         yield "streaming: the rows of a tokenized copy are mapped into memory; remove one of the two"
     if dynamic.eval_by_domain:
@@ -506,7 +504,7 @@ def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Sou
     if copy is not None:
         columns = {f"tokenized copy {lf.tokenized_path}": frozenset(copy["columns"])}
     return RunFacts(
-        packed=lf.packed,
+        packed=lf.packed and not (dynamic.stock and lf.streaming),  # whose documents are told apart
         copied=copied,
         columns={name: known for name, known in columns.items() if known is not None},
         num_domains=(1 if copied else len(sources)) if sources and dynamic.domains_are_sources else None,
@@ -760,7 +758,8 @@ def _notes_on_a_record(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator
     for key in ("enable_liger_kernel", "use_liger_kernel"):
         if lf.on(key):
             yield f"{key}: its fused loss keeps no token losses, so {lacks}"
-    if lf.packed and len(lf.train_sets) > 1 and not lf.tokenized and dynamic.domains_are_sources:
+    mixed = lf.packed and not lf.streaming and not lf.tokenized
+    if mixed and len(lf.train_sets) > 1 and dynamic.domains_are_sources:
         yield (
             f"packing: a packed row may hold samples of several of {', '.join(lf.train_sets)}, so in the record they "
             "are one domain, 'all'"

@@ -129,8 +129,9 @@ class DataLoading:
             return self._module_of_copy(Path(args.tokenized_path))
         if stock and args.streaming:
             module = loader.stream()
-            # What the stream holds out is known when it is read: all rows are counted.
-            self._loader = loader = replace(loader, data_args=changed_args(args, streaming=True, val_size=0.0))
+            # What the stream holds out, and packs together, is known when it is read: all documents are counted.
+            counted = changed_args(args, streaming=True, val_size=0.0)
+            self._loader = loader = replace(loader, data_args=counted, by_document=True)
             parts = [loader.training(name) for name in names]
             self._stream = module["train_dataset"]
             self._source_of = np.repeat(np.arange(len(names), dtype=np.int32), [len(part) for part in parts])

@@ -1,8 +1,8 @@
 """Calls LLaMA-Factory's ``get_dataset`` for the training data, the evaluation sets and targets, and keeps the raw rows.
 
 Upstream names relied upon, each asserted by ``tests/upstream``: ``get_dataset``; of its module ``align_dataset``,
-``load_dataset`` and ``_get_preprocessed_dataset``, which are replaced while loading; the fields of ``DataArguments``,
-which take one from ``cutoff_len`` for packing.
+``get_dataset_list``, ``load_dataset`` and ``_get_preprocessed_dataset``, which are replaced while loading; the fields
+of ``DataArguments``, which take one from ``cutoff_len`` for packing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from dataflex.config.mappings import shown
 from dataflex.errors import ConfigError, DataError, DataFlexError
 from dataflex.huggingface.loop import replaced
 from dataflex.llamafactory.shards import BadShard, BadShards, bottom, load_sound, told
-from dataflex.llamafactory.streaming import serve
+from dataflex.llamafactory.streaming import PieceProcessor, serve
 from dataflex.llamafactory.turns import DOCUMENTS, NUMBER, NumberedProcessor, WeighedConverter, WeighedProcessor
 from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
 from dataflex.train.row_space import column_values, refuse_values
@@ -134,6 +134,7 @@ class Loader:
     files: list[str] = field(default_factory=list)  # paths of the files that were numbered
     skip_bad_shards: bool = False  # whether files that cannot be read are left out
     bad_shards: dict[str, list[BadShard]] = field(default_factory=dict)  # those that were, by data set
+    by_document: bool = False  # whether rows that are streamed are those that LLaMA-Factory packs
     turns: str = ""  # key of the messages' weights, which training rows then have as ``turns.WEIGHTS``
     numbers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """For ``train`` and ``test``, the position of each tokenized row in the raw rows that ``numbered`` read."""
@@ -149,7 +150,7 @@ class Loader:
     @property
     def packs(self) -> bool:
         """Whether rows are packed of several; LLaMA-Factory packs in two stages alone."""
-        return self.written.packed and self.stage in ("pt", "sft")
+        return self.written.packed and self.stage in ("pt", "sft") and not self.by_document
 
     def stock(self) -> dict[str, Any]:
         """Return what the workflow asked for."""
@@ -180,9 +181,13 @@ class Loader:
             return self.stock()
 
     def stream(self) -> dict[str, Any]:
-        """Return what the workflow asked for as LLaMA-Factory's own stream, which is not among the ``origins``."""
+        """Return what the workflow asked for as LLaMA-Factory's own stream, which is not among the ``origins``.
+
+        Packed rows have ``PIECES``.
+        """
         args = changed_args(self.data_args, streaming=True)
-        return replace(self, origins=[])._load(args, dataset=args.dataset, eval_dataset=args.eval_dataset)
+        with replaced(*([_marking(PieceProcessor)] if self.packs else [])):
+            return replace(self, origins=[])._load(args, dataset=args.dataset, eval_dataset=args.eval_dataset)
 
     def training(self, name: str) -> Any:
         """Return the rows of one of several training sets."""
@@ -206,20 +211,16 @@ class Loader:
         if self.by_file:
             changes.append((lf_loader, "load_dataset", self._load_numbered))
         if self.data_args.streaming:
-            changes.append((lf_loader, "_get_preprocessed_dataset", serve))
+            serves = partial(serve, by_document=self.by_document)
+            changes.append((lf_loader, "_get_preprocessed_dataset", serves))
+        if self.by_document:
+            changes.append((lf_loader, "get_dataset_list", _undrawn))
         packs = self.packs and not self.data_args.streaming and args.tokenized_path is None
         if packs:
             changes.append((lf_loader, "align_dataset", _numbering()))
         if self.turns or packs:
-            make, preprocess = lf_converter.get_dataset_converter, lf_loader._get_preprocessed_dataset
-            processor, marks = lf_loader._get_dataset_processor, WeighedProcessor if self.turns else NumberedProcessor
-
-            def marked(*args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
-                tokenizes = processor if is_eval else lambda *given, **named: marks(processor(*given, **named))
-                with replaced((lf_loader, "_get_dataset_processor", tokenizes)):
-                    return preprocess(*args, is_eval=is_eval, **kwargs)
-
-            changes.append((lf_loader, "_get_preprocessed_dataset", marked))
+            make = lf_converter.get_dataset_converter
+            changes.append(_marking(WeighedProcessor if self.turns else NumberedProcessor))
             if self.turns:
                 converts = lambda *given: WeighedConverter(make(*given), self.turns)  # noqa: E731
                 changes.append((lf_converter, "get_dataset_converter", converts))
@@ -288,7 +289,27 @@ class Loader:
         return RawRows(names=names, parts=parts, rows=rows, written=self.written)
 
 
-_load_dataset = lf_loader.load_dataset
+_load_dataset, _get_dataset_list = lf_loader.load_dataset, lf_loader.get_dataset_list
+
+
+def _marking(marks: Callable[..., Any]) -> tuple[Any, str, Any]:
+    """Return the change after which ``marks`` wraps LLaMA-Factory's processors of training rows."""
+    preprocess, processor = lf_loader._get_preprocessed_dataset, lf_loader._get_dataset_processor
+
+    def marked(*args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
+        tokenizes = processor if is_eval else lambda *given, **named: marks(processor(*given, **named))
+        with replaced((lf_loader, "_get_dataset_processor", tokenizes)):
+            return preprocess(*args, is_eval=is_eval, **kwargs)
+
+    return lf_loader, "_get_preprocessed_dataset", marked
+
+
+def _undrawn(*args: Any, **kwargs: Any) -> Any:
+    """Return what ``get_dataset_list`` does without ``num_samples``, which LLaMA-Factory's streams do not heed."""
+    found = _get_dataset_list(*args, **kwargs)
+    for each in found:
+        each.num_samples = None
+    return found
 
 
 def _numbering() -> Callable[..., Any]:

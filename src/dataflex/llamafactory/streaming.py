@@ -9,6 +9,8 @@ takes rows from the end of those of one length (``greedy_knapsack``).
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +24,9 @@ from llamafactory.data.processor.processor_utils import greedy_knapsack
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
+from dataflex.llamafactory.turns import NumberedProcessor
 from dataflex.state import blake2b
+from dataflex.train.loader import PADDING, PIECES, SAME
 from dataflex.train.row_space import Measures
 
 _IGNORE = -100
@@ -76,6 +80,7 @@ class ServedRows:
         block: Tokens of a block for packed pre-training text; None keeps rows as they are.
         group: Raw rows that stock preprocessing cuts into blocks, or packs, together.
         pack: Tokens that instructions are packed into; None keeps rows as they are.
+        whole: Whether rows are texts of pre-training as they are before they are cut into blocks.
         num_proc: Processes that count tokens.
     """
 
@@ -90,12 +95,14 @@ class ServedRows:
         block: int | None,
         group: int,
         pack: int | None = None,
+        whole: bool = False,
         num_proc: int | None = None,
     ) -> None:
         self.raw, self._processor, self._block = raw, processor, block
         self._packs: NDArray[np.int64] | None = None  # raw rows, pack after pack
+        self._tokenize = partial(_texts, processor) if whole else processor.preprocess_dataset
         counted = raw.map(
-            _Counter(processor, block is not None, pack is not None),
+            _Counter(processor, whole or block is not None, pack is not None),
             batched=True,
             batch_size=group,
             remove_columns=raw.column_names,
@@ -150,7 +157,7 @@ class ServedRows:
             return [self._cut(int(row), self._block) for row in rows]
         if self._packs is not None:
             return list(map(partial(self._pack, self._packs), rows))
-        made = self._processor.preprocess_dataset(self.raw[self.raw_rows[np.asarray(rows)].tolist()])
+        made = self._tokenize(self.raw[self.raw_rows[np.asarray(rows)].tolist()])
         if len(made["input_ids"]) != len(rows):
             raise DataError("a row that had tokens when they were counted has none now; the files have changed")
         return [{key: values[place] for key, values in made.items()} for place in range(len(rows))]
@@ -211,13 +218,28 @@ class ServedRows:
         return np.frombuffer(b"".join(found), dtype="<u8")
 
     def rows_of(self, features: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
-        """Return the rows that have these tokens and labels [B]; of equal rows the first.
+        """Return the rows that have these tokens and labels [B], of packed ones their documents as ``ROWS`` has them.
+
+        Of equal rows it is the first.
 
         Raises:
             DataError: No row has them.
         """
+        if PIECES not in features[0]:
+            return self._with_digests([_digest(feature) for feature in features])
+        widths = [len(feature["input_ids"]) for feature in features]
+        found = np.full((len(features), max(widths)), PADDING, dtype=np.int64)
+        for place, feature in enumerate(features):
+            digests, counts = np.reshape(feature[PIECES], (-1, 2)).T
+            ends = np.cumsum(counts)
+            rows = self._with_digests(np.where(digests < 0, ~digests, digests))
+            found[place, : ends[-1]] = SAME
+            found[place, ends - counts] = np.where(digests < 0, ~rows, rows)
+        return found
+
+    def _with_digests(self, digests: Any) -> NDArray[np.int64]:
         keys, order = self._known
-        asked = np.array([_digest(feature) for feature in features], dtype=np.uint64)
+        asked = np.asarray(digests, dtype=np.uint64)
         places = np.minimum(np.searchsorted(keys, asked), max(len(keys) - 1, 0))
         if not len(keys) or not np.array_equal(keys[places], asked):
             raise DataError("the stream has a row that was not there when rows were counted; the files have changed")
@@ -229,6 +251,35 @@ class ServedRows:
         keys = self.row_keys()
         order = np.argsort(keys, kind="stable")
         return keys[order], order
+
+
+class PieceProcessor(NumberedProcessor):
+    """Tokenizes converted examples as ``processor``, which packs them, does, and gives ``PIECES``."""
+
+    def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Return LLaMA-Factory's columns, and that of this class."""
+        self._digests: list[int] = []
+        return super().preprocess_dataset(examples)
+
+    def _encode(self, **given: Any) -> tuple[list[int], list[int], dict[str, list[Any]]]:
+        ids, labels, _ = super()._encode(**given)
+        self._digests.append(_digest({"input_ids": ids, "labels": labels}))
+        return ids, labels, {PIECES: [len(self._digests) - 1] * len(ids)}
+
+    def _of_tokens(self, name: str, marks: list[Any]) -> list[Any]:
+        """Return the pieces of a row."""
+        counts = Counter(place for place in marks if place != _IGNORE)
+        return [number for place, count in counts.items() for number in (self._digests[place], count)]
+
+    def _of_blocks(
+        self, examples: dict[str, list[Any]], ids: list[list[int]], parts: list[list[tuple[int, int]]]
+    ) -> dict[str, list[Any]]:
+        """Return the pieces of blocks."""
+        digests, begun, pieces = [_digest({"input_ids": each}) for each in ids], -1, []
+        for part in parts:
+            pieces.append([n for k, count in part for n in (digests[k] if k > begun else ~digests[k], count)])
+            begun = part[-1][0]
+        return {PIECES: pieces}
 
 
 def _packed(lengths: NDArray[np.int64], size: int, group: int) -> Iterator[NDArray[np.int64]]:
@@ -298,18 +349,31 @@ class JoinedRows(ServedRows):
 _preprocessed = lf_loader._get_preprocessed_dataset
 
 
-def serve(dataset: Any, data_args: Any, training_args: Any, stage: Any, *rest: Any, is_eval: bool = False) -> Any:
+def serve(
+    dataset: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: Any,
+    *rest: Any,
+    is_eval: bool = False,
+    by_document: bool = False,
+) -> Any:
     """Stand in for ``_get_preprocessed_dataset``: training rows stay raw and are tokenized when they are served.
 
-    ``rest``: template, tokenizer and processor.
+    ``rest``: template, tokenizer and processor. ``by_document``: rows are those that would be packed.
     """
     if dataset is None or is_eval:
         return _preprocessed(dataset, data_args, training_args, stage, *rest, is_eval=is_eval)
+    whole = by_document and stage == "pt" and data_args.packing
+    if by_document:
+        data_args = copy.copy(data_args)
+        data_args.packing = data_args.neat_packing = False
     return ServedRows(
         dataset,
         lf_loader._get_dataset_processor(data_args, stage, *rest),
         block=data_args.cutoff_len if stage == "pt" and data_args.packing else None,
         group=data_args.preprocessing_batch_size,
         pack=data_args.cutoff_len if stage == "sft" and data_args.packing else None,
+        whole=whole,
         num_proc=data_args.preprocessing_num_workers,
     )

@@ -88,26 +88,19 @@ class _Noted(_Marked):
         return list(self._pairs)
 
 
-class _Counting:
-    """A tokenizer that notes how many tokens each text has."""
+class _Noting:
+    """A tokenizer that notes the tokens of each text."""
 
-    def __init__(self, tokenizer: Any, lengths: list[int]) -> None:
-        self._tokenizer, self._lengths = tokenizer, lengths
+    def __init__(self, tokenizer: Any, ids: list[list[int]]) -> None:
+        self._tokenizer, self._ids = tokenizer, ids
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         made = self._tokenizer(*args, **kwargs)
-        self._lengths[:] = map(len, made["input_ids"])
+        self._ids[:] = made["input_ids"]
         return made
-
-
-def _of_tokens(name: str, marks: list[Any]) -> list[Any]:
-    """Return a row of ``name`` from the marks of its tokens."""
-    if name == WEIGHTS:
-        return [0.0 if weight == _IGNORE else weight for weight in marks]
-    return list(dict.fromkeys(number for number in marks if number != _IGNORE))
 
 
 class NumberedProcessor:
@@ -139,24 +132,37 @@ class NumberedProcessor:
         for name in encoded[0][2] if encoded else ():
             again = ((ids, marks[name]) for ids, _, marks in encoded)
             packed = self._processed(examples, lambda *_, again=again, **__: next(again))["labels"]
-            made[name] = [_of_tokens(name, row) for row in packed]
+            made[name] = [self._of_tokens(name, row) for row in packed]
         return made
+
+    def _of_tokens(self, name: str, marks: list[Any]) -> list[Any]:
+        """Return a row of ``name`` from the marks of its tokens."""
+        if name == WEIGHTS:
+            return [0.0 if weight == _IGNORE else weight for weight in marks]
+        return list(dict.fromkeys(number for number in marks if number != _IGNORE))
 
     def _cut(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the blocks of packed text, and the examples that each has tokens of."""
-        lengths: list[int] = []
+        ids: list[list[int]] = []
         tokenizer = self.processor.tokenizer
         try:
-            self.processor.tokenizer = _Counting(tokenizer, lengths)
+            self.processor.tokenizer = _Noting(tokenizer, ids)
             made: dict[str, list[Any]] = self.processor.preprocess_dataset(examples)
         finally:
             self.processor.tokenizer = tokenizer
-        blocks, ends, numbers = made["input_ids"], np.cumsum(lengths), np.asarray(examples[NUMBER])
-        size = len(blocks[0]) if blocks else 0
-        first = np.searchsorted(ends, size * np.arange(len(blocks)), side="right")
-        last = np.searchsorted(ends, size * np.arange(1, len(blocks) + 1), side="left")
-        made[DOCUMENTS] = [numbers[low : high + 1].tolist() for low, high in zip(first, last, strict=True)]
-        return made
+        size, ends = self.processor.data_args.cutoff_len, np.cumsum([len(each) for each in ids])
+        parts = []
+        for start in range(0, size * len(made["input_ids"]), size):
+            first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, start + size, side="left")
+            counts = np.diff(np.minimum([start, *ends[first : last + 1]], start + size))
+            parts.append([*enumerate(counts.tolist(), start=int(first))])
+        return {**made, **self._of_blocks(examples, ids, parts)}
+
+    def _of_blocks(
+        self, examples: dict[str, list[Any]], ids: list[list[int]], parts: list[list[tuple[int, int]]]
+    ) -> dict[str, list[Any]]:
+        """Return columns of blocks: ``ids`` of each example, ``parts`` of a block (an example's place, its tokens)."""
+        return {DOCUMENTS: [[examples[NUMBER][place] for place, _ in part] for part in parts]}
 
     def _processed(self, examples: dict[str, list[Any]], encode: Callable[..., Any]) -> Any:
         self.processor._encode_data_example = encode

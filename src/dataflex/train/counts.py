@@ -11,6 +11,7 @@ from dataflex.method import Rows, State
 from dataflex.plan.domains import Domains
 from dataflex.plan.live import Served
 from dataflex.plan.plan import DataPlan
+from dataflex.train.loader import documents_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,10 @@ class DomainTotals:
         self.noted = np.zeros_like(self.noted)
 
     def _sums(self, rows: Rows) -> NDArray[np.int64]:
+        """Return by domain rows, of packed ones the documents that begin, and tokens [2, K]; ids as ``loader.ROWS``."""
+        if rows.ndim == 2:
+            of_tokens = documents_of(rows)
+            return np.stack([self._domains.counts(ids) for ids in (rows, of_tokens)])
         rows = rows[rows >= 0]
         assert self._domains.lengths is not None
         weights, labels = self._domains.lengths[rows], self._domains.domain_of[rows]

@@ -18,7 +18,14 @@ from dataflex.method import Rows
 from dataflex.plan.plan import BatchShape, DataPlan
 
 ROWS = "dataflex_rows"
-"""Where a collated micro-batch holds the ids of its rows, int64 [R]; taken out before the model sees it."""
+"""Where a collated micro-batch holds the ids of its rows, int64 [R]; taken out before the model sees it.
+
+Of packed rows of a stream they are those of their documents, int64 [R, T]: the id where one begins, ``~id`` where what
+an earlier row has begun goes on, ``SAME`` in the places of all other tokens, ``PADDING`` after the last one.
+"""
+PIECES = "dataflex_pieces"
+"""Feature of a packed row of a stream: of each document in it a hash, ``~hash`` if it goes on there, and its tokens."""
+SAME, PADDING = np.iinfo(np.int64).min, np.iinfo(np.int64).min + 1
 
 
 class _Shards(Sampler[list[int]]):
@@ -63,7 +70,15 @@ class NumberedStream:
     def __call__(self, features: list[Any]) -> Any:
         """Return the batch; ids are a tensor, which a loader that reads for several ranks can cut."""
         rows = torch.from_numpy(self._rows_of(features))
-        return {**self._collate(features), ROWS: rows}
+        plain = [{key: value for key, value in feature.items() if key != PIECES} for feature in features]
+        return {**self._collate(plain), ROWS: rows}
+
+
+def documents_of(rows_RT: Rows) -> Rows:
+    """Return the document of each token, -1 where there is none [R, T], of ids as ``ROWS`` has them of packed rows."""
+    begins = np.where(rows_RT == SAME, 0, np.arange(rows_RT.shape[1]))
+    found = np.take_along_axis(rows_RT, np.maximum.accumulate(begins, axis=1), axis=1)
+    return np.where(found == PADDING, -1, np.where(found < 0, ~found, found))
 
 
 def unchanged(batch: Any) -> Any:

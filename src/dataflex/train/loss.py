@@ -29,7 +29,7 @@ from dataflex.signals.embeddings import pool, pool_documents
 from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import document_ids, token_cross_entropy
 from dataflex.train.feedback import LOGGED_DOMAINS, DomainSums, NoiseWatch, RowWeights, WeightStats, losses_in_graph
-from dataflex.train.loader import ROWS
+from dataflex.train.loader import ROWS, documents_of
 
 if TYPE_CHECKING:
     from dataflex.train.reference import ReferenceLosses
@@ -243,6 +243,22 @@ def _of_next(of_tokens_RT: torch.Tensor) -> torch.Tensor:
     return F.pad(of_tokens_RT[:, 1:], (0, 1))
 
 
+def _by_domain(
+    loss_RT: torch.Tensor, mask_RT: torch.Tensor, domains_RT: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
+    """Return the losses that positions have in predicting the next tokens, each row once for each of its domains.
+
+    ``domains_RT`` are those of the tokens, -1 for none. A loss that is of another domain is 0 and does not count.
+    """
+    width = loss_RT.shape[1]
+    of_next_RT = np.pad(domains_RT[:, 1:], ((0, 0), (0, width)), constant_values=-1)[:, :width]
+    there = np.stack([np.broadcast_to(np.arange(len(of_next_RT))[:, None], of_next_RT.shape), of_next_RT])
+    rows_P, domains_P = np.unique(there[:, of_next_RT >= 0], axis=1)
+    own_PT = torch.from_numpy(of_next_RT[rows_P] == domains_P[:, None]).to(loss_RT.device)
+    which = torch.from_numpy(rows_P).to(loss_RT.device)
+    return torch.where(own_PT, loss_RT[which], 0.0), mask_RT[which] & own_PT, domains_P
+
+
 def counted_tokens(labels: torch.Tensor) -> torch.Tensor:
     """Return tokens per row [R] as the stock denominator counts them (a label in the first place included)."""
     return labels.ne(IGNORE_INDEX).sum(dim=1).double()
@@ -449,8 +465,14 @@ class Reweighter:
         if found is None:
             self.missing = "the training loss does not keep token losses (a fused kernel, or a loss of its own)"
             return
+        (loss_RT, mask_RT), rows = found, batch[ROWS]
         with torch.no_grad():
-            self._sums.add(*found, self._domains_of(batch[ROWS]))
+            if rows.ndim == 1:
+                self._sums.add(loss_RT, mask_RT, self._domains_of(rows))
+                return
+            documents = documents_of(rows)
+            domains_RT = np.where(documents < 0, -1, self._domains_of(documents))
+            self._sums.add(*_by_domain(loss_RT, mask_RT, domains_RT))
 
     def _weights(
         self,
