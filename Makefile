@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-trl test-oldest check lint types pytest format docs site bench fuzz kills \
+.PHONY: help demo test test-quick test-trl test-oldest check lint types pytest format docs site bench peers fuzz kills \
 	evidence evidence-quick lock clean
 
 help:  ## list the targets
@@ -79,6 +79,9 @@ site: $(VENV)/.installed-dev  ## build the site of the documentation into runs/s
 
 bench: $(VENV)/.installed  ## all benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(TUNED) $(RUN) $$file; done
+
+peers: $(VENV)/.installed  ## measure beside other systems, each in an environment of its own (hours; fetches packages)
+	$(RUN) -m benchmarks.vs_peers
 
 SEED ?= 1
 fuzz: $(VENV)/.installed-dev  ## plan 500 random configurations and train what is accepted (SEED=, COUNT=; half an hour)
