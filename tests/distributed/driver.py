@@ -1,7 +1,8 @@
 """Runs configurations one after another on every rank of one torchrun job (imports are paid once).
 
 Usage: torchrun ... driver.py FOLDER. The ranks wait for ``batch-0.json``, ``batch-1.json``, ... in FOLDER: lists of
-configuration files, or null for the end. A job that fails is noted in ``<file>.rank<r>.error`` with the error's type
+configuration files, or null for the end. A file that holds a ``command`` is one of ``dataflex``, as a list of words.
+A job that fails is noted in ``<file>.rank<r>.error`` with the error's type
 and text, and the next one goes on; ``batch-<n>.done<r>`` says that rank r is through.
 
 Three things that only a machine without accelerators needs are patched here, never in the package:
@@ -67,6 +68,7 @@ def main() -> None:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    from dataflex.cli import main as run
     from dataflex.run import train_here
 
     fsdp_on_cpu()
@@ -90,7 +92,12 @@ def main() -> None:
             os.environ.update(environment)
             os.environ["MASTER_PORT"] = meeting_port(Path(f"{config}.port"))
             try:
-                train_here([config])
+                found = json.loads(Path(config).read_text())
+                if command := found.pop("command", None):
+                    code = run(command)
+                    assert code == 0, f"exit code {code}"
+                else:
+                    train_here([config])
             except Exception as error:  # noqa: BLE001 (the test reads what happened)
                 Path(f"{config}.rank{rank}.error").write_text(f"{type(error).__name__}: {error}")
                 traceback.print_exc()

@@ -62,14 +62,20 @@ def request_of(scoring):
         (("model_name_or_path=/nowhere/model",), {}, "no such folder"),
         (("resume_from_checkpoint=true",), {}, "name the checkpoint's folder"),
         (("resume_from_checkpoint=nowhere",), {}, "there is no such folder"),
-        (("fsdp=full_shard",), {}, "fsdp: scoring keeps the whole model"),
-        (("deepspeed.zero_optimization.stage=3",), {}, "ZeRO-3 partitions it"),
+        (("fsdp=full_shard",), {}, "fsdp: scoring partitions parameters by FSDP2 alone"),
+        (("deepspeed.zero_optimization.stage=3",), {"methods": ("tacs",), "targets": "goal"}, "ZeRO-3"),
     ],
 )
 def test_what_is_refused(request_of, overrides, options, told):
     with pytest.raises(ConfigError) as caught:
         request_of(*overrides, **options)
     assert told in str(caught.value)
+
+
+def test_a_partitioned_model_is_scored_as_it_is(request_of):
+    request = request_of("deepspeed.zero_optimization.stage=3")
+    assert request.lf["deepspeed"] == {"zero_optimization": {"stage": 3}}
+    assert "deepspeed" not in request_of("deepspeed.zero_optimization.stage=2").lf
 
 
 def test_all_problems_at_once(request_of):

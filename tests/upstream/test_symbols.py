@@ -39,6 +39,7 @@ METHODS = {
     "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
     "get_tp_size": ["self"],
     "get_cp_size": ["self"],
     "get_sp_size": ["self"],

@@ -30,7 +30,7 @@ from dataflex.config.data import (
 )
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.mappings import shown
-from dataflex.config.needs import FSDP2, optimizer_without_moments, unmet
+from dataflex.config.needs import FSDP2, ZERO3, optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
@@ -148,7 +148,7 @@ def partitioned_by(lf: LlamaFactoryArgs) -> str:
     if lf.fsdp:
         config = _mapping(lf.fsdp_config)
         return FSDP2 if str(config.get("fsdp_version", config.get("version"))) == "2" else "fsdp"
-    return "DeepSpeed ZeRO-3" if zero_options(lf).get("stage") == 3 else ""
+    return ZERO3 if zero_options(lf).get("stage") == 3 else ""
 
 
 def _mapping(config: Any) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from dataflex.registry import one_of
 from dataflex.version import install
 
 FSDP2 = "FSDP2"
+ZERO3 = "DeepSpeed ZeRO-3"
 """What partitions parameters that keep their shapes."""
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"

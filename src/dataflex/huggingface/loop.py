@@ -42,6 +42,24 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
             setattr(module, name, value)
 
 
+@contextmanager
+def moments_by_name(trainer: Any) -> Iterator[None]:
+    """Have a Trainer load sharded states of FSDP2 into an optimizer that has them, while inside (collective there).
+
+    accelerate loads what the optimizer holds already, by its own numbers of parameters. A new one holds nothing, so
+    its moments would stay zero, without a word; and the files name parameters.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2 or "FULL" in str(plugin.state_dict_type):
+        yield
+        return
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    named = get_optimizer_state_dict(trainer.model, trainer.optimizer)
+    with replaced((trainer.optimizer, "state_dict", lambda: named)):
+        yield
+
+
 def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
     """Return what a session needs to know of a Trainer, from its arguments, model, data and collator."""
     args = trainer.args

@@ -22,7 +22,7 @@ from dataflex import checkpoints, comm
 from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.huggingface.evaluation import EvaluationMixin
-from dataflex.huggingface.loop import EpochShell, StopOnTerm, loop_of, replaced
+from dataflex.huggingface.loop import EpochShell, StopOnTerm, loop_of, moments_by_name, replaced
 from dataflex.huggingface.trackers import send_report, shown_apart
 from dataflex.train.average import WeightAverage
 from dataflex.train.loader import ROWS, NumberedBatches, NumberedStream, unchanged
@@ -240,20 +240,10 @@ class TrainerMixin(EvaluationMixin):
             self._dataflex_seal()
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        """Load as stock; sharded states of FSDP2 into an optimizer that has them.
-
-        accelerate loads what the optimizer holds already, by its own numbers of parameters. A new one holds nothing, so
-        its moments would stay zero, without a word; and the files name parameters.
-        """
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if checkpoint is None or plugin is None or plugin.fsdp_version != 2 or "FULL" in str(plugin.state_dict_type):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-        named = get_optimizer_state_dict(self.model, self.optimizer)
-        with replaced((self.optimizer, "state_dict", lambda: named)):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        """Load as stock, also sharded states of FSDP2."""
+        if checkpoint is not None:
+            with moments_by_name(self):
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as stock; a checkpoint counts once the callbacks have seen it."""

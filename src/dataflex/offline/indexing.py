@@ -24,7 +24,7 @@ from dataflex.errors import CheckpointError
 from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, ROWS, SAMPLE, STORE, TOLD, Index, Part, write_told
 from dataflex.offline.request import ScoreRequest
-from dataflex.offline.scoring import Scored, WorkflowMixin, run_workflow, take_checkpoint, written
+from dataflex.offline.scoring import Scored, WorkflowMixin, run_workflow, written
 from dataflex.offline.table import write_scores
 from dataflex.printable import Answer, without_secrets
 from dataflex.rng import uniforms
@@ -171,7 +171,7 @@ class _IndexingMixin(WorkflowMixin):
 
     dataflex_request: ClassVar[ScoreRequest]
 
-    def train(self, *_args: Any, **_kwargs: Any) -> Any:
+    def dataflex_ask(self) -> None:
         """Sketch under every checkpoint, and leave the workflow."""
         request = self.dataflex_request
         params = request.config.scorers[0].params
@@ -199,7 +199,7 @@ class _IndexingMixin(WorkflowMixin):
         assert size is not None
         assert request.precision is not None
         if checkpoint is not None:
-            take_checkpoint(self, checkpoint)
+            self.dataflex_take(checkpoint)
             rate = rate_of(checkpoint)
         runner = self.dataflex_runner(checkpoint)
         access, cache = runner.access, runner.cache
@@ -229,10 +229,10 @@ class _IndexingMixin(WorkflowMixin):
 def rate_of(checkpoint: Path) -> float:
     """Return the learning rate of a checkpoint's next step, its weight among several (LESS, equation 2)."""
     try:
-        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        return float(state["param_groups"][0]["lr"])
+        state = torch.load(checkpoint / "scheduler.pt", map_location="cpu", weights_only=True)
+        return float(state["_last_lr"][0])
     except (OSError, RuntimeError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"resume_from_checkpoint: {checkpoint} has no readable optimizer.pt") from error
+        raise CheckpointError(f"resume_from_checkpoint: {checkpoint} has no readable scheduler.pt") from error
 
 
 def run_index(request: ScoreRequest) -> Answer:

@@ -27,7 +27,7 @@ from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, SAMPLE, Agreement, Index, agreement, told_agreement
 from dataflex.offline.query import QueryRequest
-from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, left_by, take_checkpoint, written
+from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, left_by, written
 from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.domains import Domains
 from dataflex.printable import Answer, redacted
@@ -80,7 +80,7 @@ class _QueryMixin(WorkflowMixin):
 
     dataflex_request: ClassVar[QueryRequest]
 
-    def train(self, *_args: Any, **_kwargs: Any) -> Any:
+    def dataflex_ask(self) -> None:
         """Ask under every checkpoint, and leave the workflow."""
         request = self.dataflex_request
         index, names = request.index, request.method.targets
@@ -92,7 +92,7 @@ class _QueryMixin(WorkflowMixin):
         aims, exact = [], []
         for part in index.parts:
             checkpoint = None if part.checkpoint is None else Path(part.checkpoint)
-            step = 0 if checkpoint is None else take_checkpoint(self, checkpoint)
+            step = 0 if checkpoint is None else self.dataflex_take(checkpoint)
             runner = self.dataflex_runner(checkpoint)
             runner.access = replace(runner.access, train=pool, targets=corpora)
             if part.model and part.model != runner.cache.model_identity():

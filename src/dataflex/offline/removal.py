@@ -80,7 +80,7 @@ class _AuditMixin(WorkflowMixin):
 
     dataflex_audit: ClassVar[Audit]
 
-    def train(self, *_args: Any, **_kwargs: Any) -> Any:
+    def dataflex_ask(self) -> None:
         """Audit, and leave the workflow."""
         if comm.world() > 1:
             raise UnsupportedError("audit: runs on one process")

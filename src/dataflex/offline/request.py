@@ -24,7 +24,7 @@ from dataflex.config.check import (
 from dataflex.config.data import Source, find_entries
 from dataflex.config.load import ENDINGS, load_mapping, merged
 from dataflex.config.mappings import plain, values
-from dataflex.config.needs import unmet, wants_moments
+from dataflex.config.needs import FSDP2, ZERO3, unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import split
 from dataflex.errors import ConfigError, did_you_mean
@@ -59,13 +59,11 @@ def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
         notes.append("packing is off: every sample is scored by itself")
     if args.streaming:
         notes.append("streaming is off: all rows are tokenized first")
-    zero3 = not args.fsdp and partitioned_by(args) != ""
-    if not zero3 and lf.pop("deepspeed", None) is not None:
+    partitioned = partitioned_by(args)
+    if not partitioned and lf.pop("deepspeed", None) is not None:
         notes.append("deepspeed is left out: nothing is trained")
-    if zero3:
-        problems.append("deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it")
-    if args.fsdp:
-        problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
+    if args.fsdp and partitioned != FSDP2:
+        problems.append("fsdp: scoring partitions parameters by FSDP2 alone; add 'fsdp_config: {fsdp_version: 2}'")
     if env_enabled("USE_RAY"):
         problems.append("USE_RAY (environment): scoring on several ranks is started by torchrun (FORCE_TORCHRUN=1)")
     held = [key for key in ("val_size", "eval_dataset") if args.on(key)]
@@ -86,6 +84,8 @@ def _checkpoints_of(lf: dict[str, Any], problems: list[str], *, several: bool) -
             "resume_from_checkpoint: name the checkpoint's folder whose weights and optimizer are to be used"
         )
         return ()
+    partitioned = partitioned_by(LlamaFactoryArgs.read(lf))
+    state = "optimizer.pt" if not partitioned else "global_step*" if partitioned == ZERO3 else "optimizer*"
     folders = tuple(Path(str(one)) for one in (asked if isinstance(asked, list | tuple) else [asked]))
     if len(folders) > 1 and not several:
         problems.append("resume_from_checkpoint: scores are those of one checkpoint; an index (--index) takes several")
@@ -94,10 +94,8 @@ def _checkpoints_of(lf: dict[str, Any], problems: list[str], *, several: bool) -
     for folder in folders:
         if (reason := broken_reason(folder)) is not None:
             problems.append(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
-        elif not (folder / "optimizer.pt").is_file():
-            problems.append(
-                f"resume_from_checkpoint: {folder} holds no optimizer.pt (DeepSpeed keeps its state elsewhere)"
-            )
+        elif not any(folder.glob(state)):
+            problems.append(f"resume_from_checkpoint: {folder} holds no state of an optimizer ({state})")
     return folders
 
 
@@ -117,7 +115,10 @@ def _checked(
     problems += model_problems(view)
     for method in config.methods:
         alone = DynamicConfig(selector=method)
-        found = (*unmet(alone, RunFacts(), models=True), *target_problems(alone, view, base_dir))
+        found = (
+            *unmet(alone, RunFacts(partitioned=partitioned_by(view)), models=True),
+            *target_problems(alone, view, base_dir),
+        )
         problems += [problem.replace("dynamic.selector.", f"{method.name}.", 1) for problem in found]
         for place, kind in () if moments else wants_moments(method.requires):
             key = f"{method.name}.{place}"

@@ -2,8 +2,8 @@
 
 LLaMA-Factory's workflow builds tokenizer, data, model and trainer as for training; our trainer's ``train``
 scores and stops there. Passes write into a store as they go, so that a killed run goes on where it was.
-Upstream names relied upon: those of ``huggingface.trainer``; of the Trainer ``train``,
-``create_optimizer`` and ``_load_from_checkpoint``.
+Upstream names relied upon: those of ``huggingface.trainer``; of the Trainer ``train``, ``create_optimizer``,
+``_load_from_checkpoint``, ``_prepare_for_training``, ``_load_optimizer_and_scheduler`` and ``model_wrapped``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from dataflex import comm
 from dataflex.config.mappings import plain
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexError
-from dataflex.huggingface.loop import loop_of
+from dataflex.huggingface.loop import loop_of, moments_by_name
 from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.swap import swapped
 from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signals
@@ -175,11 +176,44 @@ class WorkflowMixin(_Trainer):
         seed = self.dataflex_setup.config.seed
         return int(self.args.seed) if seed is None else seed
 
+    def train(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Partition the model as training would, where its settings say so, and ask (collective)."""
+        if self._dataflex_partitioned:
+            self._prepare_for_training(1, None, None)
+        self.dataflex_ask()
+
+    def dataflex_ask(self) -> None:
+        """Ask, and leave the workflow by an exception that holds what was found."""
+        raise NotImplementedError
+
+    @property
+    def _dataflex_partitioned(self) -> bool:
+        return loop_of(self, self.dataflex_setup, 1).sharding in ("zero3", "fsdp2")
+
+    def dataflex_take(self, checkpoint: Path) -> int:
+        """Load a checkpoint's weights as a resumed run would; return its optimizer step (collective)."""
+        if not self._dataflex_partitioned:
+            self._load_from_checkpoint(str(checkpoint))
+        elif self.is_deepspeed_enabled:
+            strict = not hasattr(self.model, "peft_config")
+            deepspeed_load_checkpoint(self.model_wrapped, str(checkpoint), load_module_strict=strict)
+        else:
+            self._load_from_checkpoint(str(checkpoint), self.model_wrapped)
+            with moments_by_name(self):
+                self._load_optimizer_and_scheduler(str(checkpoint))
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return int(state["global_step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"resume_from_checkpoint: {checkpoint} has no readable trainer_state.json") from error
+
     def dataflex_runner(self, checkpoint: Path | None) -> SignalRunner:
-        """Return signals of the model as it is now, with the moments of a checkpoint."""
+        """Return signals of the model as it is now, with the moments of a checkpoint that was taken."""
         setup, rate = self.dataflex_setup, float(self.args.learning_rate)
         runner = signal_runner(setup, loop_of(self, setup, 1), self.dataflex_seed)
         optimizer = functools.cache(lambda: _optimizer(self, checkpoint))  # loaded when it is first asked for
+        if checkpoint is not None and self._dataflex_partitioned:
+            optimizer = functools.cache(lambda: self.optimizer)
         runner.access = replace(runner.access, optimizer=optimizer, learning_rate=lambda: rate)
         return runner
 
@@ -190,11 +224,11 @@ class _ScoringMixin(WorkflowMixin):
     dataflex_request: ClassVar[ScoreRequest]
     dataflex_also: ClassVar[Callable[[SignalRunner, RowSpace], Any]]
 
-    def train(self, *_args: Any, **_kwargs: Any) -> Any:
+    def dataflex_ask(self) -> None:
         """Score, and leave the workflow."""
         setup, request = self.dataflex_setup, self.dataflex_request
         space, rate = setup.rows, float(self.args.learning_rate)
-        step = 0 if request.checkpoint is None else take_checkpoint(self, request.checkpoint)
+        step = 0 if request.checkpoint is None else self.dataflex_take(request.checkpoint)
         runner = self.dataflex_runner(request.checkpoint)
         runner.begin(step)
         ctx = context(space.domains, runner, seed=self.dataflex_seed, step=step, learning_rate=rate)
@@ -222,16 +256,6 @@ def context(domains: Domains, signals: Any, *, seed: int, step: int = 0, learnin
         total_sequences=len(domains.domain_of),
         learning_rate=learning_rate,
     )
-
-
-def take_checkpoint(trainer: Any, checkpoint: Path) -> int:
-    """Load a checkpoint's weights as a resumed run would; return its optimizer step."""
-    trainer._load_from_checkpoint(str(checkpoint))
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return int(state["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"resume_from_checkpoint: {checkpoint} has no readable trainer_state.json") from error
 
 
 def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:

@@ -23,7 +23,7 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.costs import passes_by_label
 from dataflex.config.forecast import Forecast, row_passes
 from dataflex.config.mappings import as_mapping
-from dataflex.config.needs import FSDP2, elsewhere, unmet
+from dataflex.config.needs import FSDP2, ZERO3, elsewhere, unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts, Weighter
@@ -777,7 +777,7 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
 
     ConfigError where a method requires more than ``facts``, and whole parameters of the loop, give.
     """
-    partitioned = {"zero3": "DeepSpeed ZeRO-3", "fsdp": "FSDP", "fsdp2": FSDP2}.get(loop.sharding, "")
+    partitioned = {"zero3": ZERO3, "fsdp": "FSDP", "fsdp2": FSDP2}.get(loop.sharding, "")
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
         raise ConfigError(lacking)
     for what, size in loop.parallel.items():
