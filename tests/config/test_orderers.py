@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dataflex.commands.plan import plan
+from dataflex.config.check import late_share
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.offline.files import file_records
@@ -21,6 +22,7 @@ Config = Callable[..., dict[str, Any]]
 
 RANDOM = {"selector": "random", "interval_steps": 5}
 LOSS = {"selector": "loss", "interval_steps": 5}
+BY_LENGTH = {"name": "sorting", "by": "length"}
 BY_COLUMN = {"name": "sorting", "by": {"name": "column", "column": "level"}}
 
 
@@ -251,3 +253,25 @@ def test_an_interval_that_changes_nothing_is_noted(config: Config, project: Path
     assert noted(orderer={"name": "sorting", "by": "length", "every": 5})
     assert not noted(orderer={"name": "sorting", "by": "loss"}, interval_steps=5)
     assert not noted(orderer={"name": "pacing", "by": "length"}, mixer="uniform", interval_steps=5)
+
+
+def test_shares_of_the_rate_are_the_golden_ones() -> None:
+    found = [late_share("cosine"), late_share("cosine_with_min_lr", 0.1), late_share("cosine_with_min_lr", 1 / 3)]
+    assert found == pytest.approx([0.025043, 0.065910, 0.137465], abs=1e-6)
+    assert late_share("constant") == late_share("warmup_stable_decay") == 0.25
+    assert late_share("linear") == pytest.approx(1 / 16, abs=3e-4)
+
+
+def test_an_order_under_a_rate_that_falls_to_nothing_is_noted(config: Config, project: Path) -> None:
+    def noted(orderer: Any = BY_LENGTH, **keys: Any) -> str:
+        found = resolve(config(dynamic={"orderer": orderer, "average_weights": {"last_steps": 4}}, **keys), project)
+        return "\n".join(note for note in found.notes if note.startswith("lr_scheduler_type"))
+
+    assert "the last quarter of the steps has 6.3% of the learning rate" in noted(lr_scheduler_type="linear")
+    assert "has 2.5%" in noted(lr_scheduler_type="cosine")
+    least = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 3e-3}
+    assert noted(**least, lr_scheduler_kwargs={"min_lr_rate": 0.1})
+    assert not noted(**least, lr_scheduler_kwargs={"min_lr_rate": 0.33})
+    assert not noted(**least, lr_scheduler_kwargs={"min_lr": 1e-3})
+    assert not noted(lr_scheduler_type="constant")
+    assert not noted("shuffle", lr_scheduler_type="cosine")

@@ -64,6 +64,8 @@ ELSEWHERE = {
     "mix swarm small.yaml --runs 9 --reuse old.json --changed math --out swarm --run": REUSE,
     "mix propose swarm --cap kept=0.8 --out shares.json": SWARM,
     "mix reuse old.json --shares shares.json --out mixture.json": REUSE,
+    "mix climb small.yaml --runs 64,32,16 --out climb": "tests/mixing/test_climb.py",
+    "mix climb small.yaml --runs 64,32,16 --out climb --run": "tests/mixing/test_real_swarm.py",
     "mix doremi run.yaml --small small.yaml --out runs/doremi": "tests/integration/test_mix_doremi.py",
     "mix mixmin --models web=runs/web,code=runs/code --target goal.jsonl --out mixture.json": (
         "tests/mixing/test_real_swarm.py"

@@ -90,6 +90,21 @@ def test_a_swarm_from_configuration_to_a_run_with_the_proposal(config, tmp_path,
     assert planned["reason"].startswith("from mixture.json (log_linear)")
 
 
+@pytest.mark.slow
+def test_rounds_that_are_trained(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dataflex.mixing.propose._DRAWS", 10_000)
+    command = ("climb", "small.yaml", "--runs", "3,2", "--top", 40, "--out", "climb", "--run")
+    assert mix(*command) == 0
+    swarm = read_swarm(tmp_path / "climb")
+    assert config == list(swarm.runs) == [f"run-{number:04d}" for number in range(1, 6)]
+    assert "round 2 of 2: 5 runs with those before" in capsys.readouterr().out
+    content = read_proportions("climb/proportions.json")
+    measured = [np.mean(list(losses_of_run(swarm.output_dir(run)).values())) for run in swarm.runs]
+    assert content.details["measured"] == pytest.approx(min(measured))
+    assert mix(*command) == 0
+    assert len(config) == 5
+
+
 # ---------------------------------------------------------------- models
 
 

@@ -21,6 +21,31 @@ class Step(NamedTuple):
 _OVERRIDES = dict(nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
 _OUT = dict(type=Path, required=True, metavar="FILE", help="proportions file to write")
 _COLUMN = dict(default="text", metavar="KEY[,KEY]", help="keys of a row to join (default: text)")
+_METHOD = dict(choices=("log_linear", "mixing_law", "lightgbm"), default="log_linear")
+_JUDGED: dict[str, dict[str, Any]] = {
+    "--without": dict(metavar="RUN[,RUN]", help="runs to leave out"),
+    "--folds": dict(type=int, default=10, help="folds of the cross-validation; 0: leave one out"),
+}
+_DRAWS: dict[str, dict[str, Any]] = {
+    "--run": dict(action="store_true", help="run them here, one after another; finished ones are skipped"),
+    "--natural": dict(metavar="WHAT", help="rows, bytes, a run's folder, a proportions file or web=9,code=1"),
+    "--style": dict(choices=("olmix", "regmix"), default="olmix", help="whose settings (default: olmix)"),
+    "--seed": dict(type=int, default=0, help="seed of the draws (default: 0)"),
+    "--strengths": dict(metavar="LEAST,MOST,COUNT", help="concentrations (default: 0.1,5,15)"),
+    "--prior-power": dict(type=float, metavar="P", help="prior ~ natural share^P (olmix: 1, regmix: 0.5)"),
+    "--max-ratio": dict(type=float, metavar="X", help="largest multiple of the natural share (regmix: 15)"),
+    "--min-weight": dict(type=float, metavar="W", help="shares below it become 0 (default: 0.0002)"),
+    "--round": dict(type=float, metavar="W", help="shares are multiples of it (default: 0.0002)"),
+    "--reuse": dict(
+        type=Path, metavar="FILE", help="proportions file whose domains keep their shares among one another"
+    ),
+    "--changed": dict(metavar="NAME[,NAME]", help="domains of that file that changed (see 'mix reuse')"),
+}
+_CAPS: dict[str, dict[str, Any]] = {
+    "--budget": dict(type=float, metavar="R", help="what the large run uses, in the unit of the sizes"),
+    "--max-epochs": dict(type=float, metavar="N", help="maximum epochs over a domain within --budget (4)"),
+    "--cap": dict(metavar="NAME=SHARE,...", help="largest shares of single domains"),
+}
 
 MIX_STEPS = {
     "doremi": Step(
@@ -56,19 +81,7 @@ MIX_STEPS = {
             "config": dict(type=Path, metavar="CONFIG", help="configuration of a small run; its mixer is replaced"),
             "--runs": dict(type=int, required=True, metavar="N", help="mixtures; 3 (domains + 1) or more"),
             "--out": dict(type=Path, required=True, metavar="DIR", help="folder for configurations and runs"),
-            "--run": dict(action="store_true", help="run them here, one after another; finished ones are skipped"),
-            "--natural": dict(metavar="WHAT", help="rows, bytes, a run's folder, a proportions file or web=9,code=1"),
-            "--style": dict(choices=("olmix", "regmix"), default="olmix", help="whose settings (default: olmix)"),
-            "--seed": dict(type=int, default=0, help="seed of the draws (default: 0)"),
-            "--strengths": dict(metavar="LEAST,MOST,COUNT", help="concentrations (default: 0.1,5,15)"),
-            "--prior-power": dict(type=float, metavar="P", help="prior ~ natural share^P (olmix: 1, regmix: 0.5)"),
-            "--max-ratio": dict(type=float, metavar="X", help="largest multiple of the natural share (regmix: 15)"),
-            "--min-weight": dict(type=float, metavar="W", help="shares below it become 0 (default: 0.0002)"),
-            "--round": dict(type=float, metavar="W", help="shares are multiples of it (default: 0.0002)"),
-            "--reuse": dict(
-                type=Path, metavar="FILE", help="proportions file whose domains keep their shares among one another"
-            ),
-            "--changed": dict(metavar="NAME[,NAME]", help="domains of that file that changed (see 'mix reuse')"),
+            **_DRAWS,
             "overrides": _OVERRIDES,
         },
     ),
@@ -78,11 +91,10 @@ MIX_STEPS = {
         "fit",
         {
             "folder": dict(type=Path, metavar="DIR", help="folder of a swarm, or one with a ratios.csv"),
-            "--method": dict(choices=("log_linear", "mixing_law", "lightgbm"), default="log_linear"),
+            "--method": _METHOD,
             "--metrics": dict(type=Path, metavar="CSV", help="losses: a column 'run' and one per task"),
             "--tasks": dict(metavar="NAME[,NAME]", help="held-out sets to fit (default: all)"),
-            "--without": dict(metavar="RUN[,RUN]", help="runs to leave out"),
-            "--folds": dict(type=int, default=10, help="folds of the cross-validation; 0: leave one out"),
+            **_JUDGED,
             "--seed": dict(type=int, default=0, help="seed of starts, trees and folds (default: 0)"),
         },
     ),
@@ -93,13 +105,28 @@ MIX_STEPS = {
         {
             "folder": dict(type=Path, metavar="DIR", help="folder with a fit.json"),
             "--kl": dict(type=float, metavar="L", help="weight of staying near the natural mix (default: 0.05)"),
-            "--budget": dict(type=float, metavar="R", help="what the large run uses, in the unit of the sizes"),
-            "--max-epochs": dict(type=float, metavar="N", help="maximum epochs over a domain within --budget (4)"),
-            "--cap": dict(metavar="NAME=SHARE,...", help="largest shares of single domains"),
+            **_CAPS,
             "--tasks": dict(metavar="NAME[,NAME]", help="held-out sets whose mean loss is lowered (default: all)"),
             "--natural": dict(metavar="WHAT", help="sizes, for a folder without swarm.json (see 'mix swarm')"),
             "--seed": dict(type=int, default=0, help="seed of the search among mixtures (lightgbm)"),
             "--out": dict(type=Path, metavar="FILE", help="proportions file to write (default: DIR/proportions.json)"),
+        },
+    ),
+    "climb": Step(
+        "Search in rounds: each trains mixtures that a fit to all runs so far predicts to be best (CLIMB).",
+        "dataflex mix climb run.yaml --runs 64,32,16 --out climb --run",
+        "climb",
+        {
+            "config": dict(type=Path, metavar="CONFIG", help="configuration of a small run; its mixer is replaced"),
+            "--runs": dict(default="64,32,16", metavar="N,N,...", help="runs of each round (default: 64,32,16)"),
+            "--top": dict(type=int, default=5000, metavar="N", help="best of 100,000 to draw from (default: 5000)"),
+            "--out": dict(type=Path, required=True, metavar="DIR", help="folder for configurations and runs"),
+            "--method": _METHOD,
+            "--tasks": dict(metavar="NAME[,NAME]", help="held-out sets whose mean loss is lowered (default: all)"),
+            **_JUDGED,
+            **_CAPS,
+            **_DRAWS,
+            "overrides": _OVERRIDES,
         },
     ),
     "reuse": Step(

@@ -701,6 +701,7 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
     """Yield what ``plan``, and ``train`` at its start, report about a configuration without problems, one line each."""
     yield from _notes_on_data(dynamic, lf, base_dir)
     yield from _notes_on_the_block(dynamic, lf)
+    yield from _note_on_the_rate(dynamic, lf)
     if dynamic.stock:
         yield from _notes_on_a_record(dynamic, lf)
         return
@@ -721,6 +722,35 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
         yield f"buffer_size: {beside}: streamed rows are read at any place, so all can be shuffled"
     if lf.dataloader_drop_last and dynamic.full_steps:
         yield "dataloader_drop_last: no effect here: every step is full"
+
+
+def late_share(schedule: str, floor: float = 0.0) -> float:
+    """Return the last quarter's share of the learning rate summed over a run, a quarter where the rate stays.
+
+    ``schedule`` is the ``lr_scheduler_type`` of the Trainer and ``floor`` its last rate as a part of the highest.
+    Warm-up is not counted, and what falls neither by a line nor by half a cosine is taken for constant.
+    """
+    done = np.arange(1000) / 1000
+    falls = {"linear": 1 - done, "polynomial": 1 - done}.get(schedule)
+    if schedule.startswith("cosine") and schedule != "cosine_with_restarts":
+        falls = (1 + np.cos(np.pi * done)) / 2
+    rates = np.ones(1000) if falls is None else floor + (1 - floor) * falls
+    return float(rates[750:].sum() / rates.sum())
+
+
+def _note_on_the_rate(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
+    """Yield a note where rows are ordered and the rate has all but fallen when the last of them come."""
+    if dynamic.orderer is None or dynamic.orderer.name == "shuffle":
+        return
+    given = lf.lr_scheduler_kwargs if isinstance(lf.lr_scheduler_kwargs, Mapping) else {}
+    floor = given.get("min_lr_rate") or (given.get("min_lr") or 0.0) / (lf.learning_rate or 1.0)
+    share = late_share(str(lf.lr_scheduler_type), float(floor) if "min_lr" in str(lf.lr_scheduler_type) else 0.0)
+    if share < 0.125:
+        yield (
+            f"lr_scheduler_type: under {lf.lr_scheduler_type} the last quarter of the steps has {share:.1%} of the "
+            "learning rate, so that rows that the order puts last move the model little; 'cosine_with_min_lr' with "
+            "'lr_scheduler_kwargs: {min_lr_rate: 0.33}' gives it 13.7%, 'constant' 25%"
+        )
 
 
 def _notes_on_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:

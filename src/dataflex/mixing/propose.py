@@ -19,7 +19,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.mixing.fit import FIT, Fit, read_fit
 from dataflex.mixing.options import Solution, check_names, given, numbers_by_name, write_result
 from dataflex.mixing.runs import given_sizes
-from dataflex.mixing.swarm import SWARM, dirichlet, prior_of, read_swarm
+from dataflex.mixing.swarm import SWARM, Drawer, dirichlet, prior_of, read_swarm
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import provenance
 from dataflex.printable import Answer
@@ -182,7 +182,7 @@ def propose(
     Sizes [K] have any unit. ``kl`` is the weight of the divergence from the natural mix, for laws only; ``seed`` that
     of the search among mixtures, for trees only.
     """
-    tasks, useless = _tasks(fit, tasks, kl)
+    tasks, useless = usable_tasks(fit, tasks, kl)
     natural = sizes_K / sizes_K.sum()
     caps = np.ones_like(natural) if caps_K is None else np.minimum(caps_K, 1.0)
     if fit.theta is not None:
@@ -205,7 +205,7 @@ def propose(
     return proportions, details
 
 
-def _tasks(fit: Fit, tasks: Sequence[str], kl: float) -> tuple[list[str], list[str]]:
+def usable_tasks(fit: Fit, tasks: Sequence[str], kl: float = 0.0) -> tuple[list[str], list[str]]:
     """Return the tasks to lower the mean of, and those without a usable fit."""
     problems = [
         f"--tasks: {task}: was not fitted{did_you_mean(task, fit.tasks)} (fitted: {', '.join(fit.tasks)})"
@@ -233,25 +233,42 @@ def _tasks(fit: Fit, tasks: Sequence[str], kl: float) -> tuple[list[str], list[s
     return chosen, useless
 
 
-def _search(
-    fit: Fit, prior_K: Floats, caps_K: Floats, tasks: Sequence[str], seed: int
-) -> tuple[Floats, dict[str, Any]]:
-    """Return the mean [K] of the best draws from Dirichlet(prior) that keep to the caps, and details."""
+def best_draws(
+    fit: Fit, draw: Drawer, caps_K: Floats, tasks: Sequence[str], seed: int, count: int | None
+) -> tuple[Floats, int]:
+    """Return those of 100,000 draws within the caps that have the lowest mean predicted loss of ``tasks``, best first.
+
+    Returns:
+        At most ``count`` mixtures [N, K] (None: all), and how many of the draws keep to the caps.
+    """
     kept, predicted = [], []
     for batch in range(_DRAWS // _AT_ONCE):
-        drawn = dirichlet(stream(seed, "mixing.search", batch), np.broadcast_to(prior_K, (_AT_ONCE, len(prior_K))))
+        drawn = draw(stream(seed, "mixing.search", batch), _AT_ONCE)
         drawn = drawn[(drawn <= caps_K).all(axis=1)]
         if len(drawn):
             kept.append(drawn)
             predicted.append(fit.predict(drawn, tasks).mean(axis=1))
-    num_kept = sum(map(len, kept))
+    if not kept:
+        return np.empty((0, len(caps_K))), 0
+    best = np.argsort(np.concatenate(predicted), kind="stable")[:count]
+    return np.concatenate(kept)[best], sum(map(len, kept))
+
+
+def _search(
+    fit: Fit, prior_K: Floats, caps_K: Floats, tasks: Sequence[str], seed: int
+) -> tuple[Floats, dict[str, Any]]:
+    """Return the mean [K] of the best draws from Dirichlet(prior) that keep to the caps, and details."""
+
+    def draw(rng: np.random.Generator, num_draws: int) -> Floats:
+        return dirichlet(rng, np.broadcast_to(prior_K, (num_draws, len(prior_K))))
+
+    best, num_kept = best_draws(fit, draw, caps_K, tasks, seed, _BEST)
     if num_kept < _BEST:
         raise ConfigError(
             f"caps: only {num_kept} of {_DRAWS:,} drawn mixtures keep to them, and {_BEST} are averaged; raise "
             "--max-epochs or --cap, or fit with --method log_linear, whose minimum is exact under caps"
         )
-    best = np.argsort(np.concatenate(predicted), kind="stable")[:_BEST]
-    mean = np.concatenate(kept)[best].mean(axis=0)
+    mean = best.mean(axis=0)
     return mean / mean.sum(), {"draws": _DRAWS, "within_caps": num_kept, "averaged": _BEST}
 
 
@@ -270,7 +287,7 @@ def _sizes(options: argparse.Namespace, names: Sequence[str]) -> tuple[Floats, s
     return np.asarray([sizes[name] for name in names], dtype=np.float64), unit
 
 
-def _caps(options: argparse.Namespace, sizes: Floats, unit: str, names: Sequence[str]) -> tuple[Floats, list[str]]:
+def asked_caps(options: argparse.Namespace, sizes: Floats, unit: str, names: Sequence[str]) -> tuple[Floats, list[str]]:
     """Return the largest share of each domain [K], and notes."""
     caps, notes = np.ones(len(names)), []
     epochs = _MAX_EPOCHS if options.max_epochs is None else options.max_epochs
@@ -297,7 +314,7 @@ def propose_step(options: argparse.Namespace) -> Answer:
     if fit.method == "lightgbm" and options.kl is not None:
         raise ConfigError("--kl: has no effect with lightgbm, whose search stays near the natural mix by its draws")
     sizes, unit = _sizes(options, fit.names)
-    caps, notes = _caps(options, sizes, unit, fit.names)
+    caps, notes = asked_caps(options, sizes, unit, fit.names)
     kl = KL if options.kl is None else options.kl
     tasks = data_set_names(options.tasks)
     shares, details = propose(fit, sizes, tasks=tasks, kl=kl, caps_K=caps, seed=options.seed)

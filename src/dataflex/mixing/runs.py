@@ -78,12 +78,14 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def train(config: Path) -> int:
+def train(config: Path, *overrides: str) -> int:
     """Train one configuration in a process of its own, so that no run inherits anything from another."""
-    return run_child([sys.executable, "-m", "dataflex", "train", str(config)], out=child_stdout())
+    return run_child([sys.executable, "-m", "dataflex", "train", str(config), *overrides], out=child_stdout())
 
 
-def train_unfinished(what: str, config: Path, output_dir: Path, is_finished: Callable[[], bool]) -> int:
+def train_unfinished(
+    what: str, config: Path, output_dir: Path, is_finished: Callable[[], bool], overrides: Sequence[str] = ()
+) -> int:
     """Train one configuration unless its run has finished, and return the exit code.
 
     A run that was killed goes on from its newest complete checkpoint, or starts anew without one.
@@ -92,7 +94,7 @@ def train_unfinished(what: str, config: Path, output_dir: Path, is_finished: Cal
         say(f"{what}: finished before ({output_dir})")
         return 0
     say(f"{what}: training ({config})")
-    code = train(config)
+    code = train(config, *overrides)
     if code != 0:
         say(f"{what}: ended with exit code {code}; its messages are above. The same command goes on from here.")
     elif not is_finished():
@@ -119,6 +121,13 @@ def losses_of_run(run_dir: Path) -> dict[str, float]:
     """
     found = _losses(read_events(run_dir))
     return {name: loss for name, loss in found.items() if name != _UNNAMED} or found
+
+
+def losses_by_step(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Return the held-out losses that a run recorded, by step and name, as ``losses_of_run`` names them."""
+    evaluated = [event for event in read_events(run_dir) if event["event"] == "evaluated"]
+    steps = sorted({event["step"] for event in evaluated})
+    return {step: _losses([event for event in evaluated if event["step"] == step]) for step in steps}
 
 
 def _losses(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,9 @@ SWARM = "swarm.json"
 _FORMAT = 1
 _BATCH = 1024
 _MOST_BATCHES = 2000
+
+Drawer = Callable[[np.random.Generator, int], Floats]
+"""Takes a stream and a number of draws, gives mixtures [at most as many, K]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +139,13 @@ def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
     sizes_K = np.asarray(sizes_K, dtype=np.float64)
     if not np.isfinite(sizes_K).all() or (sizes_K < 0).any() or (sizes_K > 0).sum() < 2:
         raise ConfigError("--natural: sizes must be finite numbers of at least 0, two of them above 0")
-    natural = sizes_K / sizes_K.sum()
-    prior = prior_of(sizes_K, settings.prior_power)
-    caps = np.ones_like(natural) if settings.max_ratio is None else np.minimum(settings.max_ratio * natural, 1.0)
-    strengths = np.geomspace(settings.least_strength, settings.most_strength, settings.strengths)
-    kept = np.empty((settings.runs, len(natural)))
+    draw = drawer(sizes_K, settings)
+    kept = np.empty((settings.runs, len(sizes_K)))
     num_kept = num_accepted = batch = 0
     while num_kept < settings.runs and num_accepted < settings.oversample * settings.runs and batch < _MOST_BATCHES:
-        rng = stream(settings.seed, "mixing.swarm", batch)
+        mixtures = draw(stream(settings.seed, "mixing.swarm", batch), _BATCH)
         batch += 1
-        drawn = dirichlet(rng, strengths[rng.integers(len(strengths), size=_BATCH), None] * prior)
-        for mixture in _tidied(drawn[(drawn <= caps).all(axis=1)], caps, settings):
+        for mixture in mixtures:
             num_accepted += 1
             if num_kept and np.abs(kept[:num_kept] - mixture).sum(axis=1).min() <= settings.distance:
                 continue
@@ -158,6 +157,20 @@ def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
         f"--runs: only {num_kept} of {settings.runs} distinct mixtures were found in {batch * _BATCH:,} draws; "
         "ask for fewer runs, raise --max-ratio, or lower --min-weight and --round"
     )
+
+
+def drawer(sizes_K: Floats, settings: SwarmSettings) -> Drawer:
+    """Return what draws candidates for mixtures: of so many draws those within the caps, tidied [B, K]."""
+    natural = sizes_K / sizes_K.sum()
+    prior = prior_of(sizes_K, settings.prior_power)
+    caps = np.ones_like(natural) if settings.max_ratio is None else np.minimum(settings.max_ratio * natural, 1.0)
+    strengths = np.geomspace(settings.least_strength, settings.most_strength, settings.strengths)
+
+    def draw(rng: np.random.Generator, num_draws: int) -> Floats:
+        drawn = dirichlet(rng, strengths[rng.integers(len(strengths), size=num_draws), None] * prior)
+        return _tidied(drawn[(drawn <= caps).all(axis=1)], caps, settings)
+
+    return draw
 
 
 def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats:
@@ -238,7 +251,7 @@ def read_swarm(folder: Path) -> Swarm:
 _OR_GIVE = "give sizes by name such as 'web=900,code=100', or the output_dir of a run with the same data"
 
 
-def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig, base_dir: Path) -> Natural:
+def natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig, base_dir: Path) -> Natural:
     """Return the domains of a configuration and their sizes.
 
     ``asked`` is "rows" (that the run loads), "bytes" (of these rows, to which tokens are roughly proportional), or
@@ -280,19 +293,21 @@ def write_swarm(
     *,
     reuse: Path | None = None,
     changed: Sequence[str] = (),
+    added_RK: Floats | None = None,
 ) -> Swarm:
     """Draw the mixtures, check the first run's configuration, and write everything; ``swarm.json`` comes last.
 
     Runs keep the user's configuration except its mixer. A swarm that is there already is extended when it was made
     from the same configuration and settings; its runs stay as they are. Another one is refused. With the proportions
-    file ``reuse``, what is drawn are shares of the ``changed`` domains, of new ones, and of all others together.
+    file ``reuse``, what is drawn are shares of the ``changed`` domains, of new ones, and of all others together. The
+    mixtures ``added_RK`` of later rounds (``mix climb``) follow those that are drawn.
     """
     written = mapping.get("dynamic") or {}
     for key in ("initial_proportions", "min_proportion"):
         if isinstance(written, Mapping) and written.get(key) is not None:
             raise ConfigError(f"dynamic.{key}: a run of a swarm keeps one mixture throughout; remove the key")
     lf, dynamic = without_mixer(mapping, base_dir)
-    by_name, unit = _natural_of(natural, lf, dynamic, base_dir)
+    by_name, unit = natural_of(natural, lf, dynamic, base_dir)
     kept: dict[str, float] = {}
     if reuse is not None:
         by_name, kept = collapsed_domains(reuse, tuple(by_name), by_name, changed)
@@ -306,13 +321,15 @@ def write_swarm(
             "about it; ask for more runs, set --prior-power 0.5 (smaller domains get more), lower --min-weight, or "
             "merge small domains"
         )
+    if added_RK is not None:
+        mixtures = np.concatenate([mixtures, added_RK])
     swarm = Swarm(
         folder=folder,
         names=names,
         sizes=sizes,
         unit=unit,
         settings=settings,
-        runs=tuple(f"run-{number:04d}" for number in range(1, settings.runs + 1)),
+        runs=tuple(f"run-{number:04d}" for number in range(1, len(mixtures) + 1)),
         mixtures=mixtures,
         held_out=lf.eval_sets or (("eval",) if lf.val_size > 0 else ()),
         config_digest=digest_of({key: value for key, value in mapping.items() if key != "output_dir"}),
@@ -350,7 +367,7 @@ def _check_earlier(swarm: Swarm) -> None:
     )
     problems = [told for differs, told in differences if differs]
     if not problems and not np.array_equal(old.mixtures, swarm.mixtures[: len(old.runs)]):
-        problems.append("other mixtures (another version drew them)")
+        problems.append("other mixtures (of other rounds, or drawn by another version)")
     if problems:
         raise ConfigError(
             f"--out: {swarm.folder} holds a swarm with {', '.join(problems)}; name another folder, or move that away"
@@ -376,12 +393,11 @@ def _strengths(text: str | None) -> dict[str, float]:
         raise ConfigError(f"--strengths: expected LEAST,MOST,COUNT such as 0.1,5,15, found {text!r}") from error
 
 
-def swarm_step(options: argparse.Namespace) -> Answer | int:
-    """Write a swarm, run it if asked to, and return what to print or an exit code."""
-    mapping = load_mapping(options.config, options.overrides)
+def asked_swarm(options: argparse.Namespace, num_runs: int, added_RK: Floats | None = None) -> Swarm:
+    """Write the swarm that the options of a step ask for, with ``num_runs`` drawn mixtures and those that are added."""
     settings = settings_of(
         options.style,
-        options.runs,
+        num_runs,
         options.seed,
         **_strengths(options.strengths),
         prior_power=options.prior_power,
@@ -392,15 +408,34 @@ def swarm_step(options: argparse.Namespace) -> Answer | int:
     changed = data_set_names(options.changed)
     if changed and options.reuse is None:
         raise ConfigError("--changed: has no effect without --reuse, the proportions before")
-    swarm = write_swarm(
-        mapping,
+    return write_swarm(
+        load_mapping(options.config, options.overrides),
         options.config.absolute().parent,
         options.out,
         settings,
         options.natural,
         reuse=options.reuse,
         changed=changed,
+        added_RK=added_RK,
     )
+
+
+def train_swarm(swarm: Swarm, mapping: Mapping[str, Any], without: Sequence[str] = ()) -> int:
+    """Train the runs that are not finished, one after another, and return the exit code; not those in ``without``."""
+    with passing_on(mapping):
+        for run in swarm.runs:
+            if run in without:
+                continue
+            code = train_unfinished(run, swarm.config(run), swarm.output_dir(run), partial(swarm.finished, run))
+            if code:
+                return code
+    return 0
+
+
+def swarm_step(options: argparse.Namespace) -> Answer | int:
+    """Write a swarm, run it if asked to, and return what to print or an exit code."""
+    swarm = asked_swarm(options, options.runs)
+    mapping = load_mapping(options.config, options.overrides)
     natural = swarm.sizes / swarm.sizes.sum()
     table = [["domain", f"natural ({swarm.unit})", "least", "mean", "most"]]
     for k in np.argsort(-natural, kind="stable")[:32]:
@@ -420,17 +455,13 @@ def swarm_step(options: argparse.Namespace) -> Answer | int:
             "on, on any machine, or the same command with --run",
             f"then: dataflex mix fit {swarm.folder}",
         ]
-        return Answer("\n".join(lines), _values(swarm))
+        return Answer("\n".join(lines), values_of(swarm))
     say("\n".join(lines))
-    with passing_on(mapping):
-        for run in swarm.runs:
-            code = train_unfinished(run, swarm.config(run), swarm.output_dir(run), partial(swarm.finished, run))
-            if code:
-                return code
-    return Answer(f"all runs are finished; next: dataflex mix fit {swarm.folder}", _values(swarm))
+    code = train_swarm(swarm, mapping)
+    return code or Answer(f"all runs are finished; next: dataflex mix fit {swarm.folder}", values_of(swarm))
 
 
-def _values(swarm: Swarm) -> dict[str, Any]:
+def values_of(swarm: Swarm) -> dict[str, Any]:
     """Return what was written for JSON."""
     runs = [
         {
