@@ -66,6 +66,7 @@ ELSEWHERE = {
     "mix reuse old.json --shares shares.json --out mixture.json": REUSE,
     "mix climb small.yaml --runs 64,32,16 --out climb": "tests/mixing/test_climb.py",
     "mix climb small.yaml --runs 64,32,16 --out climb --run": "tests/mixing/test_real_swarm.py",
+    "mix msft examples/mix_msft.yaml --out runs/msft": "tests/mixing/test_msft.py",
     "mix doremi run.yaml --small small.yaml --out runs/doremi": "tests/integration/test_mix_doremi.py",
     "mix mixmin --models web=runs/web,code=runs/code --target goal.jsonl --out mixture.json": (
         "tests/mixing/test_real_swarm.py"

@@ -73,6 +73,18 @@ MIX_STEPS = {
             "overrides": _OVERRIDES,
         },
     ),
+    "msft": Step(
+        "Train in stages; after each, roll back to where the first domain was best and go on without it (mSFT).",
+        "dataflex mix msft run.yaml --out runs/msft",
+        "msft",
+        {
+            "config": dict(type=Path, metavar="CONFIG", help="of a stage of max_steps, evaluated every eval_steps"),
+            "--out": dict(type=Path, metavar="DIR", help="folder of all stages (default: CONFIG's output_dir)"),
+            "--stages": dict(type=int, default=10, metavar="N", help="maximum number of stages (default: 10)"),
+            "--natural": dict(metavar="WHAT", help="sizes of the domains without a static mixer (see 'mix swarm')"),
+            "overrides": _OVERRIDES,
+        },
+    ),
     "swarm": Step(
         "Write the configurations of many small runs with mixtures drawn around the natural one, and run them.",
         "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
@@ -199,7 +211,7 @@ def add_mix_steps(command: argparse.ArgumentParser, handler: Callable[[argparse.
     """Add the steps below ``dataflex mix``; each calls ``handler`` with ``options.step`` set to its name."""
     steps = command.add_subparsers(dest="step", metavar="STEP")
     for name, step in MIX_STEPS.items():
-        more = _USE if name not in ("swarm", "fit") else ""
+        more = _USE if name not in ("msft", "swarm", "fit") else ""
         parser = steps.add_parser(
             name, help=step.told, description=step.told + more, epilog=f"example:\n  {step.example}"
         )
