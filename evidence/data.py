@@ -6,9 +6,9 @@ m1   four real domains and two of junk: 40 % random hexadecimal digits, 20 % of 
 m3   seven domains of equal size
 w1   instructions of which 30 % have the answer of another row of their source; the right ones alone; clean ones beside
 
-Questions with four choices, of GSM8K's test rows, lie beside them, and beside the folder the shape of a small
-model with the tokenizer of base-4m, which the suites of mixtures train from scratch. By hand: python evidence/data.py
-[FOLDER]
+Questions with four choices, of rows of GSM8K that nothing is trained on, lie beside them, and beside the folder the
+shape of a small model with the tokenizer of base-4m, which the suites of mixtures train from scratch. By hand: python
+evidence/data.py [FOLDER]
 """
 
 from __future__ import annotations
@@ -122,6 +122,12 @@ def reweighted() -> dict[str, list[Row]]:
     return {"w1": mixed, "w1_right": same, "w1_clean": clean, "w1_held": held}
 
 
+def questions() -> list[Row]:
+    """Return GSM8K's test rows, and those of its rows in the pool that base.yaml's ``max_samples`` leaves out."""
+    lines = (EXAMPLES / "data/gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()
+    return [*map(json.loads, lines), *(row for row in pool()[1000:] if row["source"] == "gsm8k")]
+
+
 def small_model(folder: Path) -> None:
     """Write the configuration and the tokenizer of a model of a million parameters, without these."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,11 +141,11 @@ def small_model(folder: Path) -> None:
 def main(out: Path = OUT) -> int:
     """Write everything."""
     small_model(out.parent / "small")
-    write(out, {**planted("s1"), **planted("s3"), **domains(), **seven(), **reweighted()})
+    write(out, {**planted("s1"), **planted("s3"), **domains(), **seven(), **reweighted(), "s2_questions": questions()})
     sys.path.insert(0, str(EXAMPLES))
     from choices import main as write_choices
 
-    return write_choices(str(EXAMPLES / "data/gsm8k_test.jsonl"), str(out / "choices.jsonl"))
+    return write_choices(str(out / "s2_questions.jsonl"), str(out / "choices.jsonl"))
 
 
 if __name__ == "__main__":
