@@ -249,7 +249,7 @@ _INIT = (
 _SCORE = (
     "\n\nDATA is a LLaMA-Factory configuration, with or without a 'dynamic' block, or the names of data sets.\n"
     "METHOD.key=value sets a method's parameter. A run that was killed goes on where it stopped.\n"
-    "FORCE_TORCHRUN=1 and NPROC_PER_NODE work as for 'train'."
+    "FORCE_TORCHRUN=1 and NPROC_PER_NODE work as for 'train'; with --engine ray, a cluster's workers share the work."
 )
 _QUERY = (
     "\n\nDIR is what 'dataflex score --method less --index DIR' wrote. Targets are data sets of dataset_info.json;\n"
@@ -361,6 +361,8 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     add("--targets", metavar="NAME[,NAME]", help="data sets for the methods that need targets")
     add("--budget", type=int, metavar="ROWS", help="rows that a method is asked for (default: all)")
     add("--store", metavar="DIR", help="keep finished passes here (default: beside FILE, removed)")
+    add("--engine", choices=("ranks", "ray"), default="ranks", help="what shares the work: ranks (default) or Ray")
+    add("--workers", type=int, metavar="N", help="with --engine ray, by default one per GPU, else per node")
     _add_overrides(command, "overrides")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dataflex.config.args import data_set_names
 from dataflex.console import others_aside, show_log
 from dataflex.ending import release_groups
-from dataflex.errors import DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.offline.evaluation import also, as_text, eval_request, evaluated
 from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
@@ -18,12 +18,25 @@ from dataflex.printable import Answer
 from dataflex.state import refusals, write_json
 
 
-def score(*, methods: str, arguments: list[str], **options: Any) -> str | int:
-    """Score on as many ranks as the environment asks for; return what to print, or an exit code.
+def score(
+    *, methods: str, arguments: list[str], engine: str = "ranks", workers: int | None = None, **options: Any
+) -> str | int:
+    """Score on as many ranks as the environment asks for, or on Ray's workers; return what to print, or an exit code.
 
     ``methods`` are names with commas, ``arguments`` all options as typed, the others go to ``score_request``.
     """
-    request = score_request(methods=data_set_names(methods), **options)
+    options["methods"] = data_set_names(methods)
+    request = score_request(**options)
+    if engine == "ray":
+        if request.precision is not None:
+            raise ConfigError("--engine ray: writes scores (--out); an index is made by ranks (FORCE_TORCHRUN=1)")
+        from dataflex.offline.cluster import scored_by_ray
+        from dataflex.offline.scoring import finished
+
+        show_log()
+        return finished(request, *scored_by_ray(options, workers))
+    if workers is not None:
+        raise ConfigError("--workers: is for --engine ray; ranks are counted by NPROC_PER_NODE")
     ended = _elsewhere("score", arguments)
     if ended is not None:
         return ended

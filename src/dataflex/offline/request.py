@@ -65,7 +65,7 @@ def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
     if args.fsdp and partitioned != FSDP2:
         problems.append("fsdp: scoring partitions parameters by FSDP2 alone; add 'fsdp_config: {fsdp_version: 2}'")
     if env_enabled("USE_RAY"):
-        problems.append("USE_RAY (environment): scoring on several ranks is started by torchrun (FORCE_TORCHRUN=1)")
+        problems.append("USE_RAY (environment): is for training; scoring on a cluster is asked for by '--engine ray'")
     held = [key for key in ("val_size", "eval_dataset") if args.on(key)]
     if held:
         notes.append(f"{', '.join(held)} left out: every row of the data set is scored")

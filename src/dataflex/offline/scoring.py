@@ -42,7 +42,8 @@ from dataflex.select.scoring import PoolSelector
 from dataflex.signals.identity import model_identity
 from dataflex.signals.kinds import GradientScores, Signal
 from dataflex.signals.runner import SignalRunner
-from dataflex.signals.sweep import preserve_state
+from dataflex.signals.store import ResumablePass
+from dataflex.signals.sweep import Share, preserve_state
 from dataflex.state import blake2b
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, refuse_unsupported, signal_runner
@@ -223,6 +224,7 @@ class _ScoringMixin(WorkflowMixin):
 
     dataflex_request: ClassVar[ScoreRequest]
     dataflex_also: ClassVar[Callable[[SignalRunner, RowSpace], Any]]
+    dataflex_share: ClassVar[Callable[[ResumablePass], Share] | None]
 
     def dataflex_ask(self) -> None:
         """Score, and leave the workflow."""
@@ -230,6 +232,7 @@ class _ScoringMixin(WorkflowMixin):
         space, rate = setup.rows, float(self.args.learning_rate)
         step = 0 if request.checkpoint is None else self.dataflex_take(request.checkpoint)
         runner = self.dataflex_runner(request.checkpoint)
+        runner.share = type(self).dataflex_share
         runner.begin(step)
         ctx = context(space.domains, runner, seed=self.dataflex_seed, step=step, learning_rate=rate)
         ctx = replace(ctx, columns=space.columns, unit=setup.config.unit)
@@ -279,15 +282,17 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:
 def run_score(request: ScoreRequest) -> Answer:
     """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks)."""
     scored, table = scored_table(request)
-    lines, values = [], {}
-    if comm.rank() == 0:
-        write_scores(request.out, table)
-        shutil.rmtree(request.work, ignore_errors=True)
-        lines.append(f"{table.num_rows:,} rows of {', '.join(table.datasets)} -> {request.out}")
-        lines += [column.tell() for column in scored.columns]
-        values = written(request.out, table, scored.columns)
+    told = finished(request, scored.columns, table) if comm.rank() == 0 else Answer("", {})
     comm.barrier()
-    return Answer("\n".join(lines), values)
+    return told
+
+
+def finished(request: ScoreRequest, columns: Sequence[Column], table: ScoreTable) -> Answer:
+    """Write the table, remove the unfinished passes, and return what to print."""
+    write_scores(request.out, table)
+    shutil.rmtree(request.work, ignore_errors=True)
+    lines = [f"{table.num_rows:,} rows of {', '.join(table.datasets)} -> {request.out}"]
+    return Answer("\n".join([*lines, *(column.tell() for column in columns)]), written(request.out, table, columns))
 
 
 def written(out: Path, table: ScoreTable, columns: Sequence[Column]) -> dict[str, Any]:
@@ -297,13 +302,17 @@ def written(out: Path, table: ScoreTable, columns: Sequence[Column]) -> dict[str
 
 
 def scored_table(
-    request: ScoreRequest, also: Callable[[SignalRunner, RowSpace], Any] = lambda *_: None
+    request: ScoreRequest,
+    also: Callable[[SignalRunner, RowSpace], Any] = lambda *_: None,
+    share: Callable[[ResumablePass], Share] | None = None,
 ) -> tuple[Scored, ScoreTable]:
     """Score on this rank; columns and table are equal on every rank (collective).
 
-    ``also`` is asked of the model after the scores; what it returns is the first value's ``also``.
+    ``also`` is asked of the model after the scores; what it returns is the first value's ``also``. ``share`` shares
+    passes among processes that are no ranks (``SignalRunner.share``).
     """
-    more = {"dataflex_request": request, "dataflex_also": staticmethod(also)}
+    shares = share if share is None else staticmethod(share)
+    more = {"dataflex_request": request, "dataflex_also": staticmethod(also), "dataflex_share": shares}
     mixin = type("ScoringMixin", (_ScoringMixin,), more)
     scored, _, table = run_workflow(request, mixin, Scored)
     return scored, table

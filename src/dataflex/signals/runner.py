@@ -29,7 +29,7 @@ from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.model_parts import is_partitioned
 from dataflex.signals.specs import Generation, GenerationSpec, Part
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
-from dataflex.signals.sweep import Collector, preserve_state
+from dataflex.signals.sweep import Collector, Share, preserve_state
 from dataflex.signals.texts import row_texts, row_tokens
 from dataflex.state import State, blake2b
 
@@ -119,6 +119,7 @@ class SignalRunner:
     forward_rows: float = 0.0  # forward passes of single rows since the decision began, as signals count them
     backward_rows: float = 0.0  # backward passes of single rows, likewise
     instead: Callable[[Signal, Rows], SignalValue | None] | None = None  # asked first about training rows
+    share: Callable[[ResumablePass], Share] | None = None  # shares a stored pass among processes that are no ranks
 
     def begin(self, step: int) -> None:
         """Start a decision at ``step``."""
@@ -196,10 +197,12 @@ class SignalRunner:
                     values = signal.together(access, sweep)
                 else:
                     collector = Collector(sweep, tail, work)
+                    done = None if work is None else work.done_at_start
+                    share = None if work is None or self.share is None else self.share(work)
                     around = access.autocast if signal.autocast else nullcontext
                     with signal.open(access) as scorer:
                         # The loop is here, and not in a function of its own, so that the way to the model stays short.
-                        for turn in sweep.turns(None if work is None else work.done_at_start):
+                        for turn in sweep.turns(done, share):
                             with around():
                                 scored = scorer(turn.batch)
                             collector.take(turn, scored)

@@ -223,6 +223,11 @@ class ResumablePass:
         """Rows that earlier tries finished [n], equal on every rank."""
 
     @property
+    def name(self) -> str:
+        """Name of the array, which says what it is computed from."""
+        return self._key.name
+
+    @property
     def complete(self) -> bool:
         """Whether nothing is left to compute."""
         return bool(self.done_at_start.all())

@@ -34,6 +34,10 @@ class Turn(NamedTuple):
     mine: bool
 
 
+Share = Callable[[list[NDArray[np.int64]]], Iterator[NDArray[np.int64]]]
+"""Gives those of a pass's batches that this process is to score."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """The rows of a pass and how to feed them."""
@@ -49,9 +53,16 @@ class Sweep:
         None  # values [n, ...] to those of the rows asked about
     )
 
-    def turns(self, done: NDArray[np.bool_] | None = None) -> Iterator[Turn]:
-        """Give this rank its batches, the same number on every rank; ``done`` [n] marks positions that are finished."""
+    def turns(self, done: NDArray[np.bool_] | None = None, share: Share | None = None) -> Iterator[Turn]:
+        """Give this rank its batches, the same number on every rank; ``done`` [n] marks positions that are finished.
+
+        ``share`` says instead which of all batches are for this process to score.
+        """
         batches = bucketed(self.lengths, self.token_budget)
+        if share is not None:
+            for positions in share(batches):
+                yield Turn(positions, self._batch(positions), mine=True)
+            return
         if done is not None:
             batches = [batch for batch in batches if not done[batch].all()]
         world, rank = comm.world(), comm.rank()
@@ -61,10 +72,12 @@ class Sweep:
                 index = first + rank
                 # A rank without a batch left repeats the last: partitioned parameters need equal numbers of passes.
                 positions = batches[min(index, len(batches) - 1)]
-                batch = self.collate(fetch(self.dataset, self.rows[positions]))
-                yield Turn(positions, to_device(batch, self.device), mine=index < len(batches))
+                yield Turn(positions, self._batch(positions), mine=index < len(batches))
                 count += sum(len(batch) for batch in batches[first : first + world])
                 told(count)
+
+    def _batch(self, positions: NDArray[np.int64]) -> dict[str, Any]:
+        return to_device(self.collate(fetch(self.dataset, self.rows[positions])), self.device)
 
 
 class Collector:
