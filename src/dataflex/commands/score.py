@@ -30,6 +30,10 @@ def score(
     if engine == "ray":
         if request.precision is not None:
             raise ConfigError("--engine ray: writes scores (--out); an index is made by ranks (FORCE_TORCHRUN=1)")
+        if request.lf.get("deepspeed") or request.lf.get("fsdp"):
+            raise ConfigError(
+                "--engine ray: every worker keeps the whole model; remove deepspeed and fsdp, or use ranks"
+            )
         from dataflex.offline.cluster import scored_by_ray
         from dataflex.offline.scoring import finished
 
