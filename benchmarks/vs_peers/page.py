@@ -77,7 +77,8 @@ def table(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "processor")
         told.append(f"{machine['processor']}, {versions}")
     many = " or ".join(map(str, sorted({len(found["pairs"]) for found in whole.values()})))
-    return "\n".join([*lines, "", f"Medians of {many} repeats; {'; '.join(told)}."])
+    how = "One repeat" if many == "1" else f"Medians of {many} repeats"
+    return "\n".join([*lines, "", f"{how}; {'; '.join(told)}."])
 
 
 def rendered(page: str, results: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ def test_the_table_judges_goals_and_memory(bench, tmp_path):
     bench("--repeats", "2")
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n<!-- peers -->\n| part ")
+    assert "\nMedians of 2 repeats; " in text
     assert text.endswith("<!-- end of peers -->\nafter\n")
     cells = "| `dattri` | 200 + 20 | 9.00 | 2.00 | 4.50 (4.50 to 4.50) | 1, met | 100 / 120 **more** | 0.5 / 0.5 | "
     assert cells + "0.900 / 0.900 |" in text
