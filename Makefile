@@ -94,11 +94,11 @@ kills: $(VENV)/.installed-dev  ## kill runs 300 times and compare what goes on; 
 SUITES := aa s1 s2 s3 m1 m3 w1
 COMPARE = $(TUNED) $(QUIET) OMP_NUM_THREADS=1 $(RUN) -m dataflex compare --jobs 2
 
-evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many hours), and render docs/results.md
+evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many hours; SEEDS=2 takes fewer), and render docs/results.md
 	$(RUN) evidence/data.py
 	@set -e; for name in m1 m3 w1; do test -f runs/evidence/$${name}_reference/config.json || \
 		$(TUNED) $(QUIET) $(RUN) -m dataflex train evidence/$${name}_reference.yaml; done
-	@set -e; for suite in $(SUITES); do $(COMPARE) evidence/$$suite.yaml; done
+	@set -e; for suite in $(SUITES); do $(COMPARE) evidence/$$suite.yaml $(if $(SEEDS),seeds=$(SEEDS)); done
 	$(TUNED) $(QUIET) $(RUN) -m dataflex audit evidence/audit.yaml
 	$(RUN) evidence/render.py
 
