@@ -384,6 +384,8 @@ def _add_select(command: argparse.ArgumentParser) -> None:
     add("--prefer", choices=("high", "low"), help="which scores are good (default: high, ranks: low)")
     add("--order", choices=("source", "preference"), default="source", help="order of the rows written")
     add("--seed", type=int, default=0, help="seed of rules that draw (default: 0)")
+    near = "leave out rows that are this similar to a preferred one, such as 0.8 (extra dedup)"
+    add("--near-duplicates", type=float, metavar="SHARE", help=near)
     told = "file to write; without an ending, a folder with a file for each data set"
     add("--out", required=True, type=Path, metavar="FILE", help=told)
     add("--overwrite", action="store_true", help="replace what no earlier subset wrote")

@@ -238,3 +238,44 @@ def test_budgets(text, expected):
 def test_budgets_that_are_none(text):
     with pytest.raises(ConfigError, match="--budget"):
         Budget.read(text, 72)
+
+
+def test_near_duplicates_of_preferred_rows_are_left_out(tmp_path, lines, monkeypatch, capsys):
+    """Rows 0, 2 and 5 are much alike, one word of 60 differs, and 1 is of other words."""
+    words = [f"w{i}" for i in range(60)]
+    texts = {0: words, 2: [*words[:-1], "end"], 5: ["begin", *words[1:]], 1: [f"v{i}" for i in range(60)]}
+    rows = [{"id": i, "text": " ".join(texts.get(i, [f"t{i}x{k}" for k in range(60)]))} for i in range(12)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path, loss=SCORES)
+    monkeypatch.chdir(tmp_path)
+    command = ["select", "scores.parquet", "--budget", "3", "--overwrite", "--out", "chosen", "--order", "preference"]
+
+    def chosen(*more):
+        assert main([*command, *more]) == 0
+        told = capsys.readouterr().out
+        return [json.loads(line)["id"] for line in (tmp_path / "chosen/pool.jsonl").read_text().splitlines()], told
+
+    kept = [i for i in range(12) if i not in (3, 8)]  # positions of the table's rows in the file
+    best = [kept[row] for row in np.argsort(-np.nan_to_num(SCORES[:10], nan=-9), kind="stable")]
+    plain, _ = chosen()
+    assert plain == best[:3]
+    # Of 0, 2 and 5 only the one of the highest score stays; row 2 of the table has no score.
+    first = next(i for i in best if i in (0, 2, 5))
+    expected = [i for i in best if i not in (0, 2, 5) or i == first]
+    alone, told = chosen("--near-duplicates", "0.7")
+    assert alone == expected[:3]
+    assert "1 near-duplicates of preferred rows were left out" in told
+    assert main([*command, "--near-duplicates", "1.5"]) == 2
+    assert "--near-duplicates: 1.5" in capsys.readouterr().err
+
+
+def test_a_row_near_a_duplicate_alone_is_kept():
+    """Each row shares half of its runs with the one before: near by 0.3, and every second one is no duplicate."""
+    from dataflex.offline.duplicates import near_duplicates
+
+    words = [f"w{i}" for i in range(400)]
+    rows = [json.dumps({"text": " ".join(words[start : start + 100])}).encode() for start in range(0, 250, 50)]
+    exact = len(set(range(96)) & set(range(50, 146))) / len(set(range(96)) | set(range(50, 146)))
+    assert 0.3 < exact < 0.35
+    assert near_duplicates(rows, 0.2).tolist() == [False, True, False, True, False]
+    assert not near_duplicates(rows, 0.6).any()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK = 1 << 26
 _BLOCK_BYTES = 1 << 22
+_TAKEN = 1024
 MOST_READ_BYTES = 2 << 30
 """Bytes of a file up to which a training run reads it through for the lines and the hash of its rows."""
 
@@ -144,10 +145,18 @@ class SourceRows:
     def row(self, position: int) -> bytes:
         """Return a row as it stands in its file; one of a table as JSON."""
         if self._table is not None:
-            found = self._table.take([position]).to_pylist()[0]
-            return json.dumps(found, default=str, ensure_ascii=False).encode()
+            return next(self.each(np.array([position])))
         which = int(np.searchsorted(self._ends, position, side="right"))
         return _cut(self._contents[which], self._spans[which][position - self._ends[which]])  # counted from its end
+
+    def each(self, positions: NDArray[np.int64]) -> Iterator[bytes]:
+        """Yield the rows at ``positions`` as ``row`` does, those of tables read together."""
+        if self._table is None:
+            yield from map(self.row, positions.tolist())
+            return
+        for start in range(0, len(positions), _TAKEN):
+            for found in self._table.take(positions[start : start + _TAKEN]).to_pylist():
+                yield json.dumps(found, default=str, ensure_ascii=False).encode()
 
     def write(self, target: Path, positions: Sequence[int]) -> None:
         """Write the rows at ``positions``, in that order, as one file of the same format.

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex.config.data import INFO_FILE, REMOTE_KEYS
 from dataflex.config.load import merged
 from dataflex.config.mappings import collect, plain
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import Rows
+from dataflex.offline.duplicates import near_duplicates as found_near
 from dataflex.offline.files import FileRecord, SourceRows
 from dataflex.offline.table import ScoreTable, read_scores
 from dataflex.printable import Answer, file_name_problem, on_one_line, redacted
@@ -100,16 +102,42 @@ def rule_of(name: str, settings: Sequence[str], budget: Budget) -> Rule:
     return rule
 
 
-def chosen_rows(table: ScoreTable, column: str, budget: Budget, rule: Rule, *, prefer: str | None, seed: int) -> Rows:
+def preferences(table: ScoreTable, column: str, prefer: str | None) -> NDArray[np.float64]:
+    """Return what is preferred where it is high [N]: the column's values, or those of ranks turned round.
+
+    ``prefer`` ("high" or "low") says otherwise.
+    """
+    low = (prefer or ("low" if column.endswith(RANK) else "high")) == "low"
+    return np.asarray(table.columns[column], dtype=np.float64) * (-1.0 if low else 1.0)
+
+
+def near_rows(table: ScoreTable, preferred: NDArray[np.float64], share: float) -> Rows:
+    """Return the rows that are near-duplicates of preferred ones, ascending; of equal values the first is preferred."""
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(f"--near-duplicates: {share:g}: a similarity lies above 0 and is at most 1")
+    rows = np.flatnonzero(np.isfinite(preferred))
+    rows = rows[np.argsort(-preferred[rows], kind="stable")]
+    records = {record["name"]: record for record in table.provenance["data"]["sources"]}
+    places, positions = table.dataset_of[rows], table.position[rows]
+    sources = [_source(table, place, records[name]) for place, name in enumerate(table.datasets)]
+    each = [source.each(positions[places == place]) for place, source in enumerate(sources)]
+    texts = (next(each[place]) for place in places)
+    return np.sort(rows[found_near(texts, share)])
+
+
+def chosen_rows(
+    table: ScoreTable, column: str, budget: Budget, rule: Rule, *, prefer: str | None, seed: int, without: Rows
+) -> Rows:
     """Return the rows of the subset, in order of preference; rows without a value in the column are left out.
 
-    High values are preferred, low ones of ranks; ``prefer`` ("high" or "low") says otherwise.
+    ``prefer`` is that of ``preferences``; rows of ``without`` are not chosen.
     """
-    values = table.columns[column]
-    sign = -1.0 if (prefer or ("low" if column.endswith(RANK) else "high")) == "low" else 1.0
+    values = preferences(table, column, prefer)
     usable, by_target = np.isfinite(values), None
+    usable[without] = False
     if "queries" in rule.needs:
-        found = [values for name, values in table.columns.items() if name.startswith(f"{column}/")]
+        names = [name for name in table.columns if name.startswith(f"{column}/")]
+        found = [preferences(table, name, prefer) for name in names]
         if not found:
             raise ConfigError(
                 f"--rule: {rule.name} lets targets take turns, and {column} has no columns by target; score with "
@@ -122,12 +150,13 @@ def chosen_rows(table: ScoreTable, column: str, budget: Budget, rule: Rule, *, p
     if wanted > len(rows) or not len(rows):
         raise DataError(
             f"--budget: {wanted:,} rows are wanted, and {len(rows):,} of {table.num_rows:,} have a value in {column}"
+            + (f" and are no near-duplicates ({len(without):,} are)" if len(without) else "")
         )
     candidates = Candidates(
         rows=rows,
         uniforms=Candidates.stream(seed, "select", 0),
-        scores=sign * values[rows],
-        by_query=None if by_target is None else sign * by_target[:, rows],
+        scores=values[rows],
+        by_query=None if by_target is None else by_target[:, rows],
         lengths=table.tokens[rows],
         groups=table.domain_of[rows],
     )
@@ -324,6 +353,7 @@ def select(
     seed: int,
     out: Path,
     overwrite: bool,
+    near_duplicates: float | None = None,
 ) -> Answer:
     """Write the subset that the options of ``dataflex select`` describe and return what to print.
 
@@ -334,13 +364,17 @@ def select(
     column = score_column(table, column)
     wanted = Budget.read(budget, table.num_rows)
     how = rule_of(rule, overrides, wanted)
-    rows = chosen_rows(table, column, wanted, how, prefer=prefer, seed=seed)
+    without = np.zeros(0, dtype=np.int64)
+    if near_duplicates is not None:
+        without = near_rows(table, preferences(table, column, prefer), near_duplicates)
+    rows = chosen_rows(table, column, wanted, how, prefer=prefer, seed=seed, without=without)
     provenance = {
         "scores": asdict(FileRecord.of(scores)),
         "column": column,
         "budget": budget,
         "rule": {"name": how.name, **plain(how.params)},
         "prefer": prefer,
+        "near_duplicates": near_duplicates,
         "order": order,
         "seed": seed,
         "dataflex": __version__,
@@ -348,10 +382,14 @@ def select(
     }
     parts = write_subset(table, rows, out, order=order, provenance=redacted(provenance), overwrite=overwrite)
     lines = [part.tell() for part in parts]
+    if near_duplicates is not None:
+        lines.append(f"{len(without):,} near-duplicates of preferred rows were left out")
     if wanted.rows is not None and len(rows) < wanted.rows:
         lines.append(f"{how.name} chose {len(rows):,} rows of the {wanted.rows:,} wanted")
     repeated = len(rows) - len(np.unique(rows))
     if repeated:
         lines.append(f"{repeated:,} rows are there more than once (drawn with replacement)")
     values = {"files": [part.told() for part in parts], "rows": len(rows), "wanted": wanted.rows, "repeated": repeated}
+    if near_duplicates is not None:
+        values["near_duplicates"] = len(without)
     return Answer("\n".join(lines), values)
