@@ -52,6 +52,7 @@ PACKED = {
     **{"stage": "pt", "dataset": "text,weighted_text", "mix_strategy": "interleave_over", "streaming": True},
     **{"dataloader_num_workers": 1, "buffer_size": 8, "preprocessing_batch_size": 20, "max_steps": 5},
 }
+RECORD = {"record": True}
 MAX_STEPS = 8
 
 
@@ -113,9 +114,10 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     for name, more in {"two-streamed": {}, "two-streamed-on": {"resume_from_checkpoint": at_three}}.items():
         configs.append(folder / f"{name}.json")
         configs[-1].write_text(json.dumps(runner.mapping(name, **streamed, **more)))
-    for name, more in {"two-packed": {}, "two-packed-recorded": {"dynamic": {"record": True}}}.items():
-        configs.append(folder / f"{name}.json")
-        configs[-1].write_text(json.dumps(runner.mapping(name, **{**settings("stock", 2), **PACKED, **more})))
+    for kind, given in {"stream": PACKED, "rows": {**PACKED, "streaming": False}}.items():
+        for name, more in {f"two-packed-{kind}": {}, f"two-packed-{kind}-recorded": {"dynamic": RECORD}}.items():
+            configs.append(folder / f"{name}.json")
+            configs[-1].write_text(json.dumps(runner.mapping(name, **{**settings("stock", 2), **given, **more})))
     two_ranks(configs)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
@@ -191,11 +193,12 @@ def test_a_recorded_stock_run_of_two_ranks_is_stock_bit_for_bit(results):
         assert loss_by_domain(resumed, what).tolist() == loss_by_domain(straight, what).tolist()
 
 
-def test_a_recorded_packed_stream_of_two_ranks_is_stock_bit_for_bit(results):
+@pytest.mark.parametrize("kind", ["stream", "rows"])
+def test_a_recorded_packed_run_of_two_ranks_is_stock_bit_for_bit(results, kind):
     """Both ranks' tokens are counted: 8 blocks of 64 in each step."""
     _, double = results
-    recorded = double["two-packed-recorded"]
-    same(double["two-packed"], recorded)
+    recorded = double[f"two-packed-{kind}-recorded"]
+    same(double[f"two-packed-{kind}"], recorded)
     assert loss_by_domain(recorded, "tokens").sum(axis=1).tolist() == [8.0 * 64 * step for step in range(1, 6)]
     assert (loss_by_domain(recorded) > 0).any(axis=0).all()
 

@@ -120,7 +120,12 @@ STOCK = {
     "grouped": {**THREE, "train_sampling_strategy": "group_by_length"},
     "dft": {**THREE, "use_dft_loss": True},
     "smoothed": {**THREE, "label_smoothing_factor": 0.1},
+    "packed, held out": {**THREE, "packing": True, "mix_strategy": "interleave_over", "val_size": 4},
     "pretraining": {"stage": "pt", "dataset": "text", "packing": True, "disable_shuffling": False},
+    "pretraining of two": {
+        **{"stage": "pt", "dataset": "text,weighted_text", "preprocessing_batch_size": 20, "disable_shuffling": False},
+        **{"eval_dataset": "text", "eval_strategy": "steps", "eval_steps": 5},
+    },
     "workers": {**THREE, "dataloader_num_workers": 1},
     "streamed": {**STREAM, "mix_strategy": "interleave_over", "val_size": 4, "eval_strategy": "steps", "eval_steps": 5},
     "streamed, packed": {**STREAM, "packing": True},
@@ -149,8 +154,8 @@ def test_a_record_changes_nothing(run, case):
         assert not told
         assert "token losses" in last["no_loss_by_domain"]
     else:
-        others = {"plain": {"ones"}, "pretraining": {"text"}, "packed": {"all"}, "neatly packed": {"all"}}
-        others["streamed pretraining"] = {"text", "weighted_text"}
+        others = {"plain": {"ones"}, "pretraining": {"text"}}
+        others["streamed pretraining"] = others["pretraining of two"] = {"text", "weighted_text"}
         assert told == others.get(case, {"alpha", "beta", "gamma"})
     assert sum(of_domains(recorded, "sequences")[-1].values()) > 0
 
@@ -166,11 +171,12 @@ def test_the_rows_of_a_stream_are_known(run, served):
     assert all(tokens[row] == feature for row, feature in streamed)
 
 
-PACKED_STREAMS = [case for case in STOCK if case.startswith("streamed,") or case == "streamed pretraining"]
+PACKED = ["packed", "neatly packed", "packed, held out", "pretraining of two"]
+PACKED += ["streamed, packed", "streamed, neatly packed", "streamed pretraining"]
 
 
-@pytest.mark.parametrize("case", PACKED_STREAMS)
-def test_the_documents_of_a_packed_stream_are_known(run, served, batches, tiny_model, case):
+@pytest.mark.parametrize("case", PACKED)
+def test_the_documents_of_packed_rows_are_known(run, served, batches, tiny_model, case):
     """Documents tile each row, and each token counts to the domain of its own; no step changes the model."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -182,7 +188,8 @@ def test_the_documents_of_a_packed_stream_are_known(run, served, batches, tiny_m
     packed = list(batches)
     served.clear()
     plain = {"streaming": None, "packing": False, "neat_packing": None, "mix_strategy": None, "interleave_probs": None,
-             "val_size": None, "eval_strategy": None, "max_steps": -1, "cutoff_len": 512}  # fmt: skip
+             "val_size": None, "eval_strategy": None, "max_steps": -1, "cutoff_len": 512,
+             "num_train_epochs": 1.0}  # fmt: skip
     run("whole", **{**settings, **plain}, dynamic=RECORD)
     tokens = {row: feature["input_ids"] for row, feature in served}
     cut = settings.get("stage") == "pt"
@@ -241,6 +248,18 @@ def test_a_stream_has_rows_that_are_not_drawn(run, tmp_path, data_dir):
     assert recorded.events[0]["row_space"]["sources"] == {"alpha": 40}
 
 
+def test_packed_rows_may_be_drawn(run, tmp_path, data_dir):
+    """LLaMA-Factory draws as without a record, which counts all documents there are."""
+    (tmp_path / "data").mkdir()
+    info = {name: {"file_name": str(data_dir / f"{name}.jsonl"), "num_samples": 10} for name in ("alpha", "beta")}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    settings = {**THREE, "dataset": "alpha,beta", "dataset_dir": str(tmp_path / "data"), "packing": True}
+    stock, recorded = run("stock", **settings), run("recorded", **settings, dynamic=RECORD)
+    same(stock, recorded)
+    assert sum(of_domains(recorded, "sequences")[-1].values()) <= 40  # two epochs
+    assert recorded.events[0]["row_space"]["sources"] == {"alpha": 40, "beta": 21}
+
+
 BY_COLUMN, BY_PATH = {"domain_column": "source"}, {"domain_path": "*.jsonl"}
 
 
@@ -250,8 +269,10 @@ BY_COLUMN, BY_PATH = {"domain_column": "source"}, {"domain_path": "*.jsonl"}
         (BY_COLUMN, {**THREE, "val_size": 0.2}),
         (BY_PATH, {**THREE, "val_size": 0.2}),
         (BY_COLUMN, {**STREAM, "neat_packing": True}),
+        (BY_COLUMN, {**THREE, "neat_packing": True}),
+        (BY_PATH, {**THREE, "packing": True}),
     ],
-    ids=["column", "path", "column of a packed stream"],
+    ids=["column", "path", "column of a packed stream", "column of packed rows", "path of packed rows"],
 )
 def test_domains_of_a_record_may_be_columns_or_paths(run, dynamic, settings):
     stock = run("stock", **settings)
@@ -284,8 +305,8 @@ def test_the_log_of_a_resumed_run_is_the_same_to_the_bit(run, dynamic, at):
     assert {key: resumed.log[-1][key] for key in keys} == {key: straight.log[-1][key] for key in keys}
 
 
-@pytest.mark.parametrize("case", ["streamed, packed", "streamed pretraining"])
-def test_a_packed_stream_is_resumed_with_the_same_log(run, case):
+@pytest.mark.parametrize("case", ["packed", "streamed, packed", "streamed pretraining"])
+def test_packed_rows_are_resumed_with_the_same_log(run, case):
     settings = {**STOCK[case], "max_steps": 6, "logging_steps": 3, "dynamic": RECORD, "eval_strategy": None}
     straight = run("straight", **settings)
     run("cut", **settings, save_strategy="steps", save_steps=2)

@@ -497,6 +497,14 @@ def _targets_in_training(
 # -- domains and rows -----------------------------------------------------------------------------
 
 
+def recorded_by_document(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> bool:
+    """Return whether the record of a stock run tells the documents of its packed rows apart."""
+    if not dynamic.stock or not lf.packed or lf.stage not in ("pt", "sft"):
+        return False
+    several = len(lf.train_sets) > 1 or not dynamic.domains_are_sources
+    return lf.streaming or (several and not lf.tokenized_path and not dynamic.eval_by_domain)
+
+
 def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> RunFacts:
     """Return what is known about the rows of a run before they are loaded."""
     copied, copy = lf.bare_copy, described(lf)
@@ -504,7 +512,7 @@ def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Sou
     if copy is not None:
         columns = {f"tokenized copy {lf.tokenized_path}": frozenset(copy["columns"])}
     return RunFacts(
-        packed=lf.packed and not (dynamic.stock and lf.streaming),  # whose documents are told apart
+        packed=lf.packed and not recorded_by_document(dynamic, lf),
         copied=copied,
         columns={name: known for name, known in columns.items() if known is not None},
         num_domains=(1 if copied else len(sources)) if sources and dynamic.domains_are_sources else None,
@@ -788,7 +796,7 @@ def _notes_on_a_record(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator
     for key in ("enable_liger_kernel", "use_liger_kernel"):
         if lf.on(key):
             yield f"{key}: its fused loss keeps no token losses, so {lacks}"
-    mixed = lf.packed and not lf.streaming and not lf.tokenized
+    mixed = lf.packed and not recorded_by_document(dynamic, lf) and not lf.tokenized
     if mixed and len(lf.train_sets) > 1 and dynamic.domains_are_sources:
         yield (
             f"packing: a packed row may hold samples of several of {', '.join(lf.train_sets)}, so in the record they "

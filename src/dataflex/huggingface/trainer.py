@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 from transformers.trainer_utils import rotate_checkpoints
 
 from dataflex import checkpoints, comm
@@ -63,8 +62,8 @@ class TrainerMixin(EvaluationMixin):
     def get_train_dataloader(self) -> Any:
         """Return a loader that has the right lengths and no batches; for a stock run its own, with ids of rows."""
         setup = self.dataflex_setup
-        if setup.config.stock and isinstance(self.train_dataset, IterableDataset):
-            numbering = NumberedStream(setup.rows.dataset.rows_of, self.data_collator)
+        if setup.config.stock and (rows_of := getattr(setup.rows.dataset, "rows_of", None)):
+            numbering = NumberedStream(rows_of, self.data_collator)
             with replaced((self, "data_collator", numbering)):
                 return super().get_train_dataloader()
         if setup.config.stock:

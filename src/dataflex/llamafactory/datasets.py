@@ -22,6 +22,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from dataflex import comm
+from dataflex.config.check import recorded_by_document
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ from dataflex.huggingface.evaluation import HeldOut
 from dataflex.llamafactory.copies import Copied, Part, TokenizedCopy, joined_columns, scalar_columns
 from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, changed_args, split_rows
 from dataflex.llamafactory.origins import origins_of
-from dataflex.llamafactory.streaming import JoinedRows
+from dataflex.llamafactory.streaming import JoinedRows, ServedRows
 from dataflex.llamafactory.turns import WEIGHTS
 from dataflex.method import RunFacts
 from dataflex.plan.domains import Domains, unusable_labels
@@ -66,12 +67,12 @@ class DataLoading:
         self._held_sources: list[str] | None = None  # source of each row that 'val_size' holds out of several sets
         self._documents_per_row: NDArray[np.float64] | None = None  # by source [K]; None where every row is one
         self._copied: Copied | None = None  # a tokenized copy that tells where its rows are from
-        self._stream: Any = None  # LLaMA-Factory's stream of the training rows, which a stock run reads
+        self._own: Any = None  # LLaMA-Factory's own training rows, where the row space has documents
 
     def load(self) -> tuple[dict[str, Any], RowSpace]:
         """Return LLaMA-Factory's data set module and the row space."""
-        config, served = self._config, bool(self._loader.data_args.streaming)
-        module, loader = self._module(), self._loader
+        config, module, loader = self._config, self._module(), self._loader
+        served = isinstance(module["train_dataset"], ServedRows)
         if config.eval_by_domain:
             module["eval_dataset"] = self._held_out(module.get("eval_dataset"))
         train = module["train_dataset"]
@@ -116,8 +117,8 @@ class DataLoading:
         )
         if not config.stock:
             space.check_supervised()
-        if self._stream is not None:
-            module["train_dataset"] = self._stream
+        if self._own is not None:
+            module["train_dataset"] = self._own
         return module, space
 
     def _module(self) -> dict[str, Any]:
@@ -127,13 +128,13 @@ class DataLoading:
         there = loader.written.tokenized
         if args.tokenized_path is not None and not loader.written.bare_copy and (there or not stock):
             return self._module_of_copy(Path(args.tokenized_path))
-        if stock and args.streaming:
-            module = loader.stream()
-            # What the stream holds out, and packs together, is known when it is read: all documents are counted.
+        if stock and (args.streaming or recorded_by_document(self._config, loader.written)):
+            module = loader.in_pieces()
+            # What is held out, drawn and packed together is not known: all documents are counted.
             counted = changed_args(args, streaming=True, val_size=0.0)
             self._loader = loader = replace(loader, data_args=counted, by_document=True)
             parts = [loader.training(name) for name in names]
-            self._stream = module["train_dataset"]
+            self._own = module["train_dataset"]
             self._source_of = np.repeat(np.arange(len(names), dtype=np.int32), [len(part) for part in parts])
             return {**module, "train_dataset": JoinedRows(parts)}
         if stock and not there:

@@ -134,7 +134,7 @@ class Loader:
     files: list[str] = field(default_factory=list)  # paths of the files that were numbered
     skip_bad_shards: bool = False  # whether files that cannot be read are left out
     bad_shards: dict[str, list[BadShard]] = field(default_factory=dict)  # those that were, by data set
-    by_document: bool = False  # whether rows that are streamed are those that LLaMA-Factory packs
+    by_document: bool = False  # whether rows that are served are those that LLaMA-Factory packs
     turns: str = ""  # key of the messages' weights, which training rows then have as ``turns.WEIGHTS``
     numbers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """For ``train`` and ``test``, the position of each tokenized row in the raw rows that ``numbered`` read."""
@@ -180,12 +180,12 @@ class Loader:
         ):
             return self.stock()
 
-    def stream(self) -> dict[str, Any]:
-        """Return what the workflow asked for as LLaMA-Factory's own stream, which is not among the ``origins``.
+    def in_pieces(self) -> dict[str, Any]:
+        """Return what the workflow asked for, a stream or packed rows, which is not among the ``origins``.
 
         Packed rows have ``PIECES``.
         """
-        args = changed_args(self.data_args, streaming=True)
+        args = copy.copy(self.data_args)
         with replaced(*([_marking(PieceProcessor)] if self.packs else [])):
             return replace(self, origins=[])._load(args, dataset=args.dataset, eval_dataset=args.eval_dataset)
 

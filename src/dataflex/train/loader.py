@@ -20,11 +20,11 @@ from dataflex.plan.plan import BatchShape, DataPlan
 ROWS = "dataflex_rows"
 """Where a collated micro-batch holds the ids of its rows, int64 [R]; taken out before the model sees it.
 
-Of packed rows of a stream they are those of their documents, int64 [R, T]: the id where one begins, ``~id`` where what
-an earlier row has begun goes on, ``SAME`` in the places of all other tokens, ``PADDING`` after the last one.
+Of packed rows that have ``PIECES`` they are those of their documents, int64 [R, T]: the id where one begins, ``~id``
+where what an earlier row has begun goes on, ``SAME`` in the places of all other tokens, ``PADDING`` after the last one.
 """
 PIECES = "dataflex_pieces"
-"""Feature of a packed row of a stream: of each document in it a hash, ``~hash`` if it goes on there, and its tokens."""
+"""Feature of a packed row: of each document in it a hash, ``~hash`` if it goes on there, and its tokens."""
 SAME, PADDING = np.iinfo(np.int64).min, np.iinfo(np.int64).min + 1
 
 
@@ -62,7 +62,7 @@ class NumberedBatches(Dataset[Any]):
 
 
 class NumberedStream:
-    """Collates rows of a stream, and adds their ids as ``rows_of`` tells them."""
+    """Collates rows of a stream, or packed ones, and adds their ids as ``rows_of`` tells them."""
 
     def __init__(self, rows_of: Callable[[list[Any]], Rows], collate: Callable[[list[Any]], Any]) -> None:
         self._rows_of, self._collate = rows_of, collate
