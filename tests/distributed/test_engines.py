@@ -39,6 +39,9 @@ def engine_settings(engine: str, folder: Path) -> dict:
             "zero_optimization": {
                 "stage": int(engine[-1]),
                 "overlap_comm": False,
+                # By default 2 GB each, which stay in the ranks' address space until no worker can be forked.
+                "reduce_bucket_size": 1_000_000,
+                "allgather_bucket_size": 1_000_000,
                 "contiguous_gradients": True,
                 "stage3_param_persistence_threshold": 0,
                 "stage3_gather_16bit_weights_on_model_save": True,
