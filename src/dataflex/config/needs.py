@@ -17,8 +17,9 @@ from dataflex.registry import one_of
 from dataflex.version import install
 
 FSDP2 = "FSDP2"
-ZERO3 = "DeepSpeed ZeRO-3"
 """What partitions parameters that keep their shapes."""
+ZERO3 = "DeepSpeed ZeRO-3"
+"""What partitions parameters into parts that have no shape of their own."""
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
 ).split()

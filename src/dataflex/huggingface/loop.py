@@ -63,7 +63,7 @@ def moments_by_name(trainer: Any) -> Iterator[None]:
 def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
     """Return what a session needs to know of a Trainer, from its arguments, model, data and collator."""
     args = trainer.args
-    zero = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
+    sharding = sharding_of(trainer)
     return Loop(
         model=trainer.model,
         optimizer=lambda: trainer.optimizer,
@@ -90,8 +90,8 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         prefetch_factor=args.dataloader_prefetch_factor,
-        sharding=_sharding(trainer, zero),
-        release=lambda: trainer.model_wrapped.empty_partition_cache() if zero == 3 else None,
+        sharding=sharding,
+        release=lambda: trainer.model_wrapped.empty_partition_cache() if sharding == "zero3" else None,
         parallel={"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()},
         devices=args.n_gpu,
         writes=args.should_save,
@@ -169,10 +169,13 @@ def preference_loss(trainer: Any) -> PreferenceLoss:
     return PreferenceLoss(kind=kind, beta=beta, label_smoothing=smoothing, gamma=gamma, sft=sft)
 
 
-def _sharding(trainer: Any, zero: int | None) -> Literal["none", "zero", "zero3", "fsdp", "fsdp2"]:
+def sharding_of(trainer: Any) -> Literal["none", "zero", "zero3", "fsdp", "fsdp2"]:
+    """Return what shards a Trainer's states over ranks."""
     if trainer.is_fsdp_enabled:
         return "fsdp2" if trainer.accelerator.state.is_fsdp2 else "fsdp"
-    return "none" if zero is None else "zero3" if zero == 3 else "zero"
+    if not trainer.is_deepspeed_enabled:
+        return "none"
+    return "zero3" if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3 else "zero"
 
 
 class _NoBatches(Sampler[list[int]]):

@@ -124,7 +124,7 @@ def climb_step(options: argparse.Namespace) -> Answer | int:
     if (options.out / SWARM).is_file():
         added = read_swarm(options.out).mixtures[rounds[0] :]
     while True:
-        swarm = asked_swarm(options, rounds[0], added)
+        swarm = asked_swarm(options, mapping, rounds[0], added)
         number = sum(end < len(swarm.runs) for end in ends[:-1]) + 1
         caps, notes = asked_caps(options, swarm.sizes, swarm.unit, swarm.names)
         check_caps(np.where(swarm.sizes > 0, caps, 0.0), swarm.names)

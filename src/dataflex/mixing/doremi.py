@@ -27,8 +27,16 @@ from dataflex.config.build import method_block
 from dataflex.config.load import load_mapping
 from dataflex.config.schema import FLAT_KEYS
 from dataflex.config.split import resolve
-from dataflex.errors import ConfigError, DataError
-from dataflex.mixing.runs import configuration, finished, say, train_unfinished, without_mixer, write_configurations
+from dataflex.errors import ConfigError
+from dataflex.mixing.runs import (
+    configuration,
+    finished,
+    refuse_another,
+    say,
+    train_unfinished,
+    without_mixer,
+    write_configurations,
+)
 from dataflex.plan.proportions import (
     ProportionsFile,
     digest_of,
@@ -116,7 +124,7 @@ class Doremi:
         )
         configs = self._configurations(mapping, small, base_dir, params)
         self._check(configs, base_dir)
-        self._check_earlier()
+        refuse_another(folder / _RECORD, self.config_digest, "runs of another configuration, reference or overrides")
         write_configurations(folder, configs)
         record = {"format": _FORMAT, "config_digest": self.config_digest, **asdict(settings)}
         write_json(folder / _RECORD, redacted(record))
@@ -166,20 +174,6 @@ class Doremi:
                 problems.append(f"{path.name}: do_train: is not on")
         if problems:
             raise ConfigError(dict.fromkeys(problems))
-
-    def _check_earlier(self) -> None:
-        path = self.folder / _RECORD
-        if not path.is_file():
-            return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["config_digest"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        if before != self.config_digest:
-            raise ConfigError(
-                f"--out: {self.folder} holds runs of another configuration, reference or overrides; name another "
-                "folder, or move that away"
-            )
 
     def all(self) -> int:
         """Run every step that is not finished, until the proportions settle, and return an exit code."""

@@ -16,7 +16,6 @@ there is: decisions are made anew from them, so the same command goes on whereve
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from dataflex.mixing.runs import (
     configuration,
     finished,
     losses_by_step,
+    refuse_another,
     say,
     train_unfinished,
     without_mixer,
@@ -106,22 +106,8 @@ class Msft:
             self.held_out = dict(zip(lf.train_sets, lf.eval_sets, strict=True))
         told = {key: value for key, value in mapping.items() if key != "output_dir"}
         self.config_digest = digest_of({"config": told, "natural": natural})
-        self._check_earlier()
+        refuse_another(folder / _RECORD, self.config_digest, "stages of another configuration or other overrides")
         self.configure(1, 0, self.served)
-
-    def _check_earlier(self) -> None:
-        path = self.folder / _RECORD
-        if not path.is_file():
-            return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["config_digest"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        if before != self.config_digest:
-            raise ConfigError(
-                f"--out: {self.folder} holds stages of another configuration or other overrides; name another folder, "
-                "or move that away"
-            )
 
     def config(self, number: int) -> Path:
         """Path of a stage's configuration."""

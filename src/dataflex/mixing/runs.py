@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import sys
@@ -70,6 +71,21 @@ def write_configurations(folder: Path, configs: Mapping[Path, Mapping[str, Any]]
                 file.write(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True).encode())
     except OSError as error:
         raise ConfigError(f"--out: {folder} cannot be written: {error.strerror or error}") from error
+
+
+def refuse_another(record: Path, config_digest: str, what: str) -> None:
+    """Raise ``ConfigError`` where the folder of ``record`` holds runs of another configuration.
+
+    ``what`` says whose they would be. ``DataError`` for a record that cannot be read.
+    """
+    if not record.is_file():
+        return
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))["config_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record} is damaged: {error}") from error
+    if before != config_digest:
+        raise ConfigError(f"--out: {record.parent} holds {what}; name another folder, or move that away")
 
 
 def say(line: str) -> None:

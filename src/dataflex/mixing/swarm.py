@@ -393,7 +393,9 @@ def _strengths(text: str | None) -> dict[str, float]:
         raise ConfigError(f"--strengths: expected LEAST,MOST,COUNT such as 0.1,5,15, found {text!r}") from error
 
 
-def asked_swarm(options: argparse.Namespace, num_runs: int, added_RK: Floats | None = None) -> Swarm:
+def asked_swarm(
+    options: argparse.Namespace, mapping: Mapping[str, Any], num_runs: int, added_RK: Floats | None = None
+) -> Swarm:
     """Write the swarm that the options of a step ask for, with ``num_runs`` drawn mixtures and those that are added."""
     settings = settings_of(
         options.style,
@@ -409,7 +411,7 @@ def asked_swarm(options: argparse.Namespace, num_runs: int, added_RK: Floats | N
     if changed and options.reuse is None:
         raise ConfigError("--changed: has no effect without --reuse, the proportions before")
     return write_swarm(
-        load_mapping(options.config, options.overrides),
+        mapping,
         options.config.absolute().parent,
         options.out,
         settings,
@@ -434,8 +436,8 @@ def train_swarm(swarm: Swarm, mapping: Mapping[str, Any], without: Sequence[str]
 
 def swarm_step(options: argparse.Namespace) -> Answer | int:
     """Write a swarm, run it if asked to, and return what to print or an exit code."""
-    swarm = asked_swarm(options, options.runs)
     mapping = load_mapping(options.config, options.overrides)
+    swarm = asked_swarm(options, mapping, options.runs)
     natural = swarm.sizes / swarm.sizes.sum()
     table = [["domain", f"natural ({swarm.unit})", "least", "mean", "most"]]
     for k in np.argsort(-natural, kind="stable")[:32]:

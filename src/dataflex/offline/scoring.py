@@ -27,7 +27,7 @@ from dataflex import comm
 from dataflex.config.mappings import plain
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexError
-from dataflex.huggingface.loop import loop_of, moments_by_name
+from dataflex.huggingface.loop import loop_of, moments_by_name, sharding_of
 from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.swap import swapped
 from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signals
@@ -189,7 +189,7 @@ class WorkflowMixin(_Trainer):
 
     @property
     def _dataflex_partitioned(self) -> bool:
-        return loop_of(self, self.dataflex_setup, 1).sharding in ("zero3", "fsdp2")
+        return sharding_of(self) in ("zero3", "fsdp2")
 
     def dataflex_take(self, checkpoint: Path) -> int:
         """Load a checkpoint's weights as a resumed run would; return its optimizer step (collective)."""
@@ -212,9 +212,9 @@ class WorkflowMixin(_Trainer):
         """Return signals of the model as it is now, with the moments of a checkpoint that was taken."""
         setup, rate = self.dataflex_setup, float(self.args.learning_rate)
         runner = signal_runner(setup, loop_of(self, setup, 1), self.dataflex_seed)
-        optimizer = functools.cache(lambda: _optimizer(self, checkpoint))  # loaded when it is first asked for
-        if checkpoint is not None and self._dataflex_partitioned:
-            optimizer = functools.cache(lambda: self.optimizer)
+        optimizer = runner.access.optimizer  # taken with the checkpoint where the model is partitioned
+        if checkpoint is None or not self._dataflex_partitioned:
+            optimizer = functools.cache(lambda: _optimizer(self, checkpoint))  # loaded when it is first asked for
         runner.access = replace(runner.access, optimizer=optimizer, learning_rate=lambda: rate)
         return runner
 

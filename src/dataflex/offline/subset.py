@@ -102,16 +102,16 @@ def rule_of(name: str, settings: Sequence[str], budget: Budget) -> Rule:
     return rule
 
 
-def preferences(table: ScoreTable, column: str, prefer: str | None) -> NDArray[np.float64]:
+def preferences(table: ScoreTable, column: str, prefer: str | None) -> NDArray[np.floating]:
     """Return what is preferred where it is high [N]: the column's values, or those of ranks turned round.
 
     ``prefer`` ("high" or "low") says otherwise.
     """
     low = (prefer or ("low" if column.endswith(RANK) else "high")) == "low"
-    return np.asarray(table.columns[column], dtype=np.float64) * (-1.0 if low else 1.0)
+    return table.columns[column] * (-1.0 if low else 1.0)
 
 
-def near_rows(table: ScoreTable, preferred: NDArray[np.float64], share: float) -> Rows:
+def near_rows(table: ScoreTable, preferred: NDArray[np.floating], share: float) -> Rows:
     """Return the rows that are near-duplicates of preferred ones, ascending; of equal values the first is preferred."""
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"--near-duplicates: {share:g}: a similarity lies above 0 and is at most 1")
