@@ -96,8 +96,8 @@ COMPARE = $(TUNED) $(QUIET) OMP_NUM_THREADS=1 $(RUN) -m dataflex compare --jobs 
 
 evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many hours; SEEDS=2 takes fewer), and render docs/results.md
 	$(RUN) evidence/data.py
-	@set -e; for name in m1 m3 w1; do test -f runs/evidence/$${name}_reference/config.json || \
-		$(TUNED) $(QUIET) $(RUN) -m dataflex train evidence/$${name}_reference.yaml; done
+	@set -e; for name in m1_reference m1_proxy m3_reference m3_proxy w1_reference; do test -f runs/evidence/$${name}/config.json || \
+		$(TUNED) $(QUIET) $(RUN) -m dataflex train evidence/$${name}.yaml; done
 	@set -e; for suite in $(SUITES); do $(COMPARE) evidence/$$suite.yaml $(if $(SEEDS),seeds=$(SEEDS)); done
 	$(TUNED) $(QUIET) $(RUN) -m dataflex audit evidence/audit.yaml
 	$(RUN) evidence/render.py

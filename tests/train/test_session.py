@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.plan.plan import BatchShape
@@ -98,6 +99,40 @@ def test_a_session_needs_no_llamafactory():
     assert told.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("selector", "most"), [({"name": "less", "targets": ["goal"]}, 2), ({"name": "loss"}, 8)], ids=["less", "loss"]
+)
+def test_gradients_are_asked_of_no_more_rows_than_a_micro_batch_has(tiny_model, tmp_path, selector, most):
+    """Their activations are held, which training has room for; a forward pass holds none."""
+    rows = [{"input_ids": [1, 2, 3 + i % 5, 4], "labels": [-100, 2, 3 + i % 5, 4]} for i in range(24)]
+    space = RowSpace.of(Dataset.from_list(rows), targets={"goal": Dataset.from_list(rows[:8])})
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def collate(features):
+        return {name: torch.tensor([row[name] for row in features]) for name in ("input_ids", "labels")}
+
+    asked = loop(tmp_path, model=model, optimizer=lambda: optimizer, collate=collate, score_rows=8)
+    session = Session.open({"selector": selector, "warmup_steps": 1, "interval_steps": 2}, space, asked)
+    session.start()
+    sizes = []
+
+    def seen(_module, _args, options):
+        sizes.append(len(options["input_ids"]))
+
+    for index in range(2):
+        taken = model.register_forward_pre_hook(seen, with_kwargs=True)
+        batches = session.step(index).batches
+        taken.remove()
+        for batch in batches:
+            model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+        session.end_step()
+        optimizer.step()
+        optimizer.zero_grad()
+    session.close()
+    assert max(sizes) == most
+
+
 # ---------------------------------------------------------------- what every door is refused
 
 
@@ -110,17 +145,19 @@ def rows():
 def loop(tmp_path, **changes):
     shape = {"micro_batch_size": 2, "accumulation": 2, "world": 1, "rank": 0, "drop_last": True, "shuffle": True}
     shape |= changes.pop("shape", {})
+    known = {
+        "model": torch.nn.Linear(2, 2),
+        "optimizer": lambda: None,
+        "collate": lambda features: {"labels": torch.tensor([row["labels"] for row in features])},
+    }
     return Loop(
-        model=torch.nn.Linear(2, 2),
-        optimizer=lambda: None,
+        **known | changes,
         learning_rate=lambda: 0.0,
-        collate=lambda features: {"labels": torch.tensor([row["labels"] for row in features])},
         shape=BatchShape(**shape),
         total_steps=4,
         seed=0,
         device=torch.device("cpu"),
         output_dir=tmp_path / "out",
-        **changes,
     )
 
 

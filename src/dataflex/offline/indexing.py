@@ -208,7 +208,7 @@ class _IndexingMixin(WorkflowMixin):
         options = {**params.options(), "wide": WIDE, "seed": seed, "moments": scorers.moments_identity()}
         del options["sketch_size"], options["mean_of_cosines"]
         options.pop("normalize", None)
-        options |= {"token_budget": access.token_budget, **cache.surroundings("")}
+        options |= {"token_budget": access.gradient_budget, **cache.surroundings("")}
 
         def key(what: str, **more: Any) -> CacheKey:
             return CacheKey(model=model, data=space.fingerprint, method=what, parameters={**options, **more})
@@ -221,7 +221,7 @@ class _IndexingMixin(WorkflowMixin):
             seed=seed,
             store=ArrayStore(request.out / STORE),
             key=key,
-            sweep=functools.partial(access.sweep, target=None, what="gradients"),
+            sweep=functools.partial(access.trained, target=None, what="gradients"),
         )
         return sketching, "" if is_partitioned(access.model) else model, rate
 

@@ -38,6 +38,7 @@ class ModelAccess:
     autocast: Callable[[], AbstractContextManager[Any]]  # the Trainer's mixed-precision context
     device: torch.device  # where batches go
     token_budget: int  # largest number of padded tokens in a scoring batch
+    gradient_tokens: int = 0  # the same of a batch whose gradients are asked for; 0: token_budget
     train: Corpus
     targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
     seed: int = 0  # of everything random in signals
@@ -61,6 +62,11 @@ class ModelAccess:
     def data_identity(self, target: str) -> str:
         """Return what names a target's rows."""
         return self.corpus(target).identity or target
+
+    @property
+    def gradient_budget(self) -> int:
+        """Largest number of padded tokens in a batch whose gradients are asked for."""
+        return self.gradient_tokens or self.token_budget
 
     @property
     def longest(self) -> int:
@@ -104,7 +110,8 @@ class ModelAccess:
 
     def trained(self, rows: Rows, target: str | None, what: str) -> Sweep:
         """Return a pass over rows as they are trained on: both answers of a pair, for gradients."""
-        return (self.sweep if self.preferences is None else self.pairs)(rows, target, what)
+        sweep = (self.sweep if self.preferences is None else self.pairs)(rows, target, what)
+        return replace(sweep, token_budget=self.gradient_budget)
 
     def target_sweep(self, target: str, rows: Rows | None = None) -> Sweep:
         """Return a pass over some rows of a target, or over all of them, for gradients."""

@@ -147,7 +147,8 @@ class SignalRunner:
                 signal = signal.for_target()
             if kept == "never":
                 return self._compute(signal, rows, target, {})
-            parameters = {**signal.key(self.access), "token_budget": self.access.token_budget}
+            budgets = {"token_budget": self.access.token_budget, "gradient_budget": self.access.gradient_budget}
+            parameters = {**signal.key(self.access), **budgets}
             if signal.code:
                 parameters["code"] = signal.code
             key = {"signal": signal.name, "parameters": parameters, "corpus": target or ""}

@@ -110,7 +110,7 @@ class Loop:
     preferences: Preferences | None = None  # stage dpo: the pairs, the reference model and the loss
     tokenizer: Any = None  # turns tokens into text, for methods that read text
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # mixed-precision context of a forward pass
-    score_rows: int = 8  # rows of a scoring batch, if they are as long as the longest
+    score_rows: int = 8  # rows of a forward pass, if they are as long as the longest; gradients: of a micro-batch
     num_workers: int = 0  # processes that collate
     pin_memory: bool = False  # whether batches are put into pinned memory
     prefetch_factor: int | None = None  # batches that each process makes ahead
@@ -714,8 +714,8 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         collate=loop.score_collate or loop.collate,
         autocast=loop.autocast,
         device=loop.device,
-        # At most a batch of the longest rows, for which training needs the memory too.
         token_budget=max(loop.shape.micro_batch_size, loop.score_rows) * longest,
+        gradient_tokens=loop.shape.micro_batch_size * longest,  # the memory for which training needs too
         train=Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint),
         targets=space.targets,
         seed=seed,

@@ -243,7 +243,7 @@ def policy_vectors(
     groups = [
         (task, batches)
         for task, responses in enumerate(tasks)
-        for batches in _batches_of_groups(task, responses, access.token_budget)
+        for batches in _batches_of_groups(task, responses, access.gradient_budget)
     ]
     sums = TargetVectors.zeros(len(tasks), engine.shapes, engine.device)
     world, rank = comm.world(), comm.rank()
