@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dataflex.errors import ConfigError
 from dataflex.mixing import climb
 from dataflex.mixing import fit as fitting
 from dataflex.mixing.fit import Fit, Quality
@@ -61,17 +62,27 @@ def test_a_round_is_drawn_from_the_best_that_no_run_has_had():
     assert seen == {0.9, 0.7, 0.5}
 
 
+def test_a_round_looks_past_candidates_that_count_as_earlier_runs():
+    """Any number of candidates may lie by one run; where too few are left, the round is refused."""
+    corner = np.array([[1 - x, x] for x in (0.0, 1e-7, 2e-7, 3e-7, 4e-7)])
+    best = np.concatenate([corner, [[0.6, 0.4], [0.5, 0.5]]])
+    found = climb.next_round(best, corner[:1], 2, 3, 1e-5, 7)
+    assert sorted(found[:, 0]) == [0.5, 0.6]
+    with pytest.raises(ConfigError, match=r"--runs: only 2 of 7 distinct candidates had no run, .* has 3"):
+        climb.next_round(best, corner[:1], 3, 3, 1e-5, 7)
+
+
 def test_candidates_are_ranked_by_the_prediction_and_distinct():
     swarm = swarm_of(np.array([5.0, 3.0, 2.0]), 10, 3)
     fit = linear((-1.0, 0.5, 1.0), 0.01)
-    free = climb.ranked(fit, swarm, np.ones(3), ["t"], 200)
+    free = climb.ranked(fit, swarm, np.ones(3), ["t"])[:200]
     assert free.shape == (200, 3)
     assert len(np.unique(free, axis=0)) == 200
     np.testing.assert_allclose(free[0], [1, 0, 0])  # the corner is drawn often, and there once
     predicted = fit.predict(free)[:, 0]
     assert (np.diff(predicted) >= 0).all()
     assert predicted.max() < np.quantile(fit.predict(sample_swarm(swarm.sizes, settings_of("olmix", 500, 9))), 0.5)
-    capped = climb.ranked(fit, swarm, np.array([0.5, 1.0, 1.0]), ["t"], 50)
+    capped = climb.ranked(fit, swarm, np.array([0.5, 1.0, 1.0]), ["t"])
     assert capped[:, 0].max() <= 0.5
 
 
@@ -120,12 +131,12 @@ def searched(loss, sizes, rounds, seed, noise):
     mixtures = sample_swarm(sizes, swarm.settings)
     losses = loss(mixtures) + noise * rng.standard_normal(len(mixtures))
     for runs in rounds[1:]:
-        best = climb.ranked(Smooth(mixtures, losses), swarm, free, ["t"], 200 + len(mixtures))
+        best = climb.ranked(Smooth(mixtures, losses), swarm, free, ["t"])
         drawn = climb.next_round(best, mixtures, runs, 200, 1e-5, seed)
         mixtures = np.concatenate([mixtures, drawn])
         losses = np.concatenate([losses, loss(drawn) + noise * rng.standard_normal(runs)])
     fit = Smooth(mixtures, losses)
-    mean = climb.ranked(fit, swarm, free, ["t"], 128).mean(axis=0)
+    mean = climb.ranked(fit, swarm, free, ["t"])[:128].mean(axis=0)
     chosen, _ = climb.choose(fit, mean, mixtures, losses, ["t"])
     return loss(np.stack([mean, chosen]))
 

@@ -31,35 +31,45 @@ from dataflex.printable import Answer, left_out_note
 from dataflex.record.text import columns
 from dataflex.rng import stream
 
-_AVERAGED = 128
+_AVERAGED = 128  # best candidates at the end
+_AT_ONCE = 1000  # candidates that are compared with the runs together
+_WIDER = "raise --max-epochs, --cap, or the most of --strengths"
 
 
-def ranked(fit: Fit, swarm: Swarm, caps_K: Floats, tasks: Sequence[str], count: int) -> Floats:
-    """Return distinct candidates [at most ``count``, K] within the caps, those of the lowest predicted loss first."""
+def ranked(fit: Fit, swarm: Swarm, caps_K: Floats, tasks: Sequence[str]) -> Floats:
+    """Return the distinct candidates [N, K] within the caps, those of the lowest predicted loss first."""
     draw = drawer(swarm.sizes, swarm.settings)
-    drawn, num_kept = best_draws(fit, draw, caps_K, tasks, swarm.settings.seed, None)
+    drawn, _ = best_draws(fit, draw, caps_K, tasks, swarm.settings.seed, None)
     _, first = np.unique(drawn, axis=0, return_index=True)  # weak concentrations give the same corners again and again
-    if len(first) < count:
-        raise ConfigError(
-            f"caps: only {len(first)} distinct mixtures of {num_kept:,} candidates keep to them, and the best {count} "
-            "are looked at; raise --max-epochs or --cap, or raise the most of --strengths"
-        )
-    return drawn[np.sort(first)[:count]]
+    if not len(first):
+        raise ConfigError(f"caps: no candidate keeps to them; {_WIDER}")
+    return drawn[np.sort(first)]
 
 
 def next_round(best_NK: Floats, earlier_RK: Floats, runs: int, top: int, distance: float, seed: int) -> Floats:
     """Draw the mixtures [runs, K] of a round from the ``top`` best candidates that no run has had.
 
     Args:
-        best_NK: Distinct candidates, the best first, at least ``top`` and one for each earlier run.
+        best_NK: Distinct candidates, the best first.
         earlier_RK: Mixtures of the runs so far.
         runs: Mixtures to draw, at most ``top``.
         top: How many of the candidates count as best.
         distance: Candidates at most this far (L1) from a run count as that run.
         seed: Of the draw; the number of earlier runs makes it another one in each round.
+
+    Raises:
+        ConfigError: Fewer than ``runs`` candidates are left.
     """
-    apart = np.array([np.abs(earlier_RK - mixture).sum(axis=1).min() > distance for mixture in best_NK])
-    new = best_NK[apart][:top]
+    new = best_NK[:0]
+    for start in range(0, len(best_NK), _AT_ONCE):
+        part = best_NK[start : start + _AT_ONCE]
+        apart = np.abs(part[:, None] - earlier_RK).sum(axis=2).min(axis=1) > distance
+        new = np.concatenate([new, part[apart]])[:top]
+        if len(new) == top:
+            break
+    if len(new) < runs:
+        told = f"only {len(new)} of {len(best_NK):,} distinct candidates had no run, and the next round has {runs}"
+        raise ConfigError(f"--runs: {told}; {_WIDER}")
     return new[stream(seed, "mixing.climb", len(earlier_RK)).choice(len(new), size=runs, replace=False)]
 
 
@@ -142,7 +152,7 @@ def climb_step(options: argparse.Namespace) -> Answer | int:
         if not upcoming:
             return _finish(options, swarm, fit, tasks, caps, [told, *(f"note: {note}" for note in notes)])
         say(told)
-        best = ranked(fit, swarm, caps, tasks, options.top + len(swarm.runs))
+        best = ranked(fit, swarm, caps, tasks)
         runs = upcoming[0] - len(swarm.runs)
         drawn = next_round(best, swarm.mixtures, runs, options.top, swarm.settings.distance, swarm.settings.seed)
         added = np.concatenate([swarm.mixtures[rounds[0] :], drawn])
@@ -152,7 +162,8 @@ def _finish(
     options: argparse.Namespace, swarm: Swarm, fit: Fit, tasks: Sequence[str], caps: Floats, told: list[str]
 ) -> Answer:
     """Write the proportions and return what to print."""
-    mean = ranked(fit, swarm, caps, tasks, _AVERAGED).mean(axis=0)
+    best_NK = ranked(fit, swarm, caps, tasks)[:_AVERAGED]
+    mean = best_NK.mean(axis=0)
     found = [losses_of_run(swarm.output_dir(run)) for run in fit.runs]
     losses = np.array([[each[task] for task in tasks] for each in found]).mean(axis=1)
     mixtures = swarm.mixtures[[swarm.runs.index(run) for run in fit.runs]]
@@ -172,7 +183,7 @@ def _finish(
         shares,
         method=f"climb ({fit.method})",
         source={**source, "fit": fit.provenance},
-        details={**details, "tasks": list(tasks), "averaged": _AVERAGED},
+        details={**details, "tasks": list(tasks), "averaged": len(best_NK)},
         natural=natural,
         caps=caps,
     )
