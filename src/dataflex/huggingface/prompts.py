@@ -110,17 +110,7 @@ class PromptMixin(TrainerMixin):
             raise ComponentError("the rewards are not those of the prompts that were served: answers were reordered")
         each = rewards.double() * self.reward_weights.to(rewards.device).double()
         total = each.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
-        space = self.dataflex_setup.rows
-        stats = RolloutStats(
-            rows=rows,
-            rewards_PG=total.cpu().numpy().reshape(ids.shape),
-            lengths_PG=lengths,
-            truncated_PG=truncated.astype(np.bool_),
-            domains_P=space.domains.domain_of[rows].astype(np.int64),
-            names=space.domains.names,
-            num_rows=space.num_rows,
-            step=index,
-        )
+        stats = self.dataflex.rollouts(index, rows, total.cpu().numpy().reshape(ids.shape), lengths, truncated)
         if index == 0 and not stats.scored_PG.any(axis=1).all():
             self._dataflex_refuse_unscored(stats)
         kept = self.dataflex.observe_rollouts(stats)

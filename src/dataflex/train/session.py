@@ -497,6 +497,20 @@ class Session:
             proportions = self.controller.proportions_at(self._step.index)
             self._loss.end_step(proportions, float(self.loop.learning_rate()))
 
+    def rollouts(self, index: int, rows: Rows, rewards_PG: Any, lengths_PG: Any, truncated_PG: Any) -> RolloutStats:
+        """Return the rewards of generation ``index``: those of the answers to each of the prompts ``rows`` [P]."""
+        space = self.setup.rows
+        return RolloutStats(
+            rows=rows,
+            rewards_PG=np.asarray(rewards_PG, dtype=np.float64),
+            lengths_PG=np.asarray(lengths_PG, dtype=np.int64),
+            truncated_PG=np.asarray(truncated_PG, dtype=np.bool_),
+            domains_P=space.domains.domain_of[rows].astype(np.int64),
+            names=space.domains.names,
+            num_rows=space.num_rows,
+            step=index,
+        )
+
     def observe_rollouts(self, stats: RolloutStats) -> NDArray[np.bool_]:
         """Give the rewards of a generation, equal on every rank, to the methods, and record them.
 
