@@ -30,7 +30,7 @@ import numpy as np
 from core_decisions import processor
 from dataflex.config.schema import MethodConfig
 from dataflex.offline.index import STORE, Index, Part
-from dataflex.offline.table import ScoreTable
+from dataflex.score_table import ScoreTable
 from dataflex.rng import stream
 from dataflex.select.choose import top_k
 from dataflex.select.spread import apart, facility_location, k_center

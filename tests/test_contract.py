@@ -13,8 +13,8 @@ from dataflex.cli import main
 from dataflex.config.build import parse_dynamic
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Method
-from dataflex.plan.validate import check_mix, check_selection, check_state, check_static_weights, check_weights
 from dataflex.testing import example_context
+from dataflex.validate import check_mix, check_selection, check_state, check_static_weights, check_weights
 
 HEAD = """
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
 A class from outside the package is checked when it is registered, and every call of it is watched: what it
 raises is told with its own frames and the name of the call, what it gives is checked for its type. What a value
-must be beside that (rows of the pool, weights of the right shape) is in ``plan.validate``.
+must be beside that (rows of the pool, weights of the right shape) is in ``validate``.
 """
 
 from __future__ import annotations

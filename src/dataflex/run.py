@@ -10,13 +10,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from dataflex.clock import PhaseClock, launch_time
 from dataflex.config.args import env_enabled
 from dataflex.config.load import load_mapping
 from dataflex.config.split import Split, resolve
 from dataflex.console import show_log
 from dataflex.ending import release_groups
 from dataflex.errors import CheckpointError
-from dataflex.record.clock import PhaseClock, launch_time
 from dataflex.storage import StorageError, storage_problem
 
 logger = logging.getLogger(__name__)

@@ -84,7 +84,7 @@ def suite(tiny_model, data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_an_audit_is_killed_continued_and_extended(suite, tmp_path, monkeypatch):
-    from dataflex.offline.removal import Experiments
+    from dataflex.compare.removal import Experiments
 
     path, train, made = suite(), Experiments.run, []
 

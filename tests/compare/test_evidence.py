@@ -9,9 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dataflex.compare.audit import read_audit
 from dataflex.compare.suite import read_suite
+from dataflex.plan.proportions import ProportionsFile, write_proportions
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = sorted(
@@ -33,6 +35,13 @@ def data(tmp_path):
     assert module_of("data").main(Path("runs/evidence/data")) == 0
     for config in (ROOT / "evidence").glob("*_reference.yaml"):
         (tmp_path / "runs/evidence" / config.stem).symlink_to(ROOT / "examples/models/base-4m")
+    for config in (ROOT / "evidence").glob("*_proxy.yaml"):
+        names = yaml.safe_load(config.read_text(encoding="utf-8"))["dataset"].split(",")
+        (tmp_path / "runs/evidence" / config.stem / "dataflex").mkdir(parents=True)
+        write_proportions(
+            tmp_path / "runs/evidence" / config.stem / "dataflex/doremi.json",
+            ProportionsFile(names=tuple(names), proportions=(1 / len(names),) * len(names), method="doremi"),
+        )
     return tmp_path / "runs/evidence/data"
 
 
@@ -41,11 +50,11 @@ def rows(data, name):
 
 
 def test_suites_and_pools(data, tmp_path):
-    assert SUITES == ["aa.yaml", "m1.yaml", "m3.yaml", "quick.yaml", "s1.yaml", "s2.yaml", "s3.yaml", "w1.yaml"]
+    assert SUITES == [f"{name}.yaml" for name in ("aa", "m1", "m2", "m2_grid", "m3", "quick", "s1", "s2", "s3", "w1")]
     for name in SUITES:
         suite = read_suite(Path("evidence") / name, work=tmp_path)
         assert len(suite.runs) == len(suite.seeds) * (len(suite.arms) + len(suite.lengths) - 1), name
-        assert suite.claims, name
+        assert suite.claims or name == "m2_grid.yaml"
 
     audit = read_audit(Path("evidence/audit.yaml"))
     assert len(audit.names) == 15

@@ -12,10 +12,10 @@ import pytest
 
 from dataflex.commands.plan import plan
 from dataflex.config.check import late_share
+from dataflex.config.files import file_records
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
-from dataflex.offline.files import file_records
-from dataflex.offline.table import ScoreTable, write_scores
+from dataflex.score_table import ScoreTable, write_scores
 from tests.config.conftest import add_column
 
 Config = Callable[..., dict[str, Any]]

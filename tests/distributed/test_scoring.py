@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dataflex.offline.table import read_scores
+from dataflex.score_table import read_scores
 from tests.distributed.test_engines import engine_settings
 from tests.offline.conftest import Scoring, rows_of
 

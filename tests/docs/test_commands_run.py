@@ -17,13 +17,13 @@ import yaml
 from dataflex.cli import _parser, main
 from dataflex.commands.plan import plan
 from dataflex.config.args import data_set_names
+from dataflex.config.files import FileRecord
 from dataflex.config.mappings import key_of
 from dataflex.llamafactory.launch import torchrun_command
-from dataflex.offline.files import FileRecord
 from dataflex.offline.request import score_request
-from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.record.chosen import write_rows
 from dataflex.registry import KINDS, find, names
+from dataflex.score_table import ScoreTable, write_scores
 from tests.config.keys import user_keys
 from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
 from tests.record.synthetic import SELECTION, simulate, space_of

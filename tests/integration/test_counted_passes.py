@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from dataflex.commands.plan import costs
+from dataflex.config.costs import costs
 from dataflex.config.data import find_sources
 from dataflex.config.forecast import forecast
 from dataflex.config.load import load_mapping

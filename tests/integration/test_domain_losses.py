@@ -329,7 +329,7 @@ def test_a_record_may_begin_at_a_checkpoint_of_a_run_without(run, caplog):
 def test_one_reduction_of_losses_in_each_log(run, monkeypatch):
     """A log reduces losses, and passes with rows and tokens; the end the latter; a step nothing."""
     from dataflex import comm
-    from dataflex.record.clock import PHASES
+    from dataflex.clock import PHASES
 
     calls = []
     whole = comm.gather_sum

@@ -63,7 +63,7 @@ def test_scores_of_these_rows_order_them_and_others_are_refused(run):
     """The longest rows first, by what 'dataflex score' wrote; with another cutoff_len the rows are other ones."""
     from dataflex.cli import main
     from dataflex.errors import DataError
-    from dataflex.offline.table import read_scores
+    from dataflex.score_table import read_scores
 
     file = run.folder / "scores.parquet"
     config = run.folder / "scored.json"

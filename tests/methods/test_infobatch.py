@@ -9,10 +9,10 @@ import pytest
 
 from dataflex.errors import ComponentError
 from dataflex.method import Selection
-from dataflex.plan.validate import check_selection
 from dataflex.selectors.infobatch import InfoBatch
 from dataflex.signals.kinds import InRun
 from dataflex.testing import FakeSignals, example_context
+from dataflex.validate import check_selection
 
 
 def selected(losses, budget=None, *, seed=0, stop=10, steps=100, **params):

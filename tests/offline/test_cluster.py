@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataflex.offline.cluster import WAIT, Queue, shared
-from dataflex.offline.table import read_scores
+from dataflex.score_table import read_scores
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from tests.offline.conftest import rows_of
 from tests.offline.test_score import start

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataflex.config import files
+from dataflex.config.files import FileRecord, SourceRows, file_records
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.offline import files
-from dataflex.offline.files import FileRecord, SourceRows, file_records
 
 JSONL = b'{"a": 1,  "b": "x"}\n\n{"b":"\xc3\xa9","a":2}\r\n  {"a": 3, "b": "last"}'
 

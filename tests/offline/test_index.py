@@ -13,7 +13,7 @@ import pytest
 
 from dataflex.offline import indexing
 from dataflex.offline.index import agreement, read_index
-from dataflex.offline.table import read_scores
+from dataflex.score_table import read_scores
 from dataflex.signals.store import ResumablePass
 from tests.offline.conftest import rows_of
 

@@ -14,7 +14,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.offline.index import Index, Part, write_told
 from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
-from dataflex.offline.table import ScoreTable, write_scores
+from dataflex.score_table import ScoreTable, write_scores
 from tests.offline.conftest import rows_of
 
 

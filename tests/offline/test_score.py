@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from dataflex.offline.table import read_scores
+from dataflex.score_table import read_scores
 from tests.offline.conftest import rows_of
 
 

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataflex.cli import main
+from dataflex.config.files import FileRecord
 from dataflex.errors import ConfigError
-from dataflex.offline.files import FileRecord
 from dataflex.offline.subset import Budget
-from dataflex.offline.table import ScoreTable, read_scores, write_scores
+from dataflex.score_table import ScoreTable, read_scores, write_scores
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataflex.cli import main
-from dataflex.offline.files import FileRecord
-from dataflex.offline.table import ScoreTable, write_scores
+from dataflex.config.files import FileRecord
 from dataflex.printable import file_name_problem
+from dataflex.score_table import ScoreTable, write_scores
 
 COMMAND = ["select", "scores.parquet", "--budget", "2"]
 BAD_NAMES = [

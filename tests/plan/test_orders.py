@@ -15,6 +15,7 @@ from dataflex.orderers.pacing import Pacing
 from dataflex.orderers.patterns import By, Saw, Shuffle, Sorting, Zigzag
 from dataflex.plan.orders import OrderedEpochs, arranged
 from dataflex.rng import stream
+from dataflex.validate import order_of
 
 LENGTH = By.of("length")
 ORDERERS = {
@@ -32,7 +33,7 @@ def keys_of(num, index=0):
 
 
 def epochs(name, rows, **options):
-    return OrderedEpochs(np.asarray(rows), "a", 5, ORDERERS[name](), **options)
+    return OrderedEpochs(np.asarray(rows), "a", 5, order_of(ORDERERS[name]()), **options)
 
 
 def slow(name, rows, keys, number):
@@ -183,7 +184,7 @@ def test_rows_are_arranged_group_by_group_and_copy_by_copy(name, rows, seed, num
     keys = keys_of(13, seed)
     rows = np.array(rows)
     groups = group_of[rows]
-    found = arranged(rows, keys, groups, ORDERERS[name](), 1, "r")
+    found = arranged(rows, keys, groups, order_of(ORDERERS[name]()), 1, "r")
     assert found.tolist() == slow_arranged(rows.tolist(), keys, groups.tolist(), name)
     assert sorted(found.tolist()) == sorted(rows.tolist())
     assert group_of[found].tolist() == groups.tolist()
@@ -197,4 +198,4 @@ def test_ranks_that_are_no_permutation_are_told():
             return np.zeros(count, dtype=np.int64)
 
     with pytest.raises(ComponentError, match=r"orderer 'broken' gave ranks \[0, 0, 0\], no permutation of 0 to 2"):
-        arranged(np.arange(3), np.zeros(3), np.zeros(3, dtype=np.int64), Broken(None), 0, "r")
+        arranged(np.arange(3), np.zeros(3), np.zeros(3, dtype=np.int64), order_of(Broken(None)), 0, "r")

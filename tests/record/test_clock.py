@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.record import clock as module
-from dataflex.record.clock import LAUNCHED, PHASES, PhaseClock, launch_time
+from dataflex import clock as module
+from dataflex.clock import LAUNCHED, PHASES, PhaseClock, launch_time
 from dataflex.record.digest import digest
 from dataflex.record.read import read_ending, read_events
 from dataflex.record.recorder import NullRecorder, RunRecorder

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dataflex.errors import ComponentError
+from dataflex.plan.proportions import largest_remainder
 from dataflex.rng import uniforms
-from dataflex.select.choose import gumbel_top_k, largest_remainder, round_robin, top_k
+from dataflex.select.choose import gumbel_top_k, round_robin, top_k
 
 # Few distinct values, so that ties, NaN and infinities are common.
 SCORE = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, float("nan"), float("-inf"), float("inf"), 1e-300])

@@ -54,7 +54,7 @@ def audit(suite: Path, overrides: list[str]) -> int:
     from dataflex.compare.audit import as_markdown, read_audit
 
     read = read_audit(suite, overrides)
-    from dataflex.offline.removal import run_audit
+    from dataflex.compare.removal import run_audit
 
     show_log()
     # LLaMA-Factory prints an example and logs to the stdout that it finds; here stdout is for what was asked.

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError, DataError
 from dataflex.method import Rows
 from dataflex.offline.subset import write_subset
-from dataflex.offline.table import ScoreTable
 from dataflex.printable import Answer, on_one_line
 from dataflex.record.chosen import chosen_notes, chosen_table, places_of, row_texts
 from dataflex.record.order import By, floats, order
 from dataflex.record.text import WIDTH, cut, number, table, width
 from dataflex.record.where import where as fulfil
+from dataflex.score_table import ScoreTable
 from dataflex.version import __version__
 
 _TOLD: dict[By, str] = {

@@ -3,7 +3,7 @@
 Three experiments, of a configuration that is trained again and again without some of its rows: the linear datamodeling
 score (Park et al., TRAK, arXiv 2303.14186), leave one out (Koh and Liang, arXiv 1703.04730), and brittleness,
 which leaves out the rows of the highest scores (Ilyas et al., arXiv 2202.00622). The runs are made by
-``offline.removal``; here suites are read and judged.
+``compare.removal``; here suites are read and judged.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def read_audit(path: Path, overrides: Sequence[str] = ()) -> Audit:
     except ConfigError as error:
         raise ConfigError([f"base: {told}" for told in error.problems]) from error
     run = Run(arm="audit", seed=0, steps=0, mapping=base, parts=parts)
-    removal = Path(__file__).parents[1] / "offline" / "removal.py"
+    removal = Path(__file__).with_name("removal.py")
     made = blake2b(fingerprint(run).encode(), removal.read_bytes()).hex()[:8]
     out = Path(settings.out or f"runs/audit/{settings.suite}")
     plugins = parts.dynamic.plugins if parts.dynamic is not None else ()

@@ -143,9 +143,8 @@ def _bytes(file: Path) -> str:
 @cache
 def _code(left_out: tuple[str, ...]) -> str:
     """Return a hash of the package's modules, except those in some rooms and the record's pages."""
-    files = sorted(
-        file for file in _ROOT.rglob("*.py") if file.relative_to(_ROOT).parts[0] not in (*left_out, "record", "cli.py")
-    )
+    skipped = {*left_out, "record", "preview.py", "cli.py"}
+    files = sorted(file for file in _ROOT.rglob("*.py") if file.relative_to(_ROOT).parts[0] not in skipped)
     recorder = _ROOT / "record" / "recorder.py"
     return blake2b(*(file.read_bytes() for file in (*files, recorder))).hex()
 

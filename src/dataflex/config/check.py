@@ -37,8 +37,8 @@ from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers
 from dataflex.plan.schedule import Interval
-from dataflex.plan.validate import check_mix
 from dataflex.signals.specs import losses_unknown
+from dataflex.validate import check_mix
 
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
@@ -593,8 +593,8 @@ def _value_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Seque
 
 def _score_problems(dynamic: DynamicConfig, sources: Sequence[Source]) -> Iterator[str]:
     """Yield files of scores that are of other data sets or files; whether rows are the same is known once loaded."""
-    from dataflex.offline.files import file_records
-    from dataflex.offline.table import read_scores
+    from dataflex.config.files import file_records
+    from dataflex.score_table import read_scores
 
     names = [source.name for source in sources]
     for method in dynamic.methods:

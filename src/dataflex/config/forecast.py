@@ -26,7 +26,7 @@ from dataflex.plan.mixture import expected_epochs
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
-from dataflex.plan.validate import check_mix
+from dataflex.validate import check_mix
 
 
 def batch_of(lf: LlamaFactoryArgs) -> BatchShape:

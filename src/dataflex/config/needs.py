@@ -413,7 +413,7 @@ def _reference(method: MethodConfig, needs: Requires) -> Iterator[str]:
 
 def _score_files(method: MethodConfig, needs: Requires) -> Iterator[str]:
     """Yield files of scores that cannot be read or lack a column."""
-    from dataflex.offline.table import read_scores, score_column
+    from dataflex.score_table import read_scores, score_column
 
     for wanted in needs.score_files:
         try:

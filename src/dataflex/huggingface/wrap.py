@@ -36,6 +36,7 @@ from dataflex.huggingface.loop import preference_loss
 from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_space
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
+from dataflex.preview import foretold
 from dataflex.train.row_space import RowSpace, column_values, refuse_values
 from dataflex.train.session import Loop, Setup
 from dataflex.version import untested
@@ -165,8 +166,6 @@ class _Door(Trainer):
 
     def plan(self) -> str:
         """Return what the run would do and cost, as ``dataflex plan`` tells it; the rows are measured for it."""
-        from dataflex.commands.plan import foretold
-
         setup, args = self.dataflex_setup, self.args
         batch, space = self._dataflex_loop(1).shape, setup.rows
         per_epoch = batch.steps_per_epoch(space.num_rows)

@@ -22,6 +22,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from dataflex import comm
+from dataflex.clock import PhaseClock
 from dataflex.config.check import recorded_by_document
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
@@ -34,7 +35,6 @@ from dataflex.llamafactory.streaming import JoinedRows, ServedRows
 from dataflex.llamafactory.turns import WEIGHTS
 from dataflex.method import RunFacts
 from dataflex.plan.domains import Domains, unusable_labels
-from dataflex.record.clock import PhaseClock
 from dataflex.rng import stream
 from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import load_encoder, text_sweep

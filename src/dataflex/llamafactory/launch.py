@@ -18,9 +18,9 @@ from typing import Any
 from llamafactory.extras import misc
 from llamafactory.train import tuner
 
+from dataflex.clock import LAUNCHED
 from dataflex.ending import run_child
 from dataflex.huggingface.loop import replaced
-from dataflex.record.clock import LAUNCHED
 
 ENVIRONMENT_KEY = "DATAFLEX_RUN"
 """Environment variable that gives Ray's workers the configuration."""

@@ -16,6 +16,7 @@ from typing import Any
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from llamafactory.train import tuner
 
+from dataflex.clock import OTHER, PhaseClock
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
@@ -24,7 +25,6 @@ from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.llamafactory.board import lines_shown
 from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.loading import Loader, changed_args
-from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.train.session import Setup
 
 TRAINERS: dict[str, tuple[str, str, str]] = {

@@ -27,13 +27,13 @@ from llamafactory.v1.utils.helper import compute_valid_tokens, get_tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
 from dataflex import checkpoints, comm
+from dataflex.clock import PhaseClock
 from dataflex.config.mappings import as_mapping
 from dataflex.config.split import Split
 from dataflex.errors import CheckpointError, UnsupportedError
 from dataflex.huggingface.loop import replaced
 from dataflex.llamafactory.v1_rows import NumberedRows, RenderedRows, collate, loss_weights
 from dataflex.plan.plan import BatchShape
-from dataflex.record.clock import PhaseClock
 from dataflex.train.loader import ROWS
 from dataflex.train.session import Loop, Session, Setup
 

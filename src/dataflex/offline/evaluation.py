@@ -27,10 +27,10 @@ from dataflex.offline.answers import Task, Written, matches, read_tasks
 from dataflex.offline.choices import LENGTHS, Length, Question, as_rows, outcomes, read_questions, summary
 from dataflex.offline.harness import run_tasks, task_lines, task_problems
 from dataflex.offline.request import ScoreRequest, score_request
-from dataflex.offline.table import ScoreTable
 from dataflex.printable import redacted
 from dataflex.record.text import number, percent, table
 from dataflex.registry import KINDS
+from dataflex.score_table import ScoreTable
 from dataflex.signals.specs import GenerationSpec
 
 _STAGES = ("sft", "pt")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.offline.table import ScoreTable, read_scores
+from dataflex.score_table import ScoreTable, read_scores
 from dataflex.state import is_unfinished, replacing
 
 TOLD, ROWS, FINGERPRINTS, SAMPLE = "index.json", "rows.parquet", "fingerprints.npy", "sample"

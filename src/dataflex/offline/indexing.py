@@ -25,9 +25,9 @@ from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, ROWS, SAMPLE, STORE, TOLD, Index, Part, write_told
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.scoring import Scored, WorkflowMixin, run_workflow, written
-from dataflex.offline.table import write_scores
 from dataflex.printable import Answer, without_secrets
 from dataflex.rng import uniforms
+from dataflex.score_table import write_scores
 from dataflex.signals.gradients.consumers import Sketch
 from dataflex.signals.gradients.projection import fitted, packed, row_type
 from dataflex.signals.gradients.scorers import GradientScorers

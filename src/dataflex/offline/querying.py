@@ -28,9 +28,9 @@ from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, SAMPLE, Agreement, Index, agreement, told_agreement
 from dataflex.offline.query import QueryRequest
 from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, left_by, written
-from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.domains import Domains
 from dataflex.printable import Answer, redacted
+from dataflex.score_table import ScoreTable, write_scores
 from dataflex.selectors.influence import Less, lr_weighted
 from dataflex.signals.gradients.projection import products
 from dataflex.signals.gradients.scorers import GradientScorers

@@ -30,9 +30,9 @@ from dataflex.config.split import split
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import RunFacts
 from dataflex.offline.index import WORK, index_problems
-from dataflex.offline.table import is_scores
 from dataflex.printable import without_secrets
 from dataflex.registry import KINDS, names
+from dataflex.score_table import is_scores
 from dataflex.signals.specs import PRECISIONS, Precision
 
 _DROPPED = (

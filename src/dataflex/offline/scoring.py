@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from dataflex import comm
+from dataflex.config.files import FileRecord, file_records
 from dataflex.config.mappings import plain
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexError
@@ -31,13 +32,11 @@ from dataflex.huggingface.loop import loop_of, moments_by_name, sharding_of
 from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.swap import swapped
 from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signals
-from dataflex.offline.files import FileRecord, file_records
 from dataflex.offline.request import ScoreRequest
-from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
-from dataflex.plan.validate import check_selection
 from dataflex.printable import Answer, redacted
+from dataflex.score_table import ScoreTable, write_scores
 from dataflex.select.scoring import PoolSelector
 from dataflex.signals.identity import model_identity
 from dataflex.signals.kinds import GradientScores, Signal
@@ -47,6 +46,7 @@ from dataflex.signals.sweep import Share, preserve_state
 from dataflex.state import blake2b
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, refuse_unsupported, signal_runner
+from dataflex.validate import check_selection
 from dataflex.version import versions
 
 if TYPE_CHECKING:

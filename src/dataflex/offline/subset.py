@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.config.data import INFO_FILE, REMOTE_KEYS
+from dataflex.config.files import FileRecord, SourceRows
 from dataflex.config.load import merged
 from dataflex.config.mappings import collect, plain
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import Rows
 from dataflex.offline.duplicates import near_duplicates as found_near
-from dataflex.offline.files import FileRecord, SourceRows
-from dataflex.offline.table import ScoreTable, read_scores
 from dataflex.printable import Answer, file_name_problem, on_one_line, redacted
+from dataflex.score_table import ScoreTable, read_scores
 from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
 from dataflex.state import aside, replacing

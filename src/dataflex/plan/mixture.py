@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import CheckpointError, DataError
-from dataflex.method import Orderer
 from dataflex.plan.domains import Domains, Rows, check_proportions
-from dataflex.plan.orders import Keys, OrderedEpochs
+from dataflex.plan.orders import Keys, Order, OrderedEpochs
 from dataflex.plan.planner import ShuffledEpochs
 from dataflex.rng import keys
 from dataflex.state import State
@@ -189,7 +188,7 @@ class MixtureSampler:
     - Counts in a block (usually the global batch) follow the proportions by residual carry (``block_counts``).
     - The order within a block is a permutation keyed by (seed, segment, block), or ``evenly``; with ``unit``, that many
       consecutive sequences are of one domain (a domain-pure micro-batch).
-    - Each domain is read in epochs of its own (``ShuffledEpochs``, or ``OrderedEpochs`` with an ``orderer``, which
+    - Each domain is read in epochs of its own (``ShuffledEpochs``, or ``OrderedEpochs`` with an ``order``, which
       ``order`` gives its keys): every row once before any twice.
     - A segment may end inside a block; then the used share of the block's change of residual is carried on,
       so that short segments do not starve small domains.
@@ -210,7 +209,7 @@ class MixtureSampler:
         unit: int = 1,
         interleave: Interleave = "shuffled",
         shuffle: bool = True,
-        orderer: Orderer | None = None,
+        order: Order | None = None,
     ) -> None:
         assert block >= 1, f"block {block}"
         assert block % unit == 0, f"block {block}, unit {unit}"
@@ -232,8 +231,8 @@ class MixtureSampler:
         self._begun: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None  # epochs [K] and rows served [N]
         self._streams: list[ShuffledEpochs | OrderedEpochs] = [
             ShuffledEpochs(domains.rows(k), name, self.seed, shuffle=shuffle)
-            if orderer is None
-            else OrderedEpochs(domains.rows(k), name, self.seed, orderer)
+            if order is None
+            else OrderedEpochs(domains.rows(k), name, self.seed, order)
             for k, name in enumerate(self.names)
         ]
         self._domain_of = domains.domain_of

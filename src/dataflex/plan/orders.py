@@ -13,11 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError
-from dataflex.method import Orderer, Rows, State
-from dataflex.plan.validate import check_ranks
+from dataflex.plan.domains import Rows
 from dataflex.rng import stream
+from dataflex.state import State
 
 Keys = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What an orderer says beside the keys."""
+
+    ranks: Callable[[int, np.random.Generator], NDArray[np.int64]]  # a permutation of 0 to count - 1
+    available: Callable[[int, int], float] | None  # share of an epoch by its first step; None: epochs hold all rows
 
 
 def _ranked(rows: NDArray[np.integer], keys: Keys) -> NDArray[np.integer]:
@@ -52,7 +60,7 @@ class OrderedEpochs:
         rows: Rows,
         name: str,
         seed: int,
-        orderer: Orderer,
+        order: Order,
         *,
         length: int | None = None,
         times: NDArray[np.integer] | None = None,
@@ -60,7 +68,7 @@ class OrderedEpochs:
         rows = np.asarray(rows, dtype=np.int64)
         fits = rows.size == 0 or int(rows.max()) <= np.iinfo(np.int32).max
         self._rows: NDArray[np.integer] = rows.astype(np.int32) if fits else rows
-        self._name, self._seed, self._orderer = f"order:{name}", seed, orderer
+        self._name, self._seed, self._order = f"order:{name}", seed, order
         self._length = len(rows) if length is None else length
         self._times = times
         self._keys: Keys | None = None
@@ -88,7 +96,7 @@ class OrderedEpochs:
             last = self._epochs[-1] if self._epochs else None
             if last is not None and self._stop(last) == at:
                 number, start = last.number + 1, at
-            elif self._orderer.paced:
+            elif self._order.available is not None:
                 number, start = 0, at
             else:  # what was served before is not known: it counts as served by these keys
                 number = at // self._length
@@ -104,7 +112,7 @@ class OrderedEpochs:
 
     def begin(self, number: int, served: Rows) -> None:
         """Make an epoch in progress of which these rows were served before; a paced one begins afresh."""
-        if not self._orderer.paced:
+        if self._order.available is None:
             left, start = np.setdiff1d(self._rows, served), number * self._length
             size, first = len(self._rows), start + len(self._rows) - len(left)
             self._keys, self._epochs = None, [_Epoch(number=number, start=start, size=size, first=first, order=left)]
@@ -132,15 +140,15 @@ class OrderedEpochs:
         return next((epoch for epoch in self._epochs if epoch.first <= at < self._stop(epoch)), None)
 
     def _ranks(self, number: int, size: int) -> NDArray[np.int64]:
-        return check_ranks(self._orderer, self._orderer.ranks(size, stream(self._seed, self._name, number)), size)
+        return self._order.ranks(size, stream(self._seed, self._name, number))
 
     def _begun(self, number: int, start: int) -> _Epoch:
         """Return a whole epoch."""
         assert self._keys is not None, "decide comes before take"
         own = self._rows if self._times is None else self._rows[self._times > number]
         rows = _ranked(own, self._keys)
-        if self._orderer.paced:
-            share = self._orderer.available(self._step_of(start), self._total_steps)
+        if self._order.available is not None:
+            share = self._order.available(self._step_of(start), self._total_steps)
             rows = rows[: max(1, min(len(rows), int(share * len(rows))))]
         order = rows[self._ranks(number, len(rows))]
         return _Epoch(number=number, start=start, size=len(rows), first=start, order=order)
@@ -173,7 +181,7 @@ class OrderedEpochs:
         self._epochs = [epoch]
 
 
-def arranged(rows: Rows, keys: Keys, groups: NDArray[np.integer], orderer: Orderer, seed: int, name: str) -> Rows:
+def arranged(rows: Rows, keys: Keys, groups: NDArray[np.integer], order: Order, seed: int, name: str) -> Rows:
     """Return laid-out rows [n] with those of each group put in order among the places that the group has.
 
     ``groups`` [n] are numbers. A row that occurs several times comes once in each of as many epochs.
@@ -182,7 +190,7 @@ def arranged(rows: Rows, keys: Keys, groups: NDArray[np.integer], orderer: Order
     for group in np.unique(groups).tolist():
         places = np.flatnonzero(groups == group)
         own, times = np.unique(rows[places], return_counts=True)
-        epochs = OrderedEpochs(own, f"{name}/{group}", seed, orderer, times=times)
+        epochs = OrderedEpochs(own, f"{name}/{group}", seed, order, times=times)
         epochs.decide(0, keys, lambda number: 0, 1)
         result[places] = epochs.take(0, len(places))
     return result

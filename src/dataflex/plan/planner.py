@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.plan.domains import Rows
+from dataflex.plan.domains import Domains, Rows
 from dataflex.plan.orders import OrderedEpochs
 from dataflex.plan.plan import BatchShape
+from dataflex.plan.proportions import largest_remainder
 from dataflex.plan.schedule import Interval, Schedule
 from dataflex.rng import permutations, stream
 from dataflex.state import State
@@ -252,3 +253,58 @@ class Candidates:
         """
         first = (interval.start_step - self._first_step) * self._per_step
         return np.unique(self._epochs.take(first, interval.steps * self._per_step)).astype(np.int64)
+
+
+def quota_rows(
+    kept: Rows,
+    shares: NDArray[np.float64],
+    total: int,
+    interval: Interval,
+    domains: Domains,
+    *,
+    seed: int,
+    repeat: bool,
+    shuffle: bool,
+    earlier: Rows,
+    carried: NDArray[np.float64],
+) -> tuple[Rows, NDArray[np.float64]]:
+    """Serve each domain's quota of ``total`` rows from the kept rows, without replacement while they last.
+
+    ``shares`` are proportions of sequences by domain [K]. Domains come in random order, and so do the rows of a domain
+    with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
+    what was kept. Rows that were served since the selection was made (``earlier``) come last, by how often they were.
+    ``carried`` is what quotas were rounded off since then [K]; it is added, and what is carried on is returned beside.
+
+    Raises:
+        DataError: A domain cannot fill its quota.
+    """
+    domain_of = domains.domain_of[kept]
+    wanted = np.where(shares > 0, shares * total + carried, 0.0)
+    counts = largest_remainder(total, np.maximum(wanted, 0.0) if carried.any() else shares)
+    times = np.bincount(earlier, minlength=len(domains.domain_of))
+    parts = []
+    for index, count in enumerate(counts.tolist()):
+        if count == 0:
+            continue
+        name = domains.names[index]
+        rows = kept[domain_of == index]
+        if not len(rows):
+            raise DataError(
+                f"interval {interval.index}: the mixer wants {count:,} rows of domain {name!r}, but the selector "
+                "kept none of it. Raise dynamic.keep_ratio, or give the domain a proportion of 0."
+            )
+        if count > len(rows) and not repeat:
+            raise DataError(
+                f"interval {interval.index} wants {count:,} rows of domain {name!r}; the selector kept "
+                f"{len(rows):,} of it. Raise dynamic.keep_ratio, lower interval_steps or set 'repeat: true'."
+            )
+        order = stream(seed, f"quota/{name}", interval.index)
+        copies = [order.permutation(rows) if shuffle else rows for _ in range(-(-count // len(rows)))]
+        copies = [copy[np.argsort(times[copy], kind="stable")] for copy in copies]
+        parts.append(np.concatenate(copies)[:count])
+    rows = np.concatenate(parts)
+    places = stream(seed, "order", interval.index).permutation(len(rows))
+    if not shuffle:  # the places that were drawn for a domain's rows take them in their order
+        ends = np.cumsum([len(part) for part in parts])
+        places[:] = np.argsort(np.searchsorted(ends, places, side="right"), kind="stable").argsort()
+    return rows[places], wanted - counts

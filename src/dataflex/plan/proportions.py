@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ComponentError, ConfigError, did_you_mean
 from dataflex.plan.domains import Floats
 from dataflex.printable import plain, redacted
 from dataflex.state import write_json
@@ -314,3 +315,20 @@ def running_mean(mean: Floats, count: int, vector: Floats) -> Floats:
     """Return the mean of ``vector`` and ``count`` others of mean ``mean``, which may be empty if there are none."""
     before = mean if count else np.zeros_like(vector)
     return np.asarray((before * count + vector) / (count + 1))
+
+
+def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
+    """Split ``total`` into whole numbers int64 [K] that follow shares [K] >= 0 of any sum (Hamilton), ties by index.
+
+    Each is within 1 of its exact share; a share of 0 gets nothing. A negative or non-finite share, or none above zero,
+    raises ComponentError.
+    """
+    shares = np.asarray(proportions, dtype=np.float64)
+    if not np.isfinite(shares).all() or (shares < 0).any() or not (shares > 0).any():
+        raise ComponentError(f"proportions must be finite, >= 0 and not all 0, got {shares.tolist()}")
+    mass = float(shares.sum())
+    exact = (shares if abs(mass - 1.0) < 1e-12 else shares / mass) * total
+    counts = np.floor(exact).astype(np.int64)
+    fractions = np.where(shares > 0, exact - counts, -1.0)
+    counts[np.argsort(-fractions, kind="stable")[: total - int(counts.sum())]] += 1
+    return counts

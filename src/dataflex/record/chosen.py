@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dataflex.config.files import MOST_READ_BYTES, FileRecord, row_lines
 from dataflex.errors import DataError
-from dataflex.offline.files import MOST_READ_BYTES, FileRecord, row_lines
 from dataflex.plan.domains import Domains, Rows
 from dataflex.printable import on_one_line, plain
 from dataflex.record.digest import Event, digest
@@ -751,7 +751,7 @@ def places_of(table: pa.Table, rows: Rows) -> Iterator[tuple[int, int, dict[str,
 
 def _found_in_files(table: pa.Table, rows: Rows) -> Iterator[tuple[tuple[int, int], bytes]]:
     """Yield row, number of its document and bytes, in the order of the files."""
-    from dataflex.offline.files import SourceRows
+    from dataflex.config.files import SourceRows
 
     sources = {one["name"]: one for one in chosen_notes(table)["sources"]}
     by_file: dict[str, dict[int, list[tuple[int, int]]]] = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dataflex.clock import PHASES
 from dataflex.config.build import method_block
 from dataflex.record.chart import Json, table
-from dataflex.record.clock import PHASES
 from dataflex.record.digest import DECIDING, Run
 from dataflex.record.text import duration, percent
 

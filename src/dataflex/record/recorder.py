@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.clock import PhaseClock
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
 from dataflex.printable import plain, redacted
 from dataflex.record.chosen import CHOSEN, ROWS, Pool, write_chosen, write_moved, write_rows
-from dataflex.record.clock import PhaseClock
 from dataflex.record.read import (
     ENDING,
     EVENTS,

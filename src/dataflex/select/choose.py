@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
+from dataflex.plan.proportions import largest_remainder
 from dataflex.rng import uniforms
 
 _WINDOW = 256  # positions of a query turned into Python numbers at a time
@@ -109,23 +110,6 @@ def round_robin(scores_QN: NDArray[np.floating], k: int, *, lose_turn: bool = Fa
     limit = min(k, scores_QN.shape[1])
     first = 2 * limit // len(scores_QN) + 16
     return take_turns([_best_first(one, first) for one in scores_QN], limit, lose_turn=lose_turn)
-
-
-def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
-    """Split ``total`` into whole numbers int64 [K] that follow shares [K] >= 0 of any sum (Hamilton), ties by index.
-
-    Each is within 1 of its exact share; a share of 0 gets nothing. A negative or non-finite share, or none above zero,
-    raises ComponentError.
-    """
-    shares = np.asarray(proportions, dtype=np.float64)
-    if not np.isfinite(shares).all() or (shares < 0).any() or not (shares > 0).any():
-        raise ComponentError(f"proportions must be finite, >= 0 and not all 0, got {shares.tolist()}")
-    mass = float(shares.sum())
-    exact = (shares if abs(mass - 1.0) < 1e-12 else shares / mass) * total
-    counts = np.floor(exact).astype(np.int64)
-    fractions = np.where(shares > 0, exact - counts, -1.0)
-    counts[np.argsort(-fractions, kind="stable")[: total - int(counts.sum())]] += 1
-    return counts
 
 
 Uniforms = Callable[[str, NDArray[np.int64]], NDArray[np.float64]]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Params, Requires, Rows, Selection, Selector, param
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import softmax
+from dataflex.plan.proportions import largest_remainder, softmax
 from dataflex.plan.rollouts import RolloutStats
 from dataflex.rng import keys, uniforms
-from dataflex.select.choose import largest_remainder, top_k
+from dataflex.select.choose import top_k
 
 _NONE: Floats = np.zeros(0)
 _THRESHOLD = "reward above which an answer is right; null: rewards are in [0, 1], and their mean is the pass rate"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Requires, Rows, param
-from dataflex.select.choose import largest_remainder
+from dataflex.plan.proportions import largest_remainder
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words, word_punct

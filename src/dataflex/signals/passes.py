@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex import comm
-from dataflex.record.clock import PHASES
+from dataflex.clock import PHASES
 from dataflex.signals.gradients.parameters import shape_of
 
 _FREE = ("evaluate", "predict")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex import comm
+from dataflex.clock import PhaseClock
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import DataError
 from dataflex.method import Context, Method, Mixer, Orderer, Rows, Selection, Selector, State, Weighter
@@ -31,14 +32,13 @@ from dataflex.plan.planner import (
     ShuffledEpochs,
     epoch_fill,
     epoch_stream,
+    quota_rows,
     spread,
     warmup_rows,
 )
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain, per_domain
 from dataflex.plan.rollouts import RolloutAccount
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
-from dataflex.plan.validate import check_mix, check_selection, check_state, quota_rows
-from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.record.text import middle
@@ -53,6 +53,7 @@ from dataflex.train.ledger import Ledger
 from dataflex.train.ordering import Ordering
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
+from dataflex.validate import check_mix, check_selection, check_state, order_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Controller:
                 unit=self.shape.micro_batch_size if self.mixer.requires().pure_micro_batches else 1,
                 interleave=config.interleave,
                 shuffle=self.shape.shuffle,
-                orderer=self.orderer,
+                order=None if self.orderer is None else order_of(self.orderer),
             )
         self.ordering: Ordering | None = None
         if self.orderer is not None:

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex import comm
+from dataflex.clock import PhaseClock
 from dataflex.config.schema import LedgerConfig
 from dataflex.errors import UnsupportedError
 from dataflex.method import Benefit, Rows
-from dataflex.record.clock import PhaseClock
 from dataflex.rng import uniforms
 from dataflex.signals.gradients.consumers import TargetVectors, inner_products, total
 from dataflex.signals.gradients.engine import GradientEngine

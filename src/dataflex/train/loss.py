@@ -23,13 +23,13 @@ from dataflex.errors import ComponentError, UnsupportedError
 from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Requires, Rows, State, Weighter
 from dataflex.plan.domains import SUMS, Domains, DomainStats, Floats
 from dataflex.plan.plan import DataPlan
-from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
 from dataflex.sequences import Sequences
 from dataflex.signals.embeddings import pool, pool_documents
 from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import document_ids, token_cross_entropy
 from dataflex.train.feedback import LOGGED_DOMAINS, DomainSums, NoiseWatch, RowWeights, WeightStats, losses_in_graph
 from dataflex.train.loader import ROWS, documents_of
+from dataflex.validate import check_loss_weights, check_static_weights, check_weights
 
 if TYPE_CHECKING:
     from dataflex.train.reference import ReferenceLosses

@@ -17,9 +17,9 @@ from dataflex.plan.orders import Keys, OrderedEpochs, arranged
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.planner import ResumedEpochs, epoch_stream
 from dataflex.plan.schedule import Interval, Schedule
-from dataflex.plan.validate import check_sort_keys
 from dataflex.rng import uniforms
 from dataflex.train.row_space import RowSpace
+from dataflex.validate import check_sort_keys, order_of
 
 
 @dataclass(kw_only=True)
@@ -38,6 +38,7 @@ class Ordering:
     whole_pool: bool
 
     def __post_init__(self) -> None:
+        self._order = order_of(self.orderer)
         self.epochs: OrderedEpochs | None = None  # of the whole pool or of a selection, without a mixer
         self._keys: Keys | None = None  # what the orderer gave last [N]
         self._standing: Keys | None = None  # keys in force [N]
@@ -47,7 +48,7 @@ class Ordering:
 
     def begin(self, name: str, length: int | None = None) -> OrderedEpochs:
         """Return new epochs over all rows, which are served from now on."""
-        self.epochs = OrderedEpochs(self.space.all_rows(), name, self.seed, self.orderer, length=length)
+        self.epochs = OrderedEpochs(self.space.all_rows(), name, self.seed, self._order, length=length)
         return self.epochs
 
     def keys(
@@ -94,7 +95,7 @@ class Ordering:
         """Return laid-out rows of a selection, those of each domain in order among its places, and the reason."""
         keys, reason = self._keys_within(interval, pool, selection, fresh)
         groups, name = self.space.domains.domain_of[rows], f"quota {interval.index}"
-        return arranged(rows, keys, groups, self.orderer, self.seed, name), reason
+        return arranged(rows, keys, groups, self._order, self.seed, name), reason
 
     def selection(self, interval: Interval, pool: Rows, selection: Selection, laid: Rows | None) -> tuple[Rows, str]:
         """Return the rows of an interval from a selection in order, and the reason.
@@ -113,7 +114,7 @@ class Ordering:
 
     def _select(self, selected: dict[str, Any]) -> None:
         self._selected, name = selected, f"selection {selected['number']}"
-        self.epochs = OrderedEpochs(selected["rows"], name, self.seed, self.orderer, times=selected["times"])
+        self.epochs = OrderedEpochs(selected["rows"], name, self.seed, self._order, times=selected["times"])
 
     def pool(self, interval: Interval, resumed: ResumedEpochs | None) -> tuple[Rows, str]:
         """Return the rows of an interval of the whole pool in order, and the reason."""

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex import checkpoints, comm
+from dataflex.clock import OTHER, PhaseClock
 from dataflex.config.build import parse_dynamic
 from dataflex.config.costs import passes_by_label
 from dataflex.config.forecast import Forecast, row_passes
@@ -27,15 +28,13 @@ from dataflex.config.needs import FSDP2, ZERO3, elsewhere, unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts, Weighter
-from dataflex.offline.table import read_scores, score_column
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.rollouts import RolloutAccount, RolloutStats
-from dataflex.plan.validate import check_state
-from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.record.read import recorded_run, thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.registry import KINDS
+from dataflex.score_table import read_scores, score_column
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.model_parts import capture_hidden, model_parts
@@ -53,6 +52,7 @@ from dataflex.train.feedback import LOGGED_DOMAINS, SAMPLES, describe_rows
 from dataflex.train.loader import ROWS, PlanFeed
 from dataflex.train.loss import Reweighter, counted_tokens
 from dataflex.train.row_space import RowSpace
+from dataflex.validate import check_state
 from dataflex.version import versions
 from dataflex.weighters.product import OfSelection, Product
 

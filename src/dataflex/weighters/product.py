@@ -219,7 +219,7 @@ class Product(Weighter):
         if not factor.active(batch.step, batch.total_steps):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
             return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "num_sequences" else equal
-        from dataflex.plan.validate import check_static_weights, check_weights
+        from dataflex.validate import check_static_weights, check_weights
 
         known = None if factor.requires().token_weights else check_static_weights(factor, batch.rows_B, batch.columns)
         found: torch.Tensor = factor.weigh(batch) if known is None else batch.loss_B.new_tensor(known)
