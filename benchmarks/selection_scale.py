@@ -30,8 +30,8 @@ import numpy as np
 from core_decisions import processor
 from dataflex.config.schema import MethodConfig
 from dataflex.offline.index import STORE, Index, Part
-from dataflex.score_table import ScoreTable
 from dataflex.rng import stream
+from dataflex.score_table import ScoreTable
 from dataflex.select.choose import top_k
 from dataflex.select.spread import apart, facility_location, k_center
 from dataflex.selectors.influence import Less

@@ -84,8 +84,9 @@ def _uses() -> dict[tuple[str, str], list[str]]:
 
 def _section(cls: type[Method], files: list[str]) -> str:
     links = ", ".join(f"[{name}](../examples/{name})" for name in files)
-    if not files and cls.__module__.endswith((".rollouts", ".bandits")):
-        links = "in [trl_grpo.py](../examples/trl_grpo.py), as the block of `dataflex.wrap`"
+    if cls.__module__.endswith((".rollouts", ".bandits")):
+        rollouts = "in [trl_grpo.py](../examples/trl_grpo.py), as the block of `dataflex.wrap`"
+        links = f"{links}, {rollouts}" if links else rollouts
     facts = [
         f"- **Paper**: {cls.card.paper}",
         f"- **Cost**: {cls.card.cost}",
