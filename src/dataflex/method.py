@@ -181,7 +181,7 @@ class RunFacts:
 
     stage: str | None = None  # LLaMA-Factory's stage
     partitioned: str | None = None  # what partitions the parameters over ranks; empty for nothing
-    optimizer: str | None = None  # key and value that name an optimizer without Adam's moments; empty for one with them
+    optimizer: str | None = None  # key and value that name an optimizer other than Adam; empty for Adam and AdamW
     num_domains: int | None = None
     num_rows: int | None = None  # training rows
     total_steps: int | None = None  # optimizer steps of the whole run

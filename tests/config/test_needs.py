@@ -115,10 +115,22 @@ def test_a_bare_copy_of_several_sets_is_one_domain(block: Any, config: Config, p
 )
 def test_moments_are_needed_by_parts_as_by_the_whole(block: Any, place: str, config: Config, project: Path) -> None:
     block = {**block, "interval_steps": 5}
-    for optimizer in ({"optim": "adafactor"}, {"optim": "ademamix"}, {"use_galore": True}):
+    zero2 = {"zero_optimization": {"stage": 2}}
+    for optimizer in (
+        {"optim": "adafactor"},
+        {"optim": "ademamix"},
+        {"use_galore": True},
+        {"use_muon": True, "deepspeed": zero2},
+    ):
         found = problems(config(dynamic=block, **optimizer), project)
         assert [line for line in found if line.startswith(f"{place}: ") and "Adam's moments" in line], found
-    assert problems(config(dynamic=block), project) == []
+    assert problems(config(dynamic=block), project) == problems(config(dynamic=block, use_muon=True), project) == []
+
+
+def test_muon_has_directions_but_not_those_of_another_adam(config: Config, project: Path) -> None:
+    block = {"interval_steps": 5, "selector": {"name": "less", "targets": ["t"], "precondition": "paper_repo"}}
+    [found] = problems(config(dynamic=block, use_muon=True), project)
+    assert found.startswith("dynamic.selector.precondition: paper_repo needs Adam's moments"), found
 
 
 def test_parts_say_what_stages_and_parameters_they_need(config: Config, project: Path) -> None:
@@ -327,6 +339,7 @@ def test_what_stage_dpo_cannot_give_is_refused(
         ),
         ({"stage": "dpo"}, "dynamic.ledger: rows are seen in the steps of stages pt and sft, not of dpo"),
         ({"optim": "adafactor"}, "not under the run's optimizer (optim: adafactor)"),
+        ({"use_muon": True}, "not under the run's optimizer (use_muon)"),
         ({"fsdp": "full_shard"}, "dynamic.ledger: needs parameters that keep their shapes, and fsdp partitions them"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "and DeepSpeed ZeRO-3 partitions them"),
         ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "deepspeed: the ledger reads what ZeRO-1 and 2 step"),

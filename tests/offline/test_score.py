@@ -90,8 +90,9 @@ def test_losses_positions_and_subset(scoring, capsys):
     np.testing.assert_allclose(found, [expected[i] for i in sorted(best) if i < 21], rtol=2e-5)
 
 
-def test_scores_by_target_and_from_a_checkpoint(scoring):
-    """LESS from a checkpoint, its Adam moments loaded, gives what the run itself decided by at that step."""
+@pytest.mark.parametrize("optimizer", [{}, {"use_muon": True}])
+def test_scores_by_target_and_from_a_checkpoint(scoring, optimizer):
+    """LESS from a checkpoint, its optimizer's state loaded, gives what the run itself decided by at that step."""
     from dataflex.record.read import read_events
 
     scoring.write("pool", rows_of(24))
@@ -101,6 +102,7 @@ def test_scores_by_target_and_from_a_checkpoint(scoring):
     selector = {"name": "less", "targets": ["goal", "aim"]}
     trained = {
         **lora,
+        **optimizer,
         "dataset": "pool",
         "output_dir": str(scoring.folder / "run"),
         "max_steps": 6,

@@ -23,7 +23,9 @@ ZERO3 = "DeepSpeed ZeRO-3"
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
 ).split()
-_MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+_MUON = "use_muon"
+"""LLaMA-Factory's Muon: matrices have a momentum to go by, other parameters Adam's moments."""
+_MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", _MUON)
 _PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
 
 _CAUSAL = ("pt", "sft")
@@ -80,9 +82,11 @@ def unmet(
                 f"{place}: {method.name} does not work with partitioned parameters ({run.partitioned}); use DeepSpeed "
                 "ZeRO-2 or less, or plain data parallelism"
             )
-        if run.optimizer and "in_run_scores" in needs.signals:
+        if run.optimizer not in (None, "", _MUON) and "in_run_scores" in needs.signals:
             yield f"{place}: {method.name} {_without_moments(run.optimizer)}; use an AdamW optimizer"
         for key, value in wants_moments(needs) if run.optimizer else ():
+            if run.optimizer == _MUON and value != "paper_repo":
+                continue
             yield (
                 f"{place}.{key}: {value} {_without_moments(run.optimizer)}; write 'precondition: none' or 'sign', or "
                 "use an AdamW optimizer"
@@ -117,9 +121,11 @@ def without_targets(cls: type[Method]) -> str:
 
 
 def optimizer_without_moments(lf: LlamaFactoryArgs) -> str:
-    """Return the key and value that name an optimizer without Adam's moments, or an empty text."""
+    """Return the key and value that name an optimizer other than Adam, or an empty text."""
     name = lf.optim or "adamw_torch"
     flag = next((flag for flag in _MOMENT_FLAGS if lf.on(flag)), "")
+    if flag == _MUON and lf.deepspeed:  # which parts matrices
+        flag = f"{_MUON} under deepspeed"
     return flag or (f"optim: {name}" if any(word in name for word in _NO_MOMENTS) else "")
 
 
@@ -378,7 +384,7 @@ def _pilot(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
             f"dynamic.signals.screen_by: a pilot looks at gradients, which a model under stage {run.stage} does not "
             "give; use embeddings, or stage pt or sft"
         )
-    if run.optimizer:
+    if run.optimizer not in (None, "", _MUON):
         lacks = _without_moments(run.optimizer)
         yield f"dynamic.signals.screen_by: a pilot {lacks}; use embeddings, or an AdamW optimizer"
 

@@ -135,7 +135,8 @@ class Opus(Greats):
     """Draw, of a batch of candidates, by the value of the optimizer's updates, in every step.
 
     OPUS (arXiv 2602.05400) is GREATS with the updates that the optimizer would make of the gradients instead of the
-    gradients; each pick is drawn from softmax(score / temperature). ``interaction`` and ``target_rows`` are those of
+    gradients; each pick is drawn from softmax(score / temperature). Under ``use_muon`` gradients of matrices go through
+    Muon's polynomial, held fixed at the momentum (see ``less``). ``interaction`` and ``target_rows`` are those of
     ``greats``.
     """
 

@@ -54,6 +54,11 @@ class Less(_Influence):
     the paper's random projection is not needed (``sketch_size`` brings a sparse one back). The warm-up is the run's
     own; the paper's checkpoints are the last ``checkpoints`` intervals, weighted by their learning rate.
 
+    Under LLaMA-Factory's ``use_muon`` matrices go through Muon: its next update, with the Newton-Schulz polynomial and
+    the length of the momentum held fixed at the momentum buffer, so that a row's part is linear in its gradient. What
+    Muon leaves to AdamW (embeddings, head, vectors) goes through Adam. Not exact: the polynomial would turn a little as
+    the row's gradient turns the momentum, and the optimizer rounds to bfloat16.
+
     The paper selects once. Where a small relevant part of the pool is chosen and served again and again, it is learnt
     by heart, and the cosines of its small gradients lose the target: in a planted pool
     (benchmarks/repeated_decisions.py, two seeds) the relevant share of the rows kept fell from 1 to 0.23 and 0.53 by

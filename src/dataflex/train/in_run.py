@@ -39,12 +39,12 @@ from dataflex.signals.gradients.in_run import (
     Directions,
     StepCapture,
     Taken,
-    adam_scale,
     capturable,
     checkpointed,
     directions,
+    scaled,
 )
-from dataflex.signals.gradients.precondition import Moments
+from dataflex.signals.gradients.precondition import OptimizerState
 from dataflex.signals.gradients.scorers import GradientScorers, targets_seen
 from dataflex.signals.kinds import GradientNorms, GradientProducts, GradientScores, Signal, TokenLoss
 from dataflex.signals.losses import document_ids, model_inputs, real_tokens
@@ -380,11 +380,11 @@ class InRun:
         inside = total = np.zeros(len(self.targets))
         scaled_by: dict[str, torch.Tensor] = {}
         for name, gradient in gradients.tensors.items():
-            scaled = gradient if moments is None else gradient * adam_scale(moments[name]).to(gradient.device)
-            product = (gradient * scaled).flatten(1).double().sum(dim=1).cpu().numpy()
+            vector = gradient if moments is None else scaled(gradient, moments[name])
+            product = (gradient * vector).flatten(1).double().sum(dim=1).cpu().numpy()
             total = total + product
             if name in names:
-                inside, scaled_by[name] = inside + product, scaled
+                inside, scaled_by[name] = inside + product, vector
         aims = capture.sketch_of(scaled_by).double().cpu().numpy()
         plain = capture.sketch_of({name: gradients.tensors[name] for name in scaled_by}).double().cpu().numpy()
         # In Adam's scale the share of one row is not known by its sketch; the mean scale is that of the sum.
@@ -422,7 +422,7 @@ class InRun:
             self.share = self.share / 2 if change.mean() >= 0 else min(2 * self.share, 1.0)
             self.told |= {"target change": float(change.mean()), "share": self.share}
 
-    def _direct(self, gradients: TargetVectors, moments: Mapping[str, Moments] | None) -> None:
+    def _direct(self, gradients: TargetVectors, moments: Mapping[str, OptimizerState] | None) -> None:
         """Compare the rows of the next steps with the targets of ``scores``, if there are any (collective)."""
         capture, device = self.capture, self.signals.access.device
         if capture is None or not self.scores:

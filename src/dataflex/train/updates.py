@@ -41,6 +41,8 @@ def base_of(optimizer: Any) -> Any:
         base = base.optimizer
     if type(base).__name__ != "SGD":
         moments_of(base, {})
+        if any("betas" not in group for group in base.param_groups):
+            raise UnsupportedError("ledger: Muon's update is not linear in the gradient, so it is not split by domain")
     if any(group.get("maximize") for group in base.param_groups):
         raise UnsupportedError(f"ledger: {type(base).__name__} maximizes; only losses that fall are accounted for")
     return base
@@ -181,7 +183,8 @@ class Updates:
 
     def _moments(self, names: Sequence[str]) -> dict[str, Moments]:
         backend: Any = "plain" if self._partitions is None else "zero"
-        return moments_of(self._wrapper, {name: self.parameters[name] for name in names}, backend)
+        found = moments_of(self._wrapper, {name: self.parameters[name] for name in names}, backend)
+        return {name: kept for name, kept in found.items() if isinstance(kept, Moments)}
 
     def directions(self, vectors: TargetVectors) -> TargetVectors:
         """Return vectors times the learning rate and what Adam multiplies a gradient by; zero before its first step."""

@@ -23,6 +23,7 @@ from dataflex.signals.gradients.consumers import (
     total,
 )
 from dataflex.signals.gradients.factors import Factors, formed, ghost_dots, ghost_norms, weighted_sum
+from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.gradients.scorers import TargetBuilder
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
 
@@ -250,7 +251,8 @@ def test_a_batch_that_is_started_again_counts_once():
 def test_consumers_take_directions():
     _, engine, batch, _ = prepared("lora")
     plain = engine.run(batch, [Collect(engine)])["collect"]
-    signs = engine.run(batch, [Collect(engine)], precondition=lambda segments, gradient: gradient.sign_())["collect"]
+    signed = Preconditioner(elements=lambda _segments, gradient: gradient.sign_())
+    signs = engine.run(batch, [Collect(engine)], precondition=signed)["collect"]
     assert torch.equal(signs, plain.sign())
 
 

@@ -202,9 +202,11 @@ class _Feeder:
 
     def take(self, name: str, uses: list[SampleGradients]) -> None:
         """Feed one parameter, whose uses are all there."""
-        shape = self._shapes[name]
+        shape, own = self._shapes[name], None if self._precondition is None else self._precondition.matrices.get(name)
+        uses = uses if own is None else own(uses)
         factors = [use for use in uses if isinstance(use, Factors)]
-        if len(factors) == len(uses) and self._precondition is None and self._ghost_is_cheaper(factors, shape):
+        by_element = self._precondition is not None and own is None
+        if len(factors) == len(uses) and not by_element and self._ghost_is_cheaper(factors, shape):
             for consumer in self._consumers:
                 consumer.add_factors(name, factors, shape)
             return

@@ -60,6 +60,26 @@ def together(gradients: SampleGradients, rows: int) -> SampleGradients:
     return gradients.view(len(gradients) // rows, rows, *gradients.shape[1:]).sum(dim=1)
 
 
+def mapped(
+    gradients: SampleGradients, left: torch.Tensor | None, right: torch.Tensor | None, scale: float = 1.0
+) -> SampleGradients:
+    """Return ``scale`` left G_i right for the per-sample gradients G_i of a matrix, in the form that they have.
+
+    ``left`` is [m', m] and ``right`` [n, n'], each None for the identity.
+    """
+    if isinstance(gradients, Factors):
+        before, behind = gradients.left, gradients.right
+        if left is not None:
+            turned = left.T.to(behind)
+            before = turned[before] if gradients.one_hot else before @ turned
+        if right is not None:
+            behind = behind @ right.to(behind)
+        return Factors(left=before, right=behind * scale)
+    found = gradients.float() * scale
+    found = found if left is None else left @ found
+    return found if right is None else found @ right
+
+
 def formed(uses: list[SampleGradients], start: int, stop: int) -> torch.Tensor:
     """Return rows ``start:stop`` (first dimension of the parameter) of the summed per-sample gradients.
 

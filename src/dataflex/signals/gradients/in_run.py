@@ -30,7 +30,7 @@ from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.factors import Factors
 from dataflex.signals.gradients.parameters import Unit, shape_of
-from dataflex.signals.gradients.precondition import Moments
+from dataflex.signals.gradients.precondition import Moments, OptimizerState
 from dataflex.signals.model_parts import model_parts
 from dataflex.state import State, blake2b
 
@@ -62,6 +62,13 @@ def adam_scale(moments: Moments) -> torch.Tensor:
     root = (moments.second / (1 - moments.betas[1] ** moments.step)).sqrt()
     scale = 1 / (root.clamp_min(FLOOR * float(root.mean())) + moments.eps)
     return scale.masked_fill_(moments.second == 0, 0.0)
+
+
+def scaled(gradients: torch.Tensor, state: OptimizerState) -> torch.Tensor:
+    """Return gradients [K, *shape] in the optimizer's scale: Adam's, or Muon's of a matrix."""
+    if isinstance(state, Moments):
+        return gradients * adam_scale(state).to(gradients.device)
+    return state.scaled(gradients)
 
 
 def factored(matrix: torch.Tensor, rank: int, *, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -326,7 +333,7 @@ def capturable(model: nn.Module, units: Iterable[Unit], *, whole: bool = False) 
 
 def directions(
     gradients: TargetVectors,
-    moments: Mapping[str, Moments] | None,
+    moments: Mapping[str, OptimizerState] | None,
     layers: Sequence[Unit],
     *,
     rank: int | None,
@@ -336,7 +343,7 @@ def directions(
 
     Args:
         gradients: Mean gradient q of each target, over all trained parameters.
-        moments: Adam's, to scale q by; None: q itself.
+        moments: Of the optimizer, to scale q by; None: q itself.
         layers: From ``capturable``.
         rank: Rank of the factors of matrices for which that is cheaper than the whole; None: all whole.
         seed: Of the factorization.
@@ -350,7 +357,7 @@ def directions(
     inside, everywhere, squares, kept = (torch.zeros(num, dtype=torch.float64) for _ in range(4))
     parts: dict[str, Part] = {}
     for name, gradient in gradients.tensors.items():
-        vector = gradient if moments is None else gradient * adam_scale(moments[name]).to(gradient.device)
+        vector = gradient if moments is None else scaled(gradient, moments[name])
         product = (gradient.flatten(1).double() * vector.flatten(1).double()).sum(dim=1).cpu()
         everywhere += product
         if name not in matrices:

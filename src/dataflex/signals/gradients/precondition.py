@@ -1,27 +1,46 @@
-"""What an optimizer would make of a gradient: Adam's direction with its moments held fixed, or signs.
+"""What an optimizer would make of a gradient: Adam's direction with its moments held fixed, Muon's, or signs.
 
 Adam, for all samples alike: m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2 and direction = m' / (sqrt(v')
 + eps). Source: LESS (arXiv 2402.04333), equation in section 3.1; its code puts eps inside the root and leaves out the
-bias correction, which with the tiny moments of real LoRA runs is another ranking: both are presets. An optimizer
-without moments for each element is refused: another direction would be a silent error.
+bias correction, which with the tiny moments of real LoRA runs is another ranking: both are presets. Under Muon, as
+LLaMA-Factory has it, matrices go through its polynomial (``muon``), and what it leaves to AdamW through Adam. Any other
+optimizer without moments for each element is refused: another direction would be a silent error.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from dataflex import comm
 from dataflex.errors import ConfigError, UnsupportedError, did_you_mean
 from dataflex.signals.gradients.consumers import Block, Columns, Segment
+from dataflex.signals.gradients.factors import SampleGradients
+from dataflex.signals.gradients.muon import Momentum
 from dataflex.signals.gradients.parameters import shape_of
 
-Preconditioner = Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
-"""(what the columns are, fp32 gradients [b, columns]) -> directions; may change the gradients in place."""
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioner:
+    """Turns per-sample gradients into directions: those of some matrices as a whole, all others element by element.
+
+    Attributes:
+        elements: (what the columns are, fp32 gradients [b, columns]) -> directions; may change the gradients in place.
+            Columns of matrices stay as they are.
+        matrices: By parameter name, from a matrix's uses to those of its directions.
+    """
+
+    elements: Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
+    matrices: Mapping[str, Callable[[list[SampleGradients]], list[SampleGradients]]] = field(default_factory=dict)
+
+    def __call__(self, segments: tuple[Segment, ...], gradient: torch.Tensor) -> torch.Tensor:
+        """Return what ``elements`` does."""
+        return self.elements(segments, gradient)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +88,10 @@ class Moments:
     eps: float = 1e-8
 
 
+OptimizerState: TypeAlias = Moments | Momentum
+"""Of one parameter: Adam's, or Muon's of a matrix."""
+
+
 def adam_direction(
     gradient: torch.Tensor,
     first: torch.Tensor,
@@ -101,21 +124,30 @@ def adam_direction(
     return (gradient * ((1 - beta1) * scale)).div_(root)
 
 
-def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = None) -> Preconditioner | None:
+def preconditioner(spec: Precondition, moments: Mapping[str, OptimizerState] | None = None) -> Preconditioner | None:
     """Return what turns blocks of gradients into directions; None where gradients stay as they are.
 
-    ``moments`` are by parameter name, from ``moments_of``; only Adam needs them.
+    ``moments`` are by parameter name, from ``moments_of``; only ``kind`` "adam" needs them.
+
+    Raises:
+        UnsupportedError: Moments are Muon's, and ``spec`` repeats another code's Adam.
     """
     if spec.kind == "none":
         return None
     if spec.kind == "sign":
-        return lambda _segments, gradient: gradient.sign_()
+        return Preconditioner(elements=lambda _segments, gradient: gradient.sign_())
     assert moments is not None
-    first = Columns(lambda name: moments[name].first.flatten())
-    second = Columns(lambda name: moments[name].second.flatten())
+    adam = {name: state for name, state in moments.items() if isinstance(state, Moments)}
+    muon = {name: state for name, state in moments.items() if isinstance(state, Momentum)}
+    if muon and spec.betas is not None:
+        raise _refusal("Muon", "the preset is of another code's Adam")
+    first = Columns(lambda name: adam[name].first.flatten())
+    second = Columns(lambda name: adam[name].second.flatten())
 
-    def settings(name: str) -> dict[str, Any]:
-        state = moments[name]
+    def settings(name: str) -> dict[str, Any] | None:
+        if name in muon:
+            return None
+        state = adam[name]
         eps = state.eps if spec.eps is None else spec.eps
         return {"step": state.step, "betas": spec.betas or state.betas, "eps": eps}
 
@@ -124,10 +156,14 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
         if any(settings(one.name) != options for one in segments[1:]):
             parts = Block(segments=segments, values=gradient).parts()
             return torch.cat([direction((segment,), values) for segment, values in parts], dim=1)
+        if options is None:
+            return gradient
         m, v = (moment.of(segments, gradient.device) for moment in (first, second))
         return adam_direction(gradient, m, v, spec, **options)
 
-    return direction
+    shared = spec.include_momentum and spec.own_square
+    matrices = {name: partial(state.directions, include_momentum=shared) for name, state in muon.items()}
+    return Preconditioner(elements=direction, matrices=matrices)
 
 
 _REASONS = {
@@ -141,7 +177,7 @@ _REASONS = {
     "lion": "it has no second moment",
     "lomo": "each parameter is stepped during the backward pass",
     "mini": "it keeps one second moment for a block of elements",
-    "muon": "it orthogonalizes the momentum and has no second moment",
+    "muon": "it orthogonalizes the momentum, and is not LLaMA-Factory's",
     "nadam": "its direction looks one step ahead",
     "radam": "its direction is rectified",
     "schedulefree": "its moments belong to another sequence of parameters",
@@ -153,8 +189,8 @@ _INSTEAD = "use an Adam or AdamW optimizer, or precondition: none or sign"
 
 def moments_of(
     optimizer: Any, parameters: Mapping[str, Any], backend: Literal["plain", "zero"] = "plain"
-) -> dict[str, Moments]:
-    """Return Adam's moments by parameter name. Collective where parameters are sharded (FSDP2, ZeRO).
+) -> dict[str, OptimizerState]:
+    """Return Adam's moments, or Muon's, by parameter name. Collective where parameters are sharded (FSDP2, ZeRO).
 
     ``parameters`` are the very objects that the optimizer was given; wrappers of accelerate and DeepSpeed around it are
     looked through. ``backend`` is "zero" for DeepSpeed, else "plain" (also DDP and FSDP2). Before the optimizer's first
@@ -169,10 +205,13 @@ def moments_of(
         wrappers.append(base)
         base = base.optimizer
     name = type(base).__name__
-    for word, reason in _REASONS.items():
+    muon = name == "Muon" and all("adamw_betas" in group for group in base.param_groups)
+    if muon and backend == "zero":
+        raise _refusal(name, "DeepSpeed keeps no matrices")
+    for word, reason in _REASONS.items() if not muon else ():
         if word in name.lower().replace("_", ""):
             raise _refusal(name, reason)
-    if any("betas" not in group or "eps" not in group for group in base.param_groups):
+    if not muon and any("betas" not in group or "eps" not in group for group in base.param_groups):
         raise _refusal(name, "its groups have no betas and eps")
     if any(group.get("amsgrad") for group in base.param_groups):
         raise _refusal(name, "amsgrad divides by the largest second moment so far")
@@ -182,7 +221,11 @@ def moments_of(
     missing = [key for key, parameter in parameters.items() if id(parameter) not in groups]
     if missing:
         raise UnsupportedError(f"{name} does not train {', '.join(missing[:5])} (and {len(missing)} in all)")
-    return {key: _plain_moments(base, parameter, groups[id(parameter)], key) for key, parameter in parameters.items()}
+    read = _of_muon if muon else _plain_moments
+    return {
+        key: read(name, base.state.get(parameter, {}), parameter, groups[id(parameter)], key)
+        for key, parameter in parameters.items()
+    }
 
 
 def _refusal(name: str, reason: str) -> UnsupportedError:
@@ -193,8 +236,26 @@ def _zeros(parameter: Any) -> torch.Tensor:
     return torch.zeros(shape_of(parameter), dtype=torch.float32, device=parameter.device)
 
 
-def _plain_moments(base: Any, parameter: Any, group: Mapping[str, Any], key: str) -> Moments:
-    state, name, shape = base.state.get(parameter, {}), type(base).__name__, shape_of(parameter)
+def _of_muon(name: str, state: Mapping[str, Any], parameter: Any, group: Mapping[str, Any], key: str) -> OptimizerState:
+    """Return what LLaMA-Factory's Muon keeps of a parameter: of a matrix, or of one that it leaves to AdamW."""
+    if state["use_muon"]:
+        buffer: Any = state.get("momentum_buffer")
+        if hasattr(buffer, "full_tensor"):
+            buffer = buffer.full_tensor()
+        return Momentum(
+            buffer=None if buffer is None else buffer.detach().float(),
+            decay=float(group["momentum"]),
+            nesterov=bool(group["nesterov"]),
+            steps=int(group["ns_steps"]),
+        )
+    own = {"moment1": "exp_avg", "moment2": "exp_avg_sq", "step": "step"}
+    state = {known: state[theirs] for theirs, known in own.items() if theirs in state}
+    options = {"betas": group["adamw_betas"], "eps": group["adamw_eps"]}
+    return _plain_moments(name, state, parameter, options, key)
+
+
+def _plain_moments(name: str, state: Mapping[str, Any], parameter: Any, group: Mapping[str, Any], key: str) -> Moments:
+    shape = shape_of(parameter)
     found = [] if state else [_zeros(parameter)] * 2
     kinds = (("exp_avg", "state1", "1"), ("exp_avg_sq", "state2", "2")) if state else ()
     for ours, theirs, quantized in kinds:
@@ -226,7 +287,7 @@ def _dequantized(state: Mapping[str, Any], value: torch.Tensor, which: str, name
     return dequantize(value, absmax=absmax, code=code, blocksize=fitting[0]).view(value.shape)
 
 
-def _zero_moments(base: Any, parameters: Mapping[str, Any], wrappers: list[Any]) -> dict[str, Moments]:
+def _zero_moments(base: Any, parameters: Mapping[str, Any], wrappers: list[Any]) -> dict[str, OptimizerState]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     settings = {(*map(float, group["betas"]), float(group["eps"])) for group in base.param_groups}
@@ -242,7 +303,7 @@ def _zero_moments(base: Any, parameters: Mapping[str, Any], wrappers: list[Any])
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._hp_optimizer_states_linked = False
             wrapper._lazy_init_hp_params_optimizer_state()
-    moments = {}
+    moments: dict[str, OptimizerState] = {}
     for key, parameter in parameters.items():
         # Asked before the first step, DeepSpeed fails on one rank and leaves the others waiting.
         names = ("exp_avg", "exp_avg_sq") if step else ()

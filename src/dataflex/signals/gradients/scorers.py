@@ -30,7 +30,14 @@ from dataflex.signals.gradients.consumers import (
 )
 from dataflex.signals.gradients.engine import GradientEngine, supervised_sums
 from dataflex.signals.gradients.parameters import choose_parameters
-from dataflex.signals.gradients.precondition import Moments, Precondition, Preconditioner, moments_of, preconditioner
+from dataflex.signals.gradients.precondition import (
+    Moments,
+    OptimizerState,
+    Precondition,
+    Preconditioner,
+    moments_of,
+    preconditioner,
+)
 from dataflex.signals.identity import state_identity
 from dataflex.signals.losses import IGNORE
 from dataflex.signals.model_access import ModelAccess
@@ -119,8 +126,10 @@ class GradientScorers:
 
     def wide_sketch(self, *, size: int, seed: int) -> Sketch:
         """Return the sketch of rows that an index is made of, and of vectors compared with them (collective)."""
-        adam = self._kind.kind == "adam"
-        return Sketch(size=size, seed=seed, weights=sketch_weights(self.moments()) if adam else None)
+        moments = self.moments() if self._kind.kind == "adam" else {}
+        adam = {name: kept for name, kept in moments.items() if isinstance(kept, Moments)}
+        weights = sketch_weights(adam) if adam and len(adam) == len(moments) else None  # Muon's scales are alike
+        return Sketch(size=size, seed=seed, weights=weights)
 
     def moments_identity(self) -> str:
         """Name the moments that scores depend on; "" where they depend on none (collective)."""
@@ -129,15 +138,16 @@ class GradientScorers:
         return state_identity(
             (f"{name} {which}", tensor)
             for name, kept in self.moments().items()
-            for which, tensor in (("first", kept.first), ("second", kept.second))
+            for which in ("first", "second", "buffer")
+            if (tensor := getattr(kept, which, None)) is not None
         )
 
     def precondition(self) -> Preconditioner | None:
         """Return what turns gradients into directions, with the optimizer's moments of now (collective)."""
         return preconditioner(self._kind, self.moments() if self._kind.kind == "adam" else None)
 
-    def moments(self) -> dict[str, Moments]:
-        """Return Adam's moments of now (collective)."""
+    def moments(self) -> dict[str, OptimizerState]:
+        """Return the optimizer's moments of now (collective)."""
         return moments_of(self._access.optimizer(), self.engine.parameters, self._access.backend)
 
 
