@@ -297,6 +297,7 @@ def test_a_budget_needs_steps_that_score_rows(config: Config, project: Path) -> 
 
 PAIRS = {"stage": "dpo", "finetuning_type": "lora"}
 MARGIN = {"selector": "margin", "interval_steps": 5, "warmup_steps": 1}
+HALVES = {"name": "selective_dpo", "first": ["one"], "second": ["other"]}
 GRADIENTS = {"selector": "grad_norm", "interval_steps": 5}
 
 
@@ -306,7 +307,14 @@ GRADIENTS = {"selector": "grad_norm", "interval_steps": 5}
         ({"dynamic": MARGIN}, "margin does not work under stage sft, whose rows are no pairs of a"),
         ({**PAIRS, "dynamic": {**MARGIN, "warmup_steps": 0}}, "dynamic.warmup_steps: missing; at step 0 the policy is"),
         ({**PAIRS, "pref_loss": "simpo", "dynamic": MARGIN}, "pref_loss: simpo has no reference model, which"),
-        ({**PAIRS, "fsdp": "full_shard", "dynamic": MARGIN}, "margin does not work with partitioned parameters"),
+        (
+            {**PAIRS, "fsdp": "full_shard", "dynamic": {**MARGIN, "selector": {"name": "margin", "policy": "after"}}},
+            "margin does not work with partitioned parameters (fsdp), since it scores rows by other models (policy)",
+        ),
+        (
+            {**PAIRS, "fsdp": "full_shard", "dynamic": {**MARGIN, "selector": HALVES}},
+            "since it scores rows by other models (first[0], second[0])",
+        ),
         (
             {**PAIRS, "pref_loss": "kto_pair", "dynamic": GRADIENTS},
             "pref_loss: the gradient of a pair by itself is not",
@@ -324,6 +332,15 @@ def test_what_stage_dpo_cannot_give_is_refused(
     given = {**changes, "pref_loss": "sigmoid", "pref_bco_weight": 0.0, "ld_alpha": None, "fsdp": None, **PAIRS}
     given["dynamic"] = {**given["dynamic"], "warmup_steps": 1}
     assert not any(told in line for line in problems(config(**given), project))
+
+
+@pytest.mark.parametrize("selector", ["margin", {"name": "bees", "column": "rating"}])
+def test_margins_of_the_run_s_own_models_take_partitioned_parameters(
+    config: Config, project: Path, selector: Any
+) -> None:
+    changes = {**PAIRS, "fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}
+    found = problems(config(**changes, dynamic={**MARGIN, "selector": selector}), project)
+    assert not any("partitioned" in line for line in found), found
 
 
 @pytest.mark.parametrize(

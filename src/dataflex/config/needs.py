@@ -78,9 +78,11 @@ def unmet(
         if run.stage is not None:
             yield from _stage(method, needs, run.stage)
         if run.partitioned and needs.whole_parameters:
+            others = ", ".join(key for key, name in needs.models.items() if name is not None)
+            why = f", since it scores rows by other models ({others})" if others else ""
             yield (
-                f"{place}: {method.name} does not work with partitioned parameters ({run.partitioned}); use DeepSpeed "
-                "ZeRO-2 or less, or plain data parallelism"
+                f"{place}: {method.name} does not work with partitioned parameters ({run.partitioned}){why}; use "
+                "DeepSpeed ZeRO-2 or less, or plain data parallelism"
             )
         if run.optimizer not in (None, "", _MUON) and "in_run_scores" in needs.signals:
             yield f"{place}: {method.name} {_without_moments(run.optimizer)}; use an AdamW optimizer"

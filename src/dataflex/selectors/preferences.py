@@ -94,7 +94,7 @@ class PairSelector(ScoringSelector):
             columns=p.columns,
             models={"policy": p.policy, "reference": p.reference},
             needs_interval=own,
-            whole_parameters=True,
+            whole_parameters=not own or p.reference is not None,  # other models are not partitioned
             passes=passes,
         )
 
