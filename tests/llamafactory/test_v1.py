@@ -194,6 +194,15 @@ def test_what_v1_cannot_do_is_refused(key, given, capsys):
     assert wanted in printed
 
 
+def test_which_trainers_v1_has_is_told_as_it_is(given, capsys):
+    from llamafactory.v1.trainers import dpo_trainer, rm_trainer
+
+    assert hasattr(rm_trainer, "run_rm")
+    assert not hasattr(dpo_trainer, "run_dpo")
+    code, printed = told(given("refused", dynamic={"selector": "all"}, stage="rm"), capsys)
+    assert (code, "v1's trainer of reward models ('llamafactory-cli rm') is not served" in printed) == (2, True)
+
+
 def test_several_mistakes_are_told_at_once(given, data_dir, tmp_path, capsys):
     held = sources(tmp_path, data_dir, "goal")
     block = {

@@ -49,7 +49,7 @@ _EVALUATES = (
 _STAGES = {
     "pt": "v1 has no pre-training",
     "sft": "it is the only stage here, and v1 has no such key",
-    "rm": "its pairs are not served under v1",
+    "rm": "v1's trainer of reward models ('llamafactory-cli rm') is not served",
     "dpo": "v1's own trainer of preferences is not written yet",
     "kto": "v1 has no such trainer",
     "ppo": "v1 has no such trainer",
