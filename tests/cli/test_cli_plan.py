@@ -271,6 +271,12 @@ def test_a_pool_that_is_screened(plan: Plan, options: dict, pool: str, cost: str
     )
 
 
+def test_the_curvature_costs_passes_over_its_rows(plan: Plan) -> None:
+    selector = {"name": "less", "targets": ["b"], "precondition": "ekfac", "ekfac_rows": 30}
+    text = plan(max_steps=40, dataset="a,b", dynamic={"selector": selector, "interval_steps": 10})
+    assert "480 F + 240 B (4 intervals x 30 rows of the curvature x 4 F + 2 B)" in text
+
+
 def test_too_few_rows_for_an_interval(
     plan: Plan, project: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

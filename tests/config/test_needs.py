@@ -133,6 +133,30 @@ def test_muon_has_directions_but_not_those_of_another_adam(config: Config, proje
     assert found.startswith("dynamic.selector.precondition: paper_repo needs Adam's moments"), found
 
 
+@pytest.mark.parametrize(
+    ("params", "changes", "told"),
+    [
+        ({}, {"stage": "dpo"}, "less does not work under stage dpo"),
+        ({"include_momentum": False}, {}, "include_momentum: has no effect with 'precondition: ekfac'"),
+        ({"precondition": "none", "ekfac_rows": 8}, {}, "ekfac_rows: has no effect without 'precondition: ekfac'"),
+        ({"precondition": "none", "ekfac_damping": 1.0}, {}, "ekfac_damping: has no effect without"),
+    ],
+)
+def test_where_the_curvature_cannot_be_had(params: Any, changes: Any, told: str, config: Config, project: Path) -> None:
+    selector = {"name": "less", "targets": ["t"], "precondition": "ekfac", **params}
+    block = {"interval_steps": 5, "selector": selector}
+    assert any(told in line for line in problems(config(dynamic=block, **changes), project))
+
+
+def test_curvature_needs_no_moments_and_takes_passes_over_the_pool(config: Config, project: Path) -> None:
+    block = {"interval_steps": 5, "selector": {"name": "less", "targets": ["t"], "precondition": "ekfac"}}
+    assert problems(config(dynamic=block, optim="adafactor"), project) == []
+    within = problems(config(dynamic={**block, "signals": {"budget": 0.1}}), project)
+    assert any(
+        "the less selector, preconditioned by ekfac, has no scores that training steps give" in w for w in within
+    )
+
+
 def test_parts_say_what_stages_and_parameters_they_need(config: Config, project: Path) -> None:
     part = {"represent": {"name": "tacs"}, "targets": ["t"]}
     zero3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}

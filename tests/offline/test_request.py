@@ -171,6 +171,7 @@ def index_of(scoring, request_of):
         ((), {"store": "kept"}, "--store: an index keeps its own passes"),
         ((), {"methods": ("loss",)}, "--method: an index holds the gradients of 'less' alone, found loss"),
         ((), {"precision": "int4"}, "--precision: unknown 'int4'; did you mean 'int8'?"),
+        (("less.precondition=ekfac",), {}, "less.precondition: an index knows no curvature"),
         ((), {"index": "s.parquet"}, "--index: s.parquet is to be a folder"),
         ((), {"index": "run.json"}, "--index: run.json is a file"),
         ((), {"index": "data"}, "no part of an index; name another folder"),

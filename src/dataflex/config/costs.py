@@ -50,7 +50,7 @@ def costs(view: Forecast) -> dict[str, list[Cost]]:
     screening = _screening(view)
     found = {"training": [training], **({} if screening is None else {"screening": [screening]})}
     for method in view.dynamic.methods:
-        parts = (_pool, _once, _targets, _served, _reference)
+        parts = (_pool, _once, _targets, _curvature, _served, _reference)
         told = [cost for part in parts if view.steps is not None and (cost := part(method, view)) is not None]
         found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cost, forward=0.0)]
     if view.dynamic.ledger is not None:
@@ -186,6 +186,16 @@ def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     decisions = view.num_decisions(method.kind)
     told = f"{decisions:,} intervals x {rows:,} target rows x {_passes(*each)}"
     return _cost(decisions * rows, each, told)
+
+
+def _curvature(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes over a sample of training rows in every decision, if a method goes by the curvature."""
+    if method.requires.preconditions.get("precondition") != "ekfac":
+        return None
+    wanted: int = getattr(method.params, "ekfac_rows", 0)
+    decisions, rows = view.num_decisions(method.kind), min(wanted, view.rows or wanted)
+    told = f"{decisions:,} intervals x {rows:,} rows of the curvature x {_passes(4.0, 2.0)}"
+    return _cost(decisions * rows, (4.0, 2.0), told)
 
 
 def leaves_targets_out(method: MethodConfig) -> bool:

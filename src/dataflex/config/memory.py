@@ -155,6 +155,8 @@ def _signals(view: Forecast, trained: int, width: int, *, divided: bool) -> floa
     """Return the bytes of what methods hold on the device; None where a reference model is of another kind."""
     vectors, folders = 0, set()
     for method in view.dynamic.methods:
+        if method.requires.preconditions.get("precondition") == "ekfac":  # bases of sides that only a pass knows
+            return None
         if "gradients" in method.requires.signals:
             moments = 2 if divided and any(wants_moments(method.requires)) else 0
             vectors = max(vectors, len(method.targets) + moments)

@@ -228,6 +228,8 @@ def _budget(dynamic: DynamicConfig, run: RunFacts | None) -> Iterator[str]:
         who = "a run without a selector" if selector is None else f"the {selector.name} selector"
         if getattr(getattr(selector, "params", None), "interaction", "scaled") != "scaled":
             who += ", with an interaction that needs the size of gradients,"
+        if getattr(getattr(selector, "params", None), "precondition", "") == "ekfac":
+            who += ", preconditioned by ekfac,"
         others = "less, icons, grad_norm, loss, or greats or opus with 'interaction: scaled'"
         yield f"{key}: {who} has no scores that training steps give; use {others}, or remove it"
     elif run is None and selector is not None:

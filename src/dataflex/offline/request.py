@@ -291,6 +291,10 @@ def _indexed(given: Mapping[str, Any], config: OfflineConfig, problems: list[str
     block = {"sketch_size": INDEX_SIZE, **base, "name": "less", **(given.get("less") or {}), "checkpoints": 1}
     if block["sketch_size"] is None:
         block["sketch_size"] = INDEX_SIZE
+    if block.get("precondition") == "ekfac":
+        problems.append(
+            "less.precondition: an index knows no curvature, by which ekfac turns targets; score without one"
+        )
     method = method_block("selector", {**block, "targets": ["any"]}, "less", problems)
     return () if method is None else (replace(method, targets=()),)
 

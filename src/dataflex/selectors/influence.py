@@ -59,6 +59,14 @@ class Less(_Influence):
     Muon leaves to AdamW (embeddings, head, vectors) goes through Adam. Not exact: the polynomial would turn a little as
     the row's gradient turns the momentum, and the optimizer rounds to bfloat16.
 
+    ``precondition: ekfac`` asks for influence on the targets' loss instead of an optimizer's step: targets' gradients
+    go through the damped inverse of the curvature, in Kronecker-factored eigenbases (EK-FAC, arXiv 1806.03884;
+    influence: arXiv 2308.03296, with ``normalize: false`` as published). It is measured anew for each decision, on
+    ``ekfac_rows`` training rows with labels drawn from the model (the true Fisher matrix), and kept in
+    ``signals.store`` if there is one. Parameters that are no matrices used on tokens, and sides wider than 16,384, keep
+    their own coordinates. It needs no optimizer, and rows cost what plain gradients do; cosines divide by the lengths
+    of plain gradients.
+
     The paper selects once. Where a small relevant part of the pool is chosen and served again and again, it is learnt
     by heart, and the cosines of its small gradients lose the target: in a planted pool
     (benchmarks/repeated_decisions.py, two seeds) the relevant share of the rows kept fell from 1 to 0.23 and 0.53 by
@@ -83,10 +91,28 @@ class Less(_Influence):
     class Params(InfluenceOptions, ScoringParams):
         """Parameters of LESS. ``precondition: paper_repo`` repeats the original code's Adam."""
 
+        precondition: Literal["true_adam", "paper_repo", "sign", "none", "ekfac"] = param(  # type: ignore[assignment]
+            "true_adam", "what turns training gradients into directions; ekfac: inverse curvature"
+        )
+        ekfac_rows: int = param(256, "training rows that the curvature of ekfac is measured on", minimum=1)
+        ekfac_damping: float = param(0.1, "added to the curvature of ekfac, in its mean eigenvalues", above=0.0)
         normalize: bool = param(True, "compare cosines, as published; false: inner products, which wear out less")
         checkpoints: int = param(1, "intervals whose scores are averaged, weighted by learning rate", minimum=1)
 
+        def __post_init__(self) -> None:
+            for name in ("ekfac_rows", "ekfac_damping") if self.precondition != "ekfac" else ():
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name}: has no effect without 'precondition: ekfac'; remove it")
+            if self.precondition == "ekfac" and not self.include_momentum:
+                raise ValueError("include_momentum: has no effect with 'precondition: ekfac'; remove it")
+
     params: Params
+
+    def requires(self) -> Requires:
+        required = super().requires()
+        if self.params.precondition != "ekfac":
+            return required
+        return replace(required, stages=("pt", "sft"), budget=False)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

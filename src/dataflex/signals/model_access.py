@@ -15,6 +15,7 @@ from dataflex.errors import DataError, UnsupportedError
 from dataflex.plan.domains import Rows
 from dataflex.signals.other_models import Scorer
 from dataflex.signals.preferences import Preferences, pair_lengths
+from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Sweep
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class ModelAccess:
     backend: Literal["plain", "zero"] = "plain"  # "zero" under DeepSpeed
     release: Callable[[], None] | None = None  # lets go of parameters that a pass left gathered under ZeRO-3
     preferences: Preferences | None = None  # where rows are pairs of answers: stage dpo
+    work: Callable[..., ResumablePass] | None = None  # opens a stored array, where there is a store
     loaded: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)  # other models
     for_decision: dict[str, Any] = field(default_factory=dict, repr=False, init=False)  # kept until the next step
 

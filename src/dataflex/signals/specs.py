@@ -61,7 +61,8 @@ class GradientSpec(GradientOptions):
 
     ``precondition`` is a preset of training rows' directions: ``true_adam``, ``paper_repo`` (LESS's code: eps inside
     the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS), ``sign`` or ``none``. Target rows stay
-    plain.
+    plain. ``ekfac`` (of signals that compare with targets): targets' vectors go through the damped inverse curvature,
+    which is the same as if rows' did; lengths are those of rows' plain gradients.
     """
 
     precondition: str = "true_adam"
@@ -70,6 +71,8 @@ class GradientSpec(GradientOptions):
     mean_of_cosines: bool = True  # with a target's rows (LESS's code); else the cosine with their mean gradient (paper)
     sketch_size: int | None = None  # compare sketches of this size; None: exact gradients
     sketch_seed: int = 0
+    ekfac_rows: int = 256  # training rows that the curvature is measured on
+    ekfac_damping: float = 0.1  # added to it, in mean eigenvalues of each parameter
     forward_mode: bool = False  # GradientScores as derivatives along mean gradients: plain inner products only
 
 

@@ -756,7 +756,7 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         model_identity=lambda: model_identity(loop.model),
         surroundings=around,
     )
-    return SignalRunner(access=access, cache=kept)
+    return SignalRunner(access=replace(access, work=kept.work if kept.store is not None else None), cache=kept)
 
 
 def _forecast(setup: Setup, loop: Loop) -> Forecast:

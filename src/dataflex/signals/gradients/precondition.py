@@ -51,7 +51,7 @@ class Precondition:
     (1 - beta1) sqrt(1 - beta2^t) / (1 - beta1^t) / (sqrt(v) + eps), t the coming step (OPUS, arXiv 2602.05400).
     """
 
-    kind: Literal["none", "adam", "sign"] = "none"
+    kind: Literal["none", "adam", "sign", "ekfac"] = "none"  # ekfac: of the targets, rows stay as they are
     eps_mode: Literal["outside", "inside"] = "outside"  # sqrt(v) + eps, or sqrt(v + eps)
     bias_correction: bool = True  # divide the moments by 1 - beta^(t + 1), t being the optimizer's steps so far
     include_momentum: bool = True  # keep the term beta1 m, which all samples share
@@ -71,6 +71,7 @@ class Precondition:
 PRESETS: dict[str, Precondition] = {
     "none": Precondition(),
     "sign": Precondition(kind="sign"),
+    "ekfac": Precondition(kind="ekfac"),
     "true_adam": Precondition(kind="adam"),
     "adam_scale": Precondition(kind="adam", own_square=False, include_momentum=False),
     "paper_repo": Precondition(kind="adam", eps_mode="inside", bias_correction=False, betas=(0.9, 0.999), eps=1e-8),
@@ -132,7 +133,7 @@ def preconditioner(spec: Precondition, moments: Mapping[str, OptimizerState] | N
     Raises:
         UnsupportedError: Moments are Muon's, and ``spec`` repeats another code's Adam.
     """
-    if spec.kind == "none":
+    if spec.kind in ("none", "ekfac"):
         return None
     if spec.kind == "sign":
         return Preconditioner(elements=lambda _segments, gradient: gradient.sign_())

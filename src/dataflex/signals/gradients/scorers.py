@@ -28,6 +28,7 @@ from dataflex.signals.gradients.consumers import (
     WeightedSums,
     inner_products,
 )
+from dataflex.signals.gradients.ekfac import Curvature, curvature
 from dataflex.signals.gradients.engine import GradientEngine, supervised_sums
 from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.signals.gradients.precondition import (
@@ -91,8 +92,10 @@ class GradientScorers:
         return lambda batch: self.engine.run(batch, [consumer], precondition=precondition)[consumer.name]
 
     def towards(self, targets: TargetVectors) -> Score:
-        """Return the scorer [b, M] that compares rows with M vectors."""
+        """Return the scorer [b, M] that compares rows with M vectors (collective)."""
         spec, engine = self._spec, self.engine
+        if self._kind.kind == "ekfac":
+            targets = self._curvature().inverse(targets, spec.ekfac_damping)
         if spec.forward_mode:
             return lambda batch: torch.stack([engine.jvp(batch, targets.one(i)) for i in range(len(targets))], dim=1)
         if spec.sketch_size is None:
@@ -109,6 +112,15 @@ class GradientScorers:
             return scores / found["sketch.norms"].clamp_min(1e-30).unsqueeze(1) if spec.normalize else scores
 
         return score
+
+    def _curvature(self) -> Curvature:
+        """Return the model's curvature, measured once in a decision (collective)."""
+        spec, known = self._spec, self._access.for_decision
+        key = repr(("ekfac", spec.parameters, spec.last_blocks, spec.ekfac_rows))
+        if key not in known:
+            known[key] = curvature(self._access, self.engine, spec.ekfac_rows)
+        found: Curvature = known[key]
+        return found
 
     def norms(self) -> Score:
         """Return the scorer [b] of gradients' norms."""
