@@ -69,6 +69,7 @@ CASES = {
     "keep_ratio": selecting("el2n", signals={"pool_fraction": 0.5}, keep_ratio=0.3),
     "last interval is short": {**selecting("grad_norm", interval_steps=3), "max_steps": 9},
     "targets": selecting(LESS),
+    "curvature": selecting({**LESS, "precondition": "ekfac", "ekfac_rows": 10}),
     "two targets": selecting({"name": "tacs", "targets": ["goal", "ones"]}),
     "vectors": selecting({"name": "rds_plus", "targets": ["goal"]}),
     "votes": selecting({"name": "icons", "targets": ["goal", "ones"]}),

@@ -230,7 +230,7 @@ def _fitted(access: ModelAccess, engine: GradientEngine, rows: Rows, sides: Mapp
                 sums.mine = turn.mine
                 batch = sampled(access, turn.batch, rows[turn.positions])
                 drawn.run(batch, [sums], precondition=precondition)
-        return int(comm.gather_sum(torch.tensor([sums.rows]))[0])
+        return int(comm.gather_sum(torch.tensor([sums.rows], device=device))[0])
 
     covariances, bases = _Covariances(sides), {name: dict[int, torch.Tensor]() for name in shapes}
     if not over(covariances):
