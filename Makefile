@@ -91,7 +91,7 @@ kills: $(VENV)/.installed-dev  ## kill runs 300 times and compare what goes on; 
 	$(TUNED) $(QUIET) $(RUN) -m benchmarks.soak.kills --seed $(SEED) --count $(or $(COUNT),300)
 	HF_HUB_OFFLINE=1 $(QUIET) $(RUN) -m benchmarks.soak.growth
 
-SUITES := aa s1 s2 s3 m1 m2_grid m2 m3 w1
+SUITES := aa s1 s2 s3 m1 m1_ledger m2_grid m2 m3 w1
 COMPARE = $(TUNED) $(QUIET) OMP_NUM_THREADS=1 $(RUN) -m dataflex compare --jobs 2
 
 evidence: $(VENV)/.installed  ## train and compare the suites of evidence/ (many hours; SEEDS=2 takes fewer), and render docs/results.md

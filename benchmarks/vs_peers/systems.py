@@ -86,10 +86,10 @@ PASSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MIXER = {"train_type": "dynamic_mix", "mixture_sample_rule": "mixture", "init_mixture_proportions": [0.5, 0.5]}
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "static": ("", {}, {"train_type": "static"}),
+    "static": ("", {}, {"train_type": "static", "max_steps": 20}),
     "odm": ("odm", {"alpha": 0.9, "warmup_steps": 4, "initial_proportions": [0.5, 0.5]}, MIXER),
     "doremi": ("doremi", {"reference_model_path": str(MODEL), "reweight_eta": 0.1, "reweight_eps": 0.01}, MIXER),
-    "linupper": ("loss", {"strategy": "linupper", "delta": 1.0}, {"train_type": "dynamic_weight", "train_step": 20}),
+    "linupper": ("loss", {"strategy": "linupper", "delta": 1.0}, {"train_type": "dynamic_weight", "max_steps": 20}),
 }
 PARTS = {name: "peer" for name in (*PASSES, *RUNS)} | {
     name: name for name in ("kronfluence", "dattri", "bergson", "trak_fp32", "trak_fp16", "less_loop")
@@ -142,8 +142,6 @@ def write_configuration(part: str, data: Path, folder: Path) -> Path:
         params = params | {"cache_dir": str(folder / "cache")}
         kept = {FAMILY[config["train_type"]]: {component: {"name": component, "params": params}}}
         (folder / "components.yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
-    else:
-        config["max_steps"] = 20
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return file

@@ -102,8 +102,8 @@ def main() -> None:
     import dataflex
 
     system, config, number, out = sys.argv[1:]
-    name = yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("component_name", "static")
-    name = name.partition("-")[0]
+    asked = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    name = asked["component_name"] if asked["train_type"] == "dynamic_select" else ""
     one_thread()
     meter, found = Meter(), {"file": dataflex.__file__}
     if system == "ours":
