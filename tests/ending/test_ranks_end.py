@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ending.conftest import dataflex, environment, torchrun
-
-RUNS = 3  # the fault came once in dozens of runs; what makes it possible is asserted by the other test
+from tests.ending.conftest import environment, torchrun
 
 
 @pytest.mark.gloo
@@ -21,23 +19,12 @@ def test_no_group_and_no_thread_of_gloo_is_left(configure, tmp_path, dynamic):
     command = torchrun(Path(__file__).with_name("rank.py"), tmp_path, config)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "terminate called" not in done.stderr  # once in dozens of runs, while a thread of gloo's is left
     for rank in (0, 1):
         alive = json.loads((tmp_path / f"alive-{rank}.json").read_text())
         assert not alive["group"]
         assert not [name for name in alive["native"] if "gloo" in name]
         assert alive["python"] == ["MainThread"]
-
-
-@pytest.mark.gloo
-@pytest.mark.slow
-def test_two_ranks_end_well_each_time(configure):
-    config = configure(overwrite_output_dir=True, dynamic={"interval_steps": 1, "selector": "loss"})
-    for _ in range(RUNS):
-        done = subprocess.run(
-            dataflex("train", config), env=environment(2), capture_output=True, text=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "terminate called" not in done.stderr
 
 
 PENDING = """

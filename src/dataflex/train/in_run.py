@@ -454,6 +454,7 @@ class InRun:
             handle.remove()
         sketches = capture.take(weights_B=torch.ones(int(batch))).sketches
         assert sketches is not None
+        capture.end()  # hooks of the next batch come after the engine's, without which first layers have no gradient
         if turn.mine:
             found.append((rows, sketches.cpu().numpy()))
 
