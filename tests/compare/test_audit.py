@@ -137,7 +137,7 @@ def test_what_is_left_out_leaves_no_other_trace(suite, monkeypatch):
     """Without a row the steps before its own are those of the full run; each step is a plain loop's."""
     import torch
 
-    from dataflex.offline import removal
+    from dataflex.compare import removal
 
     found = {}
 
