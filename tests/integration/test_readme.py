@@ -19,6 +19,10 @@ SHORTER = {"max_samples": 64, "cutoff_len": 32, "per_device_train_batch_size": 1
 def test_the_readme_as_typed(tmp_path, capsys):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**yaml.safe_load(readme_configuration()), **SHORTER}))
+    (tmp_path / "my").mkdir()
+    for name, source in (("pool", "pool"), ("goal", "gsm8k_valid")):
+        lines = (ROOT / f"examples/data/{source}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / f"my/{name}.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
     typed = [
         words[1:]
         for page, environment, words in SHOWN
@@ -27,6 +31,7 @@ def test_the_readme_as_typed(tmp_path, capsys):
     assert [words[0] for words in typed].count("train") == 4
     for words in typed:
         assert main(words) == 0, (words, capsys.readouterr().err)
+    assert yaml.safe_load((tmp_path / "my/towards.yaml").read_text())["dataset"] == "pool"
     checkpoints = {path.name for path in (tmp_path / "runs/mine").glob("checkpoint-*")}
     assert checkpoints == {"checkpoint-20", "checkpoint-40", "checkpoint-60"}
     events = read_events(tmp_path / "runs/mine")
