@@ -21,9 +21,9 @@ Lines = list[tuple[str, str]]
 _MOST_RECORD_BYTES = 32 << 20  # what is quick to read
 
 
-def foretold(view: Forecast, lf: LlamaFactoryArgs) -> str:
-    """Return schedule and cost of a run as text."""
-    cost_lines = _cost_lines(view, seconds_per_step(lf.output_dir, view))
+def foretold(view: Forecast, lf: LlamaFactoryArgs, step_seconds: float | None) -> str:
+    """Return schedule and cost of a run as text; ``step_seconds`` are those that an earlier run's record tells."""
+    cost_lines = _cost_lines(view, step_seconds)
     cost = ["Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines)]
     return "\n".join(["Schedule", *rows_of(_schedule_lines(view, lf)), "", *cost])
 

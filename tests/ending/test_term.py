@@ -191,7 +191,7 @@ def test_without_save_on_term_a_run_ends_at_once(run, term_at):
 
 @pytest.mark.gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["launcher", "one rank", "the whole group"])
+@pytest.mark.parametrize("whom", ["launcher", "torchrun", "one rank", "the whole group"])
 def test_two_ranks_stop_at_the_same_step(configure, slow_block, tmp_path, whom):
     config = configure(**RUN, dynamic=slow_block(), dataloader_num_workers=1)
     log = tmp_path / "log"
@@ -207,7 +207,7 @@ def test_two_ranks_stop_at_the_same_step(configure, slow_block, tmp_path, whom):
     if whom == "the whole group":
         os.killpg(process.pid, signal.SIGTERM)
     else:
-        {"launcher": process, "one rank": ranks[1]}[whom].send_signal(signal.SIGTERM)
+        {"launcher": process, "torchrun": agent, "one rank": ranks[1]}[whom].send_signal(signal.SIGTERM)
     code = process.wait(timeout=120)
     text = log.read_text()
     assert code == (TERMINATED if whom in ("launcher", "the whole group") else 1), text[-3000:]

@@ -212,12 +212,13 @@ def test_kill_and_go_on(scoring):
 
 
 @pytest.mark.gloo
-def test_two_ranks_write_what_one_writes(scoring):
+@pytest.mark.parametrize("precondition", ["sign", "ekfac"])
+def test_two_ranks_write_what_one_writes(scoring, precondition):
     scoring.write("pool", rows_of(41))
     scoring.write("goal", rows_of(5, seed=6))
     settings = {"dataset": "pool", "finetuning_type": "lora", "lora_rank": 4, "ddp_find_unused_parameters": False}
     command = ["score", scoring.config(**settings), "--method", "loss,less,random", "--targets", "goal"]
-    command += ["less.precondition=ekfac", "--out"]
+    command += [f"less.precondition={precondition}", "--out"]
     assert scoring.run(*command, "one.parquet") == 0
     process = start([*command, "two.parquet"], FORCE_TORCHRUN="1", NPROC_PER_NODE="2", ACCELERATE_TORCH_DEVICE="cpu")
     output = process.communicate(timeout=150)[0]

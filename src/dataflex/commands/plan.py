@@ -56,8 +56,9 @@ def plan(config: Path, overrides: Sequence[str] = (), tokens_per_second: float |
     targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
     size = _size(view, parts.lf, tokens_per_second)
-    values = {**values, "trains": True, **_values(view, seconds_per_step(parts.lf.output_dir, view)), **size}
-    lines += ["", foretold(view, parts.lf), "", "Size (docs/scale.md says how it is estimated)"]
+    step_seconds = seconds_per_step(parts.lf.output_dir, view)
+    values = {**values, "trains": True, **_values(view, step_seconds), **size}
+    lines += ["", foretold(view, parts.lf, step_seconds), "", "Size (docs/scale.md says how it is estimated)"]
     return Answer("\n".join([*lines, *rows_of(_size_lines(size))]), values)
 
 

@@ -36,7 +36,7 @@ from dataflex.huggingface.loop import preference_loss
 from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_space
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
-from dataflex.preview import foretold
+from dataflex.preview import foretold, seconds_per_step
 from dataflex.train.row_space import RowSpace, column_values, refuse_values
 from dataflex.train.session import Loop, Setup
 from dataflex.version import untested
@@ -181,7 +181,8 @@ class _Door(Trainer):
             targets={name: len(corpus.lengths) for name, corpus in space.targets.items()},
             row_passes=row_passes(setup.stage),
         )
-        return foretold(view, LlamaFactoryArgs.read(setup.resolved))
+        lf = LlamaFactoryArgs.read(setup.resolved)
+        return foretold(view, lf, seconds_per_step(lf.output_dir, view))
 
     def _dataflex_problems(self) -> Iterator[str]:
         """Yield what of the trainer, its arguments and its data cannot be served."""
