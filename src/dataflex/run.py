@@ -81,8 +81,7 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
 
             run_v1(parts, clock)
         else:
-            from dataflex.llamafactory.launch import ray_workers
-            from dataflex.llamafactory.swap import run
+            from dataflex.llamafactory.swap import ray_workers, run
 
             with ray_workers(mapping, base_dir) if ray else nullcontext():
                 run(lf, config, parts.early_stopping_min_delta, clock)

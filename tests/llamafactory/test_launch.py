@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from dataflex.llamafactory import launch
 from dataflex.llamafactory.launch import torchrun_command, wants_torchrun
 
 
@@ -56,9 +57,7 @@ def test_elastic():
 
 
 def test_when(monkeypatch):
-    from llamafactory.extras import misc
-
-    monkeypatch.setattr(misc, "get_device_count", lambda: 1)
+    monkeypatch.setattr(launch, "device_count", lambda: 1)
     assert not wants_torchrun()
     monkeypatch.setenv("FORCE_TORCHRUN", "1")
     assert wants_torchrun()
@@ -67,10 +66,18 @@ def test_when(monkeypatch):
     assert not wants_torchrun()
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("FORCE_TORCHRUN")
-    monkeypatch.setattr(misc, "get_device_count", lambda: 4)
+    monkeypatch.setattr(launch, "device_count", lambda: 4)
     assert wants_torchrun()
     monkeypatch.setenv("USE_RAY", "1")
     assert not wants_torchrun()
+
+
+def test_the_launcher_imports_what_it_starts_only():
+    """Ranks import LLaMA-Factory; a launcher that did too would take its ten seconds twice."""
+    code = "import sys; from dataflex.llamafactory import launch; launch.wants_torchrun(); sys.exit(%s in sys.modules)"
+    env = {**os.environ, "FORCE_TORCHRUN": "1"}
+    for module in ("'llamafactory'", "'torch'", "'transformers'"):
+        subprocess.run([sys.executable, "-c", code % module], env=env, check=True)
 
 
 @pytest.mark.slow
@@ -78,20 +85,20 @@ def test_ray_workers_train_with_our_trainer(tiny_model, data_dir, tmp_path, monk
     """What a Ray worker does, without a cluster: the driver's environment is all it gets."""
     from llamafactory.train import tuner
 
-    from dataflex.llamafactory import launch
+    from dataflex.llamafactory import swap
     from tests.integration.conftest import Outcome, base_settings
 
     lf = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
     mapping = {**lf, "dynamic": {"interval_steps": 2, "selector": "random"}}
     stock = tuner.Worker
-    with launch.ray_workers(mapping, tmp_path):
-        assert tuner.Worker is launch.RayWorker
+    with swap.ray_workers(mapping, tmp_path):
+        assert tuner.Worker is swap.RayWorker
         environment = dict(os.environ)
-        assert json.loads(environment[launch.ENVIRONMENT_KEY])["mapping"] == mapping
+        assert json.loads(environment[swap.ENVIRONMENT_KEY])["mapping"] == mapping
         worker = tuner.Worker.__new__(tuner.Worker)  # its constructor picks a device, which Ray assigns
         worker._training_function({"args": lf, "callbacks": []})
     assert tuner.Worker is stock
-    assert launch.ENVIRONMENT_KEY not in os.environ
+    assert swap.ENVIRONMENT_KEY not in os.environ
     assert any(event["event"] == "planned" for event in Outcome(tmp_path / "out").events)
 
 

@@ -156,11 +156,19 @@ def test_predictions_are_saved_beside_the_rows_that_they_are_of():
     assert list(inspect.signature(PairwiseTrainer.save_predictions).parameters) == ["self", "predict_results"]
 
 
-def test_launcher_helpers():
+def test_launcher_conditions(monkeypatch):
+    """Our launcher, which does without importing these, decides by the same devices and variables."""
     from llamafactory.extras import misc
 
-    for name in ("find_available_port", "get_device_count", "is_env_enabled", "use_kt", "use_ray"):
-        assert callable(getattr(misc, name)), name
+    from dataflex.config.args import env_enabled
+    from dataflex.llamafactory.launch import device_count
+
+    assert device_count() == misc.get_device_count()
+    for value in ("1", "y", "True", "yes", "0", ""):
+        for name, theirs in (("USE_RAY", misc.use_ray), ("USE_KT", misc.use_kt)):
+            monkeypatch.setenv(name, value)
+            assert env_enabled(name) == theirs()
+    assert env_enabled("UNSET", "1") == misc.is_env_enabled("UNSET", "1")
 
 
 def test_collators():

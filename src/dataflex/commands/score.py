@@ -10,7 +10,7 @@ from typing import Any
 from dataflex.config.args import data_set_names
 from dataflex.console import others_aside, show_log
 from dataflex.ending import release_groups
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError
 from dataflex.offline.evaluation import also, as_text, eval_request, evaluated
 from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
@@ -98,8 +98,6 @@ def evaluate(*, model: str, overrides: list[str], out: Path | None, arguments: l
 
 def _elsewhere(command: str, arguments: list[str]) -> int | None:
     """Run the command under torchrun where the environment asks for it, and return its exit code; else None."""
-    try:
-        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
-    except ImportError as error:
-        raise UnsupportedError(f"{command}: LLaMA-Factory cannot be imported: {error}") from error
+    from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
+
     return with_torchrun([command, *arguments]) if wants_torchrun() else None

@@ -87,9 +87,9 @@ _DEVICES = ("/dev/nvidia[0-9]* /dev/dxg /dev/kfd /dev/dri/renderD* /dev/davinci*
 _OTHER_DEVICES = ("torch_npu", "torch_musa", "torch_mlu", "torch_xla", "habana_frameworks")
 
 
-def env_enabled(name: str) -> bool:
+def env_enabled(name: str, default: str = "0") -> bool:
     """Whether an environment variable is on, as LLaMA-Factory reads it."""
-    return os.getenv(name, "0").lower() in ("true", "y", "1")
+    return os.getenv(name, default).lower() in ("true", "y", "1")
 
 
 def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:

@@ -1,29 +1,22 @@
-"""Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher, and Ray's workers.
+"""Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher.
 
+LLaMA-Factory is not imported: the processes that are started do so, which would otherwise take its time twice.
 Read from the environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``,
 ``MASTER_PORT``, ``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; for elastic jobs ``RDZV_ID``, ``MIN_NNODES``,
-``MAX_NNODES``, ``MAX_RESTARTS``. Upstream names relied upon: ``tuner.Worker`` and the functions of ``misc`` used here.
+``MAX_NNODES``, ``MAX_RESTARTS``.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import socket
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-from llamafactory.extras import misc
-from llamafactory.train import tuner
+from collections.abc import Mapping
 
 from dataflex.clock import LAUNCHED
+from dataflex.config.args import env_enabled
 from dataflex.ending import run_child
-from dataflex.huggingface.loop import replaced
 
-ENVIRONMENT_KEY = "DATAFLEX_RUN"
-"""Environment variable that gives Ray's workers the configuration."""
 _SHUTDOWN_SECONDS = "600"
 
 
@@ -31,9 +24,23 @@ def wants_torchrun() -> bool:
     """Whether this run is to be started under torchrun, and is not already inside it."""
     if "LOCAL_RANK" in os.environ and "RANK" in os.environ:
         return False
-    if misc.is_env_enabled("FORCE_TORCHRUN"):
+    if env_enabled("FORCE_TORCHRUN"):
         return True
-    return misc.get_device_count() > 1 and not misc.use_ray() and not misc.use_kt()
+    return not env_enabled("USE_RAY") and not env_enabled("USE_KT") and device_count() > 1
+
+
+def device_count() -> int:
+    """Return the number of accelerators that torch sees."""
+    import torch
+
+    return getattr(torch, "accelerator", torch.cuda).device_count()  # torch 2.5 has no torch.accelerator
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, free_port: int) -> list[str]:
@@ -62,38 +69,13 @@ def with_torchrun(args: list[str], began: float | None = None) -> int:
     env = dict(os.environ)
     if began is not None:
         env[LAUNCHED] = repr(began)
-    if misc.is_env_enabled("OPTIM_TORCH", "1"):
+    if env_enabled("OPTIM_TORCH", "1"):
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         env["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
-    devices = misc.get_device_count()
+    devices = device_count()
     if devices == 0:
         # Without it a rank maps checkpoints to the device 'cpu:1', which torch cannot restore to.
         env.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     # On SIGTERM torchrun kills ranks that have not ended by then; one that saves needs time for its step and its disk.
     env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
-    return run_child(torchrun_command(args, env, devices=devices, free_port=misc.find_available_port()), env)
-
-
-class RayWorker(tuner.Worker):
-    """Runs LLaMA-Factory's training function with our trainer swapped in."""
-
-    def _training_function(self, config: dict[str, Any]) -> None:
-        from dataflex.config.split import split
-        from dataflex.llamafactory.swap import least_gain, swapped
-
-        given = json.loads(os.environ[ENVIRONMENT_KEY])
-        parts = split(given["mapping"], Path(given["base_dir"]))
-        assert parts.dynamic is not None
-        with least_gain(parts.early_stopping_min_delta), swapped(parts.dynamic, dict(parts.lf)):
-            super()._training_function(config)
-
-
-@contextmanager
-def ray_workers(mapping: dict[str, Any], base_dir: Path) -> Iterator[None]:
-    """Make LLaMA-Factory start ``RayWorker``s while inside."""
-    os.environ[ENVIRONMENT_KEY] = json.dumps({"mapping": mapping, "base_dir": str(base_dir)})
-    try:
-        with replaced((tuner, "Worker", RayWorker)):
-            yield
-    finally:
-        del os.environ[ENVIRONMENT_KEY]
+    return run_child(torchrun_command(args, env, devices=devices, free_port=free_port()), env)

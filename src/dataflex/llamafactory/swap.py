@@ -1,16 +1,20 @@
-"""Puts our trainer and our loading of data in the place of LLaMA-Factory's, for the time of a run.
+"""Puts our trainer and our loading of data in the place of LLaMA-Factory's, for a run, in Ray's workers too.
 
 Upstream names relied upon, each asserted by ``tests/upstream``: the workflow modules of the stages, their
-references ``get_dataset`` and ``load_model`` and their trainer classes, ``llamafactory.train.tuner.run_exp`` and its
-``EarlyStoppingCallback``; the collators' base class ``MultiModalDataCollatorForSeq2Seq``.
+references ``get_dataset`` and ``load_model`` and their trainer classes; ``run_exp``, ``Worker`` and
+``EarlyStoppingCallback`` of ``llamafactory.train.tuner``; the collators' base class
+``MultiModalDataCollatorForSeq2Seq``.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
@@ -20,6 +24,7 @@ from dataflex.clock import OTHER, PhaseClock
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
+from dataflex.config.split import split
 from dataflex.huggingface.loop import replaced
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.llamafactory.board import lines_shown
@@ -27,6 +32,8 @@ from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.loading import Loader, changed_args
 from dataflex.train.session import Setup
 
+ENVIRONMENT_KEY = "DATAFLEX_RUN"
+"""Environment variable that gives Ray's workers the configuration."""
 TRAINERS: dict[str, tuple[str, str, str]] = {
     "pt": ("llamafactory.train.pt.workflow", "llamafactory.train.pt.workflow", "CustomTrainer"),
     "sft": ("llamafactory.train.sft.workflow", "llamafactory.train.sft.workflow", "CustomSeq2SeqTrainer"),
@@ -139,3 +146,25 @@ def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_del
     ours = nullcontext() if config is None else swapped(config, lf, clock=clock)
     with lines_shown(), least_gain(early_stopping_min_delta), ours:
         tuner.run_exp(lf)
+
+
+class RayWorker(tuner.Worker):
+    """Runs LLaMA-Factory's training function with our trainer swapped in."""
+
+    def _training_function(self, config: dict[str, Any]) -> None:
+        given = json.loads(os.environ[ENVIRONMENT_KEY])
+        parts = split(given["mapping"], Path(given["base_dir"]))
+        assert parts.dynamic is not None
+        with least_gain(parts.early_stopping_min_delta), swapped(parts.dynamic, dict(parts.lf)):
+            super()._training_function(config)
+
+
+@contextmanager
+def ray_workers(mapping: dict[str, Any], base_dir: Path) -> Iterator[None]:
+    """Make LLaMA-Factory start ``RayWorker``s while inside."""
+    os.environ[ENVIRONMENT_KEY] = json.dumps({"mapping": mapping, "base_dir": str(base_dir)})
+    try:
+        with replaced((tuner, "Worker", RayWorker)):
+            yield
+    finally:
+        del os.environ[ENVIRONMENT_KEY]
