@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.distributed.ranks import two_ranks  # noqa: F401 (a fixture: one job of two ranks serves all folders)
+
 settings.register_profile("quick", max_examples=20, deadline=None)
 settings.register_profile("full", deadline=None)  # how long an example takes is up to the machine
 settings.load_profile("full")

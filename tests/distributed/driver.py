@@ -2,8 +2,8 @@
 
 Usage: torchrun ... driver.py FOLDER. The ranks wait for ``batch-0.json``, ``batch-1.json``, ... in FOLDER: lists of
 configuration files, or null for the end. A file that holds a ``command`` is one of ``dataflex``, as a list of words.
-A job that fails is noted in ``<file>.rank<r>.error`` with the error's type
-and text, and the next one goes on; ``batch-<n>.done<r>`` says that rank r is through.
+A job that fails is noted in ``<file>.rank<r>.error`` with the error's type and text, and the next one goes on; what is
+alive when the product is done with one lies in ``<file>.alive<r>``. ``batch-<n>.done<r>`` says that rank r is through.
 
 Three things that only a machine without accelerators needs are patched here, never in the package:
 accelerate makes FSDP of several ranks on GPU-like devices only, DeepSpeed would compile a
@@ -18,6 +18,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -98,6 +99,7 @@ def main() -> None:
                     assert code == 0, f"exit code {code}"
                 else:
                     train_here([config])
+                Path(f"{config}.alive{rank}").write_text(json.dumps(alive()))
             except Exception as error:  # noqa: BLE001 (the test reads what happened)
                 Path(f"{config}.rank{rank}.error").write_text(f"{type(error).__name__}: {error}")
                 traceback.print_exc()
@@ -110,6 +112,15 @@ def main() -> None:
             GradientState._reset_state()
         sys.stdout.flush()
         batch.with_suffix(f".done{rank}").touch()
+
+
+def alive() -> dict[str, Any]:
+    """What the end of the interpreter could trip over."""
+    return {
+        "group": sys.modules["torch.distributed"].is_initialized(),
+        "native": sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")),
+        "python": [thread.name for thread in threading.enumerate() if not thread.daemon],
+    }
 
 
 def forget_engines() -> None:

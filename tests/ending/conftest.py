@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import free_port
+from tests.distributed.ranks import free_port
 from tests.integration.conftest import Runner, base_settings
 
 SLOW_STEPS = """

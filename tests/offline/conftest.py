@@ -36,6 +36,12 @@ class Scoring:
         path.write_text(json.dumps({**self.base, "output_dir": str(self.folder / "never"), **changes}))
         return str(path)
 
+    def command(self, *arguments: str) -> Path:
+        """Return a file by which ``two_ranks`` runs a command."""
+        path = self.folder / "command.json"
+        path.write_text(json.dumps({"command": arguments}))
+        return path
+
     def run(self, *arguments: str) -> int:
         from dataflex.cli import main
 

@@ -15,7 +15,6 @@ from dataflex.offline.answers import Task, Written, matches, normalized, read_ta
 from dataflex.offline.choices import Question, as_rows, outcomes, read_questions, summary
 from dataflex.offline.evaluation import eval_request
 from tests.offline.conftest import rows_of
-from tests.offline.test_score import start
 
 QUESTIONS = [
     {"question": row["instruction"], "choices": [other["output"] for other in rows_of(3 + i % 2, seed=40 + i)]}
@@ -173,12 +172,10 @@ def test_what_answers_are_compared_by():
 
 
 @pytest.mark.gloo
-def test_two_ranks_print_what_one_prints(held):
-    command = ["eval", held.config(eval_dataset="web"), "--choices", "q.jsonl", "--json", "--out"]
+def test_two_ranks_print_what_one_prints(held, two_ranks):
+    command = ["eval", held.config(eval_dataset="web"), "--choices", str(Path("q.jsonl").resolve()), "--json", "--out"]
     assert held.run(*command, "one.json") == 0
-    process = start([*command, "two.json"], FORCE_TORCHRUN="1", NPROC_PER_NODE="2", ACCELERATE_TORCH_DEVICE="cpu")
-    output = process.communicate(timeout=150)[0]
-    assert process.returncode == 0, output
+    two_ranks([held.command(*command, str(Path("two.json").resolve()))])
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["data"]["micro"]["loss"] == pytest.approx(one["data"]["micro"]["loss"], rel=1e-6)
     assert two["choices"][0]["margin"] == pytest.approx(one["choices"][0]["margin"], rel=1e-4)

@@ -200,7 +200,7 @@ def test_kill_and_go_on(scoring, resumable, caplog):
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_two_ranks_are_killed_and_go_on(scoring, resumable):
+def test_two_ranks_are_killed_and_go_on(scoring, resumable, two_ranks):
     """The same bytes as on one rank in one go."""
     command, straight, fitted = resumable
     (scoring.folder / "killed.py").write_text(KILLED)
@@ -209,20 +209,14 @@ def test_two_ranks_are_killed_and_go_on(scoring, resumable):
         "ACCELERATE_TORCH_DEVICE": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-
-    def run(most):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "killed.py"]
-        words = [*launch, "index rows", str(most), *command, "killed"]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
-        return done.returncode, done.stdout + done.stderr
-
-    code, told = run(fitted + 12)
-    assert code != 0, told
-    assert "SIGKILL" in told, told
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "killed.py"]
+    words = [*launch, "index rows", str(fitted + 12), *command, "killed"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode != 0, done.stdout + done.stderr
+    assert "SIGKILL" in done.stderr, done.stderr
     unfinished(scoring)
-    code, told = run(1000)
-    assert code == 0, told
-    assert "index rows: going on after" in told
+    told = two_ranks([scoring.command(*command, str(scoring.folder / "killed"))])
+    assert "index rows: going on after" in told, told
     assert arrays_of(scoring.folder / "killed") == straight
 
 

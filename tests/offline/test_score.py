@@ -213,23 +213,40 @@ def test_kill_and_go_on(scoring):
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("precondition", ["sign", "ekfac"])
-def test_two_ranks_write_what_one_writes(scoring, precondition):
+def test_two_ranks_write_what_one_writes(scoring, two_ranks, precondition):
     scoring.write("pool", rows_of(41))
     scoring.write("goal", rows_of(5, seed=6))
     settings = {"dataset": "pool", "finetuning_type": "lora", "lora_rank": 4, "ddp_find_unused_parameters": False}
     command = ["score", scoring.config(**settings), "--method", "loss,less,random", "--targets", "goal"]
     command += [f"less.precondition={precondition}", "--out"]
     assert scoring.run(*command, "one.parquet") == 0
-    process = start([*command, "two.parquet"], FORCE_TORCHRUN="1", NPROC_PER_NODE="2", ACCELERATE_TORCH_DEVICE="cpu")
-    output = process.communicate(timeout=150)[0]
-    assert process.returncode == 0, output
-    assert output.count("41 rows of pool -> two.parquet") == 1
+    output = two_ranks([scoring.command(*command, str(scoring.folder / "two.parquet"))])
+    assert output.count("41 rows of pool -> ") == 1, output
     one, two = (read_scores(scoring.folder / f"{name}.parquet") for name in ("one", "two"))
     assert list(one.columns) == list(two.columns)
     np.testing.assert_allclose(one.columns["loss"], two.columns["loss"], rtol=1e-6)
     np.testing.assert_allclose(one.columns["less"], two.columns["less"], rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(one.columns["random.rank"], two.columns["random.rank"])
     assert one.provenance["model"] == two.provenance["model"]
+
+
+@pytest.mark.parametrize(
+    "words", [("score", "--method", "loss", "--out", "two.parquet"), ("eval", "--choices", "q.jsonl")]
+)
+def test_ranks_are_started_where_the_environment_asks_for_them(scoring, monkeypatch, words):
+    from dataflex.llamafactory import launch
+
+    started = []
+    monkeypatch.setattr(launch, "run_child", lambda command, env: started.append(command) or 2)
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    scoring.write("pool", rows_of(4))
+    (scoring.folder / "q.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}\n')
+    command = [words[0], scoring.config(dataset="pool"), *words[1:]]
+    assert scoring.run(*command) == 2
+    (found,) = started
+    assert found[found.index("--nproc-per-node") + 1] == "2"
+    assert found[-len(command) - 2 :] == ["-m", "dataflex", *command]
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])

@@ -73,6 +73,13 @@ def two_ranks(tmp_path_factory):
         if job.process.poll() is None:
             job.say(None)
             try:
-                job.process.wait(timeout=60)
+                code = job.process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 job.kill()
+                raise
+            assert code == 0, job.log.read_text(errors="replace")[-4000:]
+
+
+def errors_of(config: Path) -> list[str]:
+    """Return what the ranks that failed said of a file that ``two_ranks`` ran."""
+    return [path.read_text() for path in config.parent.glob(f"{config.name}.rank*.error")]
