@@ -12,11 +12,14 @@ from safetensors.numpy import load_file
 
 from dataflex.cli import main
 from dataflex.config.split import resolve
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataError
 from dataflex.record.read import load_plan, read_events
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+
+
+RM = {"stage": "rm", "cutoff_len": 80}
 
 
 def sources(folder, data_dir, *names, **more):
@@ -24,6 +27,22 @@ def sources(folder, data_dir, *names, **more):
     entry = {"source": "local", "converter": "alpaca", **more}
     path.write_text(yaml.safe_dump({name: {"path": f"{data_dir / name}.jsonl", **entry} for name in names}))
     return str(path)
+
+
+def pairs(folder, data_dir, *names, **more):
+    """Write pairs of answers as v1's converter reads them, and return the file that names them."""
+    for name in names:
+        rows = [json.loads(line) for line in (data_dir / f"{name}.jsonl").read_text().splitlines()]
+        made = [{side: [_message(row["conversations"][0]), _message(row[side])] for side in SIDES} for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({**row, "source": name}) + "\n" for row in made))
+    return sources(folder, folder, *names, converter="pair", **more)
+
+
+SIDES = ("chosen", "rejected")
+
+
+def _message(turn):
+    return {"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]}
 
 
 @pytest.fixture
@@ -76,42 +95,72 @@ def told(file, capsys):
 ROWS_OF_V0 = {"stage": "sft", "do_train": True, "finetuning_type": "full", "template": "default", "report_to": "none"}
 
 
-def test_rows_are_those_of_v0_and_losses_those_of_v1_itself(train, tiny_tied, data_dir, tmp_path, monkeypatch):
+@pytest.fixture
+def rows_of_v0(tiny_model, data_dir, tmp_path):
+    """Return a function that gives the rows that v0 serves, of a model that is not tied: v0 saves no other in rm."""
+
+    def give(names, block, **more):
+        from dataflex.run import train_here
+
+        v0 = {
+            **{"model_name_or_path": str(tiny_model), "dataset_dir": str(data_dir), "dataset": names, "seed": 3},
+            **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "use_cpu": True},
+            **{"output_dir": str(tmp_path / "v0"), "save_strategy": "no", "dynamic": block, **ROWS_OF_V0, **more},
+        }
+        (tmp_path / "v0.yaml").write_text(yaml.safe_dump(v0))
+        assert train_here([str(tmp_path / "v0.yaml")]) == 0
+        return served(tmp_path / "v0")[: 4 * STEPS].tolist()
+
+    return give
+
+
+def in_the_order_of(rows, monkeypatch):
+    """Make v1's own trainer serve these rows."""
     from llamafactory.v1.core.utils import batching
 
-    from dataflex.run import train_here
+    monkeypatch.setattr(batching.StatefulDistributedSampler, "__iter__", lambda self: iter(rows.tolist()))
 
+
+def test_rows_are_those_of_v0_and_losses_those_of_v1_itself(train, rows_of_v0, monkeypatch):
     ours = train("ours", {"selector": "all"}, learning_rate=1e-3)
-    v0 = {
-        **{
-            "model_name_or_path": str(tiny_tied),
-            "dataset_dir": str(data_dir),
-            "dataset": "alpha,beta,gamma",
-            "seed": 3,
-        },
-        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "use_cpu": True},
-        **{"output_dir": str(tmp_path / "v0"), "save_strategy": "no", "dynamic": {"selector": "all"}, **ROWS_OF_V0},
-    }
-    (tmp_path / "v0.yaml").write_text(yaml.safe_dump(v0))
-    assert train_here([str(tmp_path / "v0.yaml")]) == 0
     rows = served(ours)
-    assert rows[: 4 * STEPS].tolist() == served(tmp_path / "v0")[: 4 * STEPS].tolist()
-
-    def in_our_order(self):
-        return iter(rows.tolist())
-
-    monkeypatch.setattr(batching.StatefulDistributedSampler, "__iter__", in_our_order)
+    assert rows[: 4 * STEPS].tolist() == rows_of_v0("alpha,beta,gamma", {"selector": "all"})
+    in_the_order_of(rows, monkeypatch)
     assert losses(ours) == losses(train("stock", learning_rate=1e-3))
 
 
+CHOSEN = {
+    **{"selector": {"name": "random_balanced"}, "mixer": {"name": "static", "proportions": {"pairs": 1, "pairs2": 1}}},
+    **{"interval_steps": 2, "keep_ratio": 0.5, "repeat": True},
+}
+
+
+@pytest.mark.parametrize("block", [{"selector": "all"}, CHOSEN], ids=["all", "chosen"])
+def test_pairs_are_those_of_v0_and_losses_those_of_v1_itself(block, train, rows_of_v0, data_dir, tmp_path, monkeypatch):
+    data = {"train_dataset": pairs(tmp_path, data_dir, "pairs", "pairs2"), **RM}
+    ours = train("ours", block, **data)
+    rows = served(ours)
+    assert rows[: 4 * STEPS].tolist() == rows_of_v0("pairs,pairs2", block, stage="rm")
+    in_the_order_of(rows, monkeypatch)
+    assert losses(ours) == losses(train("stock", **data))
+
+
 def test_a_recorded_run_is_the_stock_run(train):
-    recorded, stock = train("recorded", {"record": True}), train("stock")
+    recorded, stock = train("recorded", {"record": True}), train("stock", stage="sft")
     numbers = [json.loads(line) for line in (recorded / "trainer_log.jsonl").read_text().splitlines()]
     assert losses(recorded) == losses(stock)
     assert len(losses(stock)) == STEPS
     by_domain = {key.rpartition("/")[2] for line in numbers for key in line if key.startswith("dataflex/loss/")}
     assert by_domain == {"alpha", "beta", "gamma"}
     assert not (stock / "dataflex").exists()
+
+
+def test_a_recorded_run_of_pairs_is_the_stock_run(train, data_dir, tmp_path):
+    data = {**RM, "train_dataset": pairs(tmp_path, data_dir, "pairs", "pairs2")}
+    recorded, stock = train("recorded", {"record": True}, **data), train("stock", **data)
+    assert losses(recorded) == losses(stock)
+    last = json.loads((recorded / "trainer_log.jsonl").read_text().splitlines()[-1])
+    assert last["dataflex/sequences/pairs"] + last["dataflex/sequences/pairs2"] == 4 * STEPS
 
 
 RESUMED = {
@@ -133,6 +182,28 @@ def test_a_resumed_run_goes_on_exactly(train, data_dir, tmp_path):
     mean = [folder / "averaged" / "model.safetensors" for folder in (whole, again)]
     assert mean[0].read_bytes() == mean[1].read_bytes()
     assert mean[0].read_bytes() != (whole / "model.safetensors").read_bytes()
+
+
+def test_a_resumed_run_of_pairs_goes_on_exactly(train, data_dir, tmp_path):
+    block = {
+        "selector": {"name": "dsir", "targets": ["pairs2"]},
+        **{"orderer": {"name": "sorting", "by": "length"}, "domain_column": "source"},
+        **{"interval_steps": 4, "keep_ratio": 0.5, "repeat": True},
+    }
+    held = pairs(tmp_path, data_dir, "pairs2")
+    data = {"train_dataset": pairs(tmp_path, data_dir, "pairs"), "eval_dataset": held, **RM}
+    whole = train("whole", block, save_steps=3, **data)
+    again = train("again", block, resume_from_checkpoint=str(whole / "checkpoint-3"), **data)
+    assert losses(again) == losses(whole)[3:]
+    weights = [folder / "model.safetensors" for folder in (whole, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert "score.weight" in load_file(whole / "model.safetensors")
+
+
+def test_pairs_that_are_cut_to_one_answer_are_refused(train, data_dir, tmp_path):
+    data = {**RM, "train_dataset": pairs(tmp_path, data_dir, "pairs"), "cutoff_len": 6}
+    with pytest.raises(DataError, match=r"cutoff_len: 6 leaves 16 of 16 pairs no token of the rejected answer"):
+        train("cut", {"selector": "all"}, **data)
 
 
 def test_a_broken_checkpoint_is_refused(train, given):
@@ -173,7 +244,7 @@ def test_epochs_are_those_of_v0(train, data_dir, tmp_path):
 REFUSED = {
     "stage": (
         "dpo",
-        r"stage: LLaMA-Factory v1 trains sft here, and v1's own trainer of preferences is not written yet",
+        "stage: LLaMA-Factory v1 trains sft and rm, and v1's own trainer of preferences is not written yet",
     ),
     "eval_strategy": ("steps", "eval_strategy: LLaMA-Factory v1 evaluates nothing during training"),
     "dist_config": ({"name": "fsdp2"}, "dist_config: fsdp2 is not tested with a plan"),
@@ -194,13 +265,64 @@ def test_what_v1_cannot_do_is_refused(key, given, capsys):
     assert wanted in printed
 
 
-def test_which_trainers_v1_has_is_told_as_it_is(given, capsys):
-    from llamafactory.v1.trainers import dpo_trainer, rm_trainer
+REFUSED_OF_PAIRS = {
+    "weighter": ({"dynamic": {"weighter": "focal"}}, "dynamic.weighter: "),
+    "selector": ({"dynamic": {"selector": "loss", "interval_steps": 2}}, "dynamic.selector: "),
+    "mixer": ({"dynamic": {"mixer": "odm", "interval_steps": 2}}, "dynamic.mixer: "),
+    "peft_config": ({"dynamic": {"selector": "all"}, "peft_config": {"name": "lora"}}, "peft_config: LLaMA-Factory v1"),
+}
 
-    assert hasattr(rm_trainer, "run_rm")
+
+@pytest.mark.parametrize("key", REFUSED_OF_PAIRS)
+def test_what_v0_or_v1_cannot_do_with_pairs_is_refused(key, given, data_dir, tmp_path, capsys):
+    changes, wanted = REFUSED_OF_PAIRS[key]
+    code, printed = told(given("refused", **RM, train_dataset=pairs(tmp_path, data_dir, "pairs"), **changes), capsys)
+    assert (code, wanted in printed) == (2, True)
+
+
+def test_rows_and_stage_must_fit(given, data_dir, tmp_path, capsys):
+    block = {"selector": "all"}
+    code, printed = told(given("answers", dynamic=block, **RM), capsys)
+    wanted = (
+        "train_dataset: 'alpha' has the converter 'alpaca', whose rows are not pairs of answers, which stage rm takes"
+    )
+    assert (code, f"{wanted} (known: pair)" in printed) == (2, True)
+    of_pairs = pairs(tmp_path, data_dir, "pairs")
+    code, printed = told(given("sft", dynamic=block, train_dataset=of_pairs), capsys)
+    wanted = "'pairs' has the converter 'pair', whose rows are not answers to train on"
+    assert (code, wanted in printed) == (2, True)
+    other = sources(tmp_path, data_dir, "pairs2", converter="pair")
+    code, printed = told(given("columns", dynamic=block, **RM, train_dataset=other), capsys)
+    assert (code, "columns found" in printed) == (0, False)
+    unconverted = sources(tmp_path, tmp_path, "pairs", converter=None)
+    code, printed = told(given("lacking", dynamic=block, **RM, train_dataset=unconverted), capsys)
+    assert (code, "'pairs' has no column 'chosen_messages' for the chosen" in printed) == (2, True)
+
+
+def test_which_trainers_v1_has_is_told_as_it_is(given, train, tiny_tied, data_dir, tmp_path, capsys):
+    """A stage is refused, and a fault told, as long as it is v1's."""
+    import torch
+    from llamafactory.v1.trainers import dpo_trainer
+    from transformers import AutoModelForTokenClassification
+
     assert not hasattr(dpo_trainer, "run_dpo")
-    code, printed = told(given("refused", dynamic={"selector": "all"}, stage="rm"), capsys)
-    assert (code, "v1's trainer of reward models ('llamafactory-cli rm') is not served" in printed) == (2, True)
+    model = AutoModelForTokenClassification.from_pretrained(tiny_tied, num_labels=1).eval()
+    rejected = [5, 6, 7]
+    scores = []
+    for chosen in ([8, 9], [10, 11]):
+        found = model(
+            input_ids=torch.tensor([chosen + rejected]),
+            attention_mask=torch.tensor([[1, 1, 2, 2, 2]]),
+            position_ids=torch.tensor([[0, 1, 0, 1, 2]]),
+            use_cache=False,
+        )
+        scores.append(found.logits[0, -1, 0].item())
+    assert scores[0] != scores[1]
+    file = given("rm", dynamic={"selector": "all"}, **RM, train_dataset=pairs(tmp_path, data_dir, "pairs"))
+    code, printed = told(file, capsys)
+    assert (code, "a rejected answer sees the chosen one before it" in printed) == (0, True)
+    with pytest.raises(AttributeError, match="prepare_inputs_for_generation"):
+        train("lora", peft_config={"name": "lora"}, **RM, train_dataset=pairs(tmp_path, data_dir, "pairs"))
 
 
 def test_several_mistakes_are_told_at_once(given, data_dir, tmp_path, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 
 import pytest
 
@@ -285,7 +286,7 @@ def test_the_trainer_of_v1_goes_through_batches_in_this_order():
     """The seams of LLaMA-Factory v1: what is looked up where, and when a step's batches are gone through."""
     from llamafactory.v1.core import base_trainer
     from llamafactory.v1.core.utils import checkpoint
-    from llamafactory.v1.trainers import sft_trainer
+    from llamafactory.v1.trainers import rm_trainer, sft_trainer
 
     source = inspect.getsource(base_trainer.BaseTrainer.fit)
     steps = [
@@ -309,6 +310,9 @@ def test_the_trainer_of_v1_goes_through_batches_in_this_order():
     for call in ("BatchGenerator(", "TrainingCheckpointCoordinator(self)", "self._checkpoint.resume("):
         assert call in made
     assert "SFTTrainer(" in inspect.getsource(sft_trainer.run_sft)
+    assert "RMTrainer(" in inspect.getsource(rm_trainer.run_rm)
+    read = inspect.getsource(rm_trainer.RMTrainer.compute_loss)
+    assert set(re.findall(r"batch(?:\.get\(|\[)\"(\w+)", read)) == {"input_ids", "token_type_ids"}
     saved = inspect.getsource(checkpoint.TrainingCheckpointCoordinator.save)
     for name in ("mark_checkpoint_complete(", "save_total_limit", 'f"checkpoint-{self._t.global_step}"'):
         assert name in saved

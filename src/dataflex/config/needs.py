@@ -250,7 +250,7 @@ def _average(options: AverageConfig, run: RunFacts) -> Iterator[str]:
     if run.partitioned:
         yield f"{key}: needs whole parameters, and {run.partitioned} partitions them; use plain data parallelism"
     if run.stage == "rm":
-        yield f"{key}: a reward model's head is saved apart, by LLaMA-Factory and from the model as it is; remove it"
+        yield f"{key}: a reward model's head is saved apart by LLaMA-Factory (v0), from the model as it is; remove it"
     if total is not None and options.last_steps > total:
         yield f"{key}.last_steps: the run has {total:,} steps, fewer than the {options.last_steps:,} asked for"
 

@@ -13,7 +13,7 @@ from dataflex.config.check import first_told, found_problems, notes
 from dataflex.config.legacy import translate
 from dataflex.config.load import without_oddities
 from dataflex.config.schema import FLAT_KEYS, DynamicConfig, block_keys
-from dataflex.config.v1 import is_v1, named, refused, translated
+from dataflex.config.v1 import SEES_BOTH, is_v1, named, refused, translated
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import KINDS
 
@@ -86,8 +86,10 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
     parts = replace(parts, v1=v1)
     if parts.dynamic is None:
         return parts
-    of_run = notes(parts.dynamic, parts.lf, base_dir)
-    return replace(parts, notes=(*parts.notes, *dict.fromkeys(of_run if v1 is None else map(named, of_run))))
+    of_run = [*notes(parts.dynamic, parts.lf, base_dir)]
+    if v1 is not None:
+        of_run = [*map(named, of_run), *([SEES_BOTH] if parts.lf.stage == "rm" else [])]
+    return replace(parts, notes=(*parts.notes, *dict.fromkeys(of_run)))
 
 
 def _misspelt(mapping: Mapping[str, Any]) -> list[str]:

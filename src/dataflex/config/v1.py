@@ -42,19 +42,32 @@ _FORMATS: Mapping[str | None, dict[str, Any]] = {
     "sharegpt": {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
 }
 """v1's converters of single answers, as v0 would describe their files."""
+_PAIRS: Mapping[str | None, dict[str, Any]] = {
+    converter: {
+        **{"formatting": "sharegpt", "ranking": True},
+        "columns": {"messages": f"chosen{more}", "chosen": f"chosen{more}", "rejected": f"rejected{more}"},
+    }
+    for converter, more in ((None, "_messages"), ("pair", ""))
+}
+"""The same of pairs of answers, each of which v1 keeps as a whole conversation."""
 _EVALUATES = (
     "do_eval do_predict eval_delay eval_on_start eval_steps eval_strategy load_best_model_at_end "
     "per_device_eval_batch_size predict_with_generate val_size"
 ).split()
+SERVED = ("sft", "rm")
+"""Stages with a trainer in v1, which has no such key: there the command names it (``llamafactory-cli rm``)."""
 _STAGES = {
     "pt": "v1 has no pre-training",
-    "sft": "it is the only stage here, and v1 has no such key",
-    "rm": "v1's trainer of reward models ('llamafactory-cli rm') is not served",
-    "dpo": "v1's own trainer of preferences is not written yet",
+    "dpo": "v1's own trainer of preferences is not written yet ('llamafactory-cli dpo' says so)",
     "kto": "v1 has no such trainer",
     "ppo": "v1 has no such trainer",
 }
 _INSTEAD = "remove it, or use the keys of LLaMA-Factory v0"
+SEES_BOTH = (
+    "stage: in LLaMA-Factory v1's trainer of reward models a rejected answer sees the chosen one before it, since its "
+    "mask of documents is one of padding to transformers 5; v0's trainer keeps the two apart"
+)
+"""A fault of v1, told of every run that it concerns."""
 
 
 def is_v1(mapping: Mapping[str, Any]) -> bool:
@@ -77,7 +90,9 @@ def translated(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not v1_table():
         return ours, [f"model: LLaMA-Factory v1 is not installed: {install('llamafactory')}"]
     given, problems = _checked(mapping)
-    lf: dict[str, Any] = {"stage": "sft", "do_train": True, "model_name_or_path": given["model"]}
+    pairs = str(mapping.get("stage")) in ("rm", "dpo")
+    lf: dict[str, Any] = {"stage": str(mapping["stage"]) if pairs else "sft", "do_train": True}
+    lf["model_name_or_path"] = given["model"]
     lf |= {key: given[key] for key in _SAME if given.get(key) is not None}
     lf["save_strategy"] = "no" if given.get("save_steps") is None else "steps"
     if str(given.get("resume_from_checkpoint") or "auto") != "auto":
@@ -91,8 +106,8 @@ def translated(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"global_batch_size: {told}")
     lf["per_device_train_batch_size"] = micro
     lf["gradient_accumulation_steps"] = 1 if whole is None else max(1, whole // max(micro * ranks, 1))
-    train, of_train = _entries("train_dataset", given)
-    other, of_other = _entries("eval_dataset", given)
+    train, of_train = _entries("train_dataset", given, _PAIRS if pairs else _FORMATS)
+    other, of_other = _entries("eval_dataset", given, _PAIRS if pairs else _FORMATS)
     both = ", ".join(name for name in other if name in train and other[name] != train[name])
     problems += [*of_train, *of_other, *([f"eval_dataset: {both}: of this name is a training set too"] if both else [])]
     lf["dataset_dir"] = {**other, **train}
@@ -105,11 +120,11 @@ def _checked(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return v1's keys with its defaults, those of unusable values too, and the problems of what is written."""
     known, given, problems = v1_table(), {}, []
     for key, value in mapping.items():
-        if key == "dynamic":
+        if key == "dynamic" or (key == "stage" and value in SERVED):
             continue
         if key == "stage":
             told = _STAGES.get(str(value), f"there is no stage {shown(value)}")
-            problems.append(f"stage: LLaMA-Factory v1 trains sft here, and {told}; {_INSTEAD}")
+            problems.append(f"stage: LLaMA-Factory v1 trains {' and '.join(SERVED)}, and {told}; {_INSTEAD}")
         elif key in _EVALUATES or (key.startswith("eval_") and key != "eval_dataset"):
             problems.append(f"{key}: LLaMA-Factory v1 evaluates nothing during training; {_INSTEAD}")
         elif key not in known:
@@ -129,7 +144,9 @@ def _name(plugin: Any) -> str:
     return str(plugin.get("name", "")) if isinstance(plugin, Mapping) else str(plugin)
 
 
-def _entries(key: str, given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _entries(
+    key: str, given: Mapping[str, Any], formats: Mapping[str | None, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the data sets that a key names, as ``dataset_info.json`` would describe them, and problems."""
     import yaml
 
@@ -153,12 +170,13 @@ def _entries(key: str, given: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
             problems.append(f"{key}: {name!r} in {path} must be a mapping with a 'path'")
         elif info.get("streaming"):
             problems.append(f"{key}: {name!r} is streamed, and rows must be read in any order; remove 'streaming'")
-        elif info.get("converter") not in _FORMATS:
-            others = ", ".join(str(each) for each in _FORMATS if each)
-            told = f"has the converter {info['converter']!r}, whose rows are not answers to train on (known: {others})"
+        elif info.get("converter") not in formats:
+            others = ", ".join(str(each) for each in formats if each)
+            wanted = "pairs of answers, which stage rm takes" if formats is _PAIRS else "answers to train on"
+            told = f"has the converter {info['converter']!r}, whose rows are not {wanted} (known: {others})"
             problems.append(f"{key}: {name!r} {told}")
         else:
-            found[str(name)] = _entry(info)
+            found[str(name)] = {**_entry(info), **formats[info.get("converter")]}
     return found, problems
 
 
@@ -171,7 +189,7 @@ def _entry(info: Mapping[str, Any]) -> dict[str, Any]:
         size = sum(count or 0 for count in counts)
     if size is not None:
         entry["num_samples"] = int(size * (1 if weight is None else weight))
-    return {**entry, **_FORMATS[info.get("converter")]}
+    return entry
 
 
 def refused(dynamic: DynamicConfig | None, mapping: Mapping[str, Any]) -> Iterator[str]:
@@ -182,12 +200,17 @@ def refused(dynamic: DynamicConfig | None, mapping: Mapping[str, Any]) -> Iterat
             "there; remove it"
         )
     for key, usual in (("batching_strategy", "normal"), ("model_class", "llm")):
-        if (value := mapping.get(key)) not in (None, usual):
+        if (value := mapping.get(key)) not in (None, usual) and (key, mapping.get("stage")) != ("model_class", "rm"):
             yield f"{key}: {shown(value)} is not served: a plan deals out rows of a language model; remove it"
     if mapping.get("dist_config"):
         yield (
             f"dist_config: {_name(mapping['dist_config'])} is not tested with a plan; remove it (ranks are then joined "
             "by DistributedDataParallel), or use the keys of LLaMA-Factory v0"
+        )
+    if mapping.get("stage") == "rm" and (peft := mapping.get("peft_config")) and _name(peft) != "freeze":
+        yield (
+            "peft_config: LLaMA-Factory v1 makes an adapter for a model that writes text, which a reward model is not "
+            "(it ends with AttributeError); remove it, or use the keys of LLaMA-Factory v0"
         )
     for line in () if dynamic is None else elsewhere(dynamic):
         yield f"{line.partition(':')[0]}: has no effect under LLaMA-Factory v1; remove it"

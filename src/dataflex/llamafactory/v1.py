@@ -1,9 +1,9 @@
-"""The adapter between LLaMA-Factory v1's trainer of sft and a session.
+"""The adapter between LLaMA-Factory v1's trainers, of sft and of reward models, and a session.
 
 v1 asks for the micro-batches of an optimizer step right after the update before; there the session serves them. The
 gradients of a step are whole when the last of its micro-batches has been gone through. Upstream names relied upon, each
 asserted by ``tests/upstream``: what is imported here of ``llamafactory.v1``, the trainer's methods overridden here, the
-order in which ``fit`` works, and the names that ``base_trainer``, ``sft_trainer`` and ``checkpoint`` look up.
+order in which ``fit`` works, and the names that ``base_trainer``, the trainers and ``checkpoint`` look up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llamafactory.v1.core import base_trainer
 from llamafactory.v1.core.data_engine import DataEngine
 from llamafactory.v1.core.utils import checkpoint as v1_checkpoint
 from llamafactory.v1.core.utils.batching import BatchGenerator
-from llamafactory.v1.trainers import sft_trainer
+from llamafactory.v1.trainers import rm_trainer, sft_trainer
 from llamafactory.v1.utils.callbacks import TrainerCallback
 from llamafactory.v1.utils.helper import compute_valid_tokens, get_tokenizer
 from torch.nn.parallel import DistributedDataParallel
@@ -38,6 +38,8 @@ from dataflex.train.loader import ROWS
 from dataflex.train.session import Loop, Session, Setup
 
 _OF_LOSS = ("labels", "loss_weights")
+_TRAINERS = {"sft": (sft_trainer, "SFTTrainer", "run_sft"), "rm": (rm_trainer, "RMTrainer", "run_rm")}
+"""Where v1 looks up the trainer of a stage, and what starts it."""
 
 
 class _Batches(list[Any]):
@@ -149,8 +151,8 @@ class Checkpoints(v1_checkpoint.TrainingCheckpointCoordinator):
         return found
 
 
-class DynamicTrainer(sft_trainer.SFTTrainer):
-    """v1's trainer of sft with data that is decided during training."""
+class DynamicTrainer(base_trainer.BaseTrainer):
+    """What goes before v1's trainer of a stage, whose data is then decided during training."""
 
     dataflex_setup: Setup
     held_out: str | None  # where targets are looked up first
@@ -162,7 +164,8 @@ class DynamicTrainer(sft_trainer.SFTTrainer):
             args.max_steps = setup.config.total_steps
         with setup.clock.phase("data"):
             engines = self.train_dataset, DataEngine(self.held_out) if self.held_out else self.train_dataset
-            rows, held = (RenderedRows(engine, self.renderer, args.cutoff_len) for engine in engines)
+            pairs = setup.stage == "rm"
+            rows, held = (RenderedRows(engine, self.renderer, args.cutoff_len, pairs=pairs) for engine in engines)
             setup.space = rows.space(setup.config, held)
         if self.dataflex.weighs and (odd := [each for each in loss_weights(setup.rows) if each not in (0.0, 1.0)]):
             told = f"messages have a loss_weight of {odd[0]:g}, which the loss that a method here makes would leave out"
@@ -257,15 +260,20 @@ class DynamicTrainer(sft_trainer.SFTTrainer):
 
 
 def run(parts: Split, clock: PhaseClock) -> None:
-    """Train in this process as LLaMA-Factory v1 does: stock without a dynamic block, else with our trainer."""
+    """Train in this process as LLaMA-Factory v1 does: stock without a dynamic block, else with our trainer.
+
+    The stage, which v1 is told by its command, is a key here.
+    """
     args, config = dict(parts.v1 or {}), parts.dynamic
+    stage = args.pop("stage") if str(args.get("stage")) in _TRAINERS else "sft"
+    module, name, start = _TRAINERS[stage]
     if config is None:
-        sft_trainer.run_sft(args)
+        getattr(module, start)(args)
         return
     resolved = {**parts.lf, "dynamic": as_mapping(config)}
-    setup = Setup(config=config, resolved=resolved, stage="sft", clock=clock)
-    ours = type("DynamicSFTTrainer", (DynamicTrainer,), {"dataflex_setup": setup, "held_out": args.get("eval_dataset")})
-    changes = ((sft_trainer, "SFTTrainer", ours), (base_trainer, "TrainingCheckpointCoordinator", Checkpoints))
-    with replaced(*changes):
-        sft_trainer.run_sft(args)
+    setup = Setup(config=config, resolved=resolved, stage=stage, clock=clock)
+    given = {"dataflex_setup": setup, "held_out": args.get("eval_dataset")}
+    ours = type(f"Dynamic{name}", (DynamicTrainer, getattr(module, name)), given)
+    with replaced((module, name, ours), (base_trainer, "TrainingCheckpointCoordinator", Checkpoints)):
+        getattr(module, start)(args)
     setup.recorder.ended()

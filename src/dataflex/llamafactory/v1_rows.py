@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from llamafactory.v1.core.data_engine import DataEngine
 from llamafactory.v1.utils.helper import pad_and_truncate
+from pyarrow.compute import list_value_length
 from torch.utils.data import default_collate
 
 from dataflex import comm
@@ -34,16 +35,17 @@ class RenderedRows:
         engine: It has loaded the data.
         renderer: Turns messages into tokens.
         cutoff_len: Tokens of a row at most.
+        pairs: Whether a row is a pair of answers, kept as v0 keeps it: each with its prompt.
     """
 
-    def __init__(self, engine: DataEngine, renderer: Any, cutoff_len: int) -> None:
-        self._engine, self._renderer, self._cutoff = engine, renderer, cutoff_len
+    def __init__(self, engine: DataEngine, renderer: Any, cutoff_len: int, *, pairs: bool = False) -> None:
+        self._engine, self._renderer, self._cutoff, self._pairs = engine, renderer, cutoff_len, pairs
 
     def of(self, name: str) -> Dataset:
         """Return the rows of one source, which rank 0 renders first and the ``datasets`` cache keeps (collective)."""
         engine, raw = copy.copy(self._engine), self._engine.datasets[name]
         engine.datasets, engine.data_index = {}, []  # the cache knows its work by all that makes it
-        render = partial(_render, engine, self._renderer, self._cutoff, name)
+        render = partial(_render, engine, self._renderer, self._cutoff, self._pairs, name)
         if comm.rank() > 0:
             comm.barrier()
         made = raw.map(render, remove_columns=raw.column_names)
@@ -76,6 +78,9 @@ class RenderedRows:
             for target in config.targets
         }
         rows = self._indexed([self.of(name) for name in engine.datasets])
+        if self._pairs and not config.stock and (lone := _without_rejected(rows)):
+            told = f"leaves {lone:,} of {len(rows):,} pairs no token of the rejected answer, on which v1 ends"
+            raise DataError(f"cutoff_len: {self._cutoff} {told}; raise it, or remove those pairs")
         return RowSpace.of(rows, domains=domains, columns=columns, targets=targets)
 
     def _indexed(self, parts: list[Dataset]) -> Dataset:
@@ -87,17 +92,44 @@ class RenderedRows:
         return joined if rows == [*range(len(joined))] else joined.select(rows)
 
 
-def _render(engine: DataEngine, renderer: Any, cutoff_len: int, name: str, raw: dict[str, Any]) -> dict[str, Any]:
+def _render(
+    engine: DataEngine, renderer: Any, cutoff_len: int, pairs: bool, name: str, raw: dict[str, Any]
+) -> dict[str, Any]:
     made = renderer.process_samples([engine._convert_data_sample(raw, name)])[0]
-    if "token_type_ids" in made or isinstance([*made["position_ids"], 0][0], list):
-        what = "pairs of answers, or a position of several numbers for each token"
-        raise UnsupportedError(f"train_dataset: {name!r} has {what}, which are not planned")
-    return {key: list(value[:cutoff_len]) for key, value in made.items() if key not in _NOT_TOKENS}
+    types = [*made.pop("token_type_ids", ())][:cutoff_len]
+    if bool(types) != pairs:
+        what = "pairs of answers, which stage rm takes" if types else "rows that are no pairs of answers"
+        raise UnsupportedError(f"train_dataset: {name!r} has {what}")
+    if np.ndim(made.get("position_ids", ())) > 1:
+        raise UnsupportedError(f"train_dataset: {name!r} has a position of several numbers for each token: not planned")
+    row = {key: list(value[:cutoff_len]) for key, value in made.items() if key not in _NOT_TOKENS}
+    if not pairs:
+        return row
+    ends = {"chosen": slice(types.count(1)), "rejected": slice(types.count(1), None)}
+    return {f"{side}_{key}": row[key][part] for side, part in ends.items() for key in ("input_ids", "labels")}
+
+
+def _without_rejected(pairs: Dataset) -> int:
+    """Return how many pairs have no token of the rejected answer."""
+    column = pairs.select_columns(["rejected_input_ids"]).with_format("arrow")[:].column(0)
+    return int((list_value_length(column).to_numpy() == 0).sum())
+
+
+def _joined(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a pair as v1's trainer of reward models wants it: one sequence, each token with its answer."""
+    chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
+    return {
+        "input_ids": [*chosen, *rejected],
+        "attention_mask": [1] * (len(chosen) + len(rejected)),
+        "labels": [*row["chosen_labels"], *row["rejected_labels"]],
+        "token_type_ids": [1] * len(chosen) + [2] * len(rejected),
+    }
 
 
 def collate(cutoff_len: int, left_out: tuple[str, ...], features: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch as v1 makes it, without the columns ``left_out``."""
-    kept = [{key: value for key, value in row.items() if key not in left_out} for row in features]
+    rows = [_joined(row) if "rejected_input_ids" in row else row for row in features]
+    kept = [{key: value for key, value in row.items() if key not in left_out} for row in rows]
     return dict(default_collate(pad_and_truncate(kept, cutoff_len)))
 
 
