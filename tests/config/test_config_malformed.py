@@ -373,6 +373,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "model missing": ({"model_name_or_path": None}, ["model_name_or_path: missing"]),
     "model folder missing": ({"model_name_or_path": "./modl"}, ["model_name_or_path: no such folder: ./modl"]),
     "deepspeed file missing": ({"deepspeed": "ds.json"}, ["deepspeed: no such file: ds.json"]),
+    "muon under FSDP2": (
+        {"use_muon": True, "fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}},
+        ["use_muon: LLaMA-Factory's Muon loses its state"],
+    ),
     "output missing": ({"output_dir": None}, ["output_dir: missing; checkpoints, plans and the record"]),
     "output is a file": ({"output_dir": "data/a.jsonl/out"}, ["output_dir:", "a.jsonl is a file, not a folder"]),
     "checkpoint missing": (

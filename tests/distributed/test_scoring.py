@@ -41,7 +41,12 @@ def scored(tmp_path_factory, tiny_model, two_ranks):
         asked = [f"resume_from_checkpoint={checkpoint}"]
         moments = ["less.precondition=true_adam", "--out", str(folder / f"{name}.parquet")]
         evaluate = ["eval", str(score), "--data", "goal", "--out", str(folder / f"eval-{name}.json")]
-        return run, [["score", str(score), *asked, *METHODS, *moments], evaluate]
+        curvature = ["less.precondition=ekfac", "less.ekfac_rows=12", "--out", str(folder / f"ekfac-{name}.parquet")]
+        return run, [
+            ["score", str(score), *asked, *METHODS, *moments],
+            ["score", str(score), *asked, "--method", "less", "--targets", "goal", *curvature],
+            evaluate,
+        ]
 
     made = []
     for engine in ENGINES:
@@ -66,6 +71,13 @@ def test_scores_are_those_of_one_rank(scored, engine):
     for name in ("loss", "less", "grad_norm"):
         scale = np.abs(one.columns[name]).max()
         np.testing.assert_allclose(two.columns[name], one.columns[name], rtol=1e-4, atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_influence_by_curvature_is_that_of_one_rank(scored, engine):
+    one, two = (read_scores(scored / f"ekfac-{name}.parquet") for name in ("one", engine))
+    scale = np.abs(one.columns["less"]).max()
+    np.testing.assert_allclose(two.columns["less"], one.columns["less"], rtol=1e-3, atol=1e-3 * scale)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -339,7 +339,7 @@ def takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
 
 
 def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
-    """Yield problems of the paths of the model and of DeepSpeed's configuration."""
+    """Yield problems of the paths of the model and of DeepSpeed's configuration, and of an optimizer under FSDP2."""
     model = lf.model_name_or_path
     if not model:
         yield "model_name_or_path: missing; give a model's folder or its name on a hub"
@@ -348,6 +348,9 @@ def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
     deepspeed = lf.deepspeed
     if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
         yield f"deepspeed: no such file: {deepspeed}"
+    if lf.on("use_muon") and partitioned_by(lf) == FSDP2:
+        told = "LLaMA-Factory's Muon loses its state where FSDP2 replaces the parameters, and fails in the first step"
+        yield f"use_muon: {told}; use plain data parallelism, or an AdamW optimizer"
 
 
 def _output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
