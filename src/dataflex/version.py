@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 
 from dataflex.printable import Answer
 
@@ -19,10 +20,13 @@ def install(extra: str) -> str:
     return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
+@cache
 def version_of(package: str) -> str | None:
-    """Return the installed version of a package, or None."""
+    """Return the installed version of a package, or None; ``dataflex`` is ours, whatever else has that name."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import, and seldom needed
 
+    if package == "dataflex":
+        return __version__
     try:
         return version(package)
     except PackageNotFoundError:
@@ -46,8 +50,8 @@ def untested() -> list[str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a result depends on."""
-    packages = ("llamafactory", "transformers", "torch", "accelerate", "datasets", "peft", "numpy")
-    return {"dataflex": __version__, **{package: version_of(package) or "missing" for package in packages}}
+    packages = ("dataflex", "llamafactory", "transformers", "torch", "accelerate", "datasets", "peft", "numpy")
+    return {package: version_of(package) or "missing" for package in packages}
 
 
 def version_lines() -> Answer:

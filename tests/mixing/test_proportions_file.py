@@ -22,6 +22,7 @@ from dataflex.plan.proportions import (
     write_proportions,
 )
 from dataflex.testing import example_context
+from dataflex.version import __version__
 from tests.config.conftest import _plain_environment, add_column, config, project
 
 __all__ = ["_plain_environment", "config", "project"]
@@ -40,7 +41,7 @@ def test_a_file_reads_back(tmp_path):
     assert back.method == "log_linear"
     assert back.provenance["settings"] == {"kl": 0.05}
     assert back.provenance["config_digest"] == "abc"
-    assert back.provenance["versions"]["numpy"] == np.__version__
+    assert back.provenance["versions"] == {"dataflex": __version__, "numpy": np.__version__}
     assert back.provenance["date"].endswith("+00:00")
     assert back.details == {"gap": 0.0}
     assert [file.name for file in path.parent.iterdir()] == ["mixture.json"]

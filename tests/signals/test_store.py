@@ -19,6 +19,7 @@ from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass, package_versions
 from dataflex.state import owner
+from dataflex.version import __version__
 from tests.signals import store_worker
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +79,10 @@ def test_every_field_of_the_fingerprint_counts(store):
         key(method="token losses 2"),
         key(parameters={"el2n": True, "sizes": (1, 3)}),
         key(versions={**package_versions(), "torch": "0.0"}),
+        key(versions={**package_versions(), "dataflex": "0.0.1"}),
     ]
-    assert len({other.name for other in others} | {key().name}) == 6
+    assert package_versions()["dataflex"] == __version__  # whatever another package of that name has
+    assert len({other.name for other in others} | {key().name}) == 7
     assert all(store.get(other) is None for other in others)
     assert store.get(key(parameters={"sizes": [1, 2], "el2n": True})) is not None  # order and tuples do not
     assert key().name.startswith("token-losses-")
