@@ -1,4 +1,4 @@
-"""The sequences of a micro-batch: sums over their positions, and values given to all of them. No torch at import."""
+"""The sequences of a micro-batch, and rows joined into one: sums, and values by position. No torch at import."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Where the R rows of a micro-batch lie whose collator joined them into one sequence of L tokens."""
+
+    rows_R: NDArray[np.int64]  # row ids, in their order in the sequence
+    index_RT: torch.Tensor  # place of each row's tokens in the sequence, int64 [R, T], 0 beyond a row's end
+    there_RT: torch.Tensor  # bool: where a row has a token
+
+    def split(self, values_1L: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """Return values of the sequence [1, L, ...] by row [R, T, ...], with gradient; ``fill`` beyond a row's end."""
+        there = self.there_RT.reshape(*self.there_RT.shape, *[1] * (values_1L.dim() - 2))
+        return values_1L[0][self.index_RT].masked_fill(~there, fill)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,14 +105,14 @@ class Kind:
         cls = Trainer if name == "Trainer" else getattr(trl, name)
         if block is not None:
             cls = dataflex.wrap(cls, block, **door)
-        rows = changes.pop("rows", None) or texts(24)
+        rows, collator = changes.pop("rows", None) or texts(24), changes.pop("collator", padded)
         settings = {**SETTINGS, "output_dir": str(out), **changes}
         if name == "Trainer":
             return cls(
                 model=self.model(),
                 args=TrainingArguments(**settings),
                 train_dataset=tokenized(self.tokenizer, rows),
-                data_collator=settings.pop("collator", padded),
+                data_collator=collator,
             )
         return getattr(self, name)(cls, rows, settings)
 
@@ -257,13 +257,16 @@ from tests.huggingface import test_wrap as tests
 
 dist.init_process_group("gloo")
 kind = tests.Kind(Path(sys.argv[1]))
-for name in tests.LANGUAGE:
+for name, form in [(name, "") for name in tests.LANGUAGE] + [("SFTTrainer", "free")]:
     for method in ("less", "odm", "focal"):
         given = tests.door(kind, name, tests.BLOCKS[method])
-        made = kind.make(name, Path(sys.argv[2]) / name / method, **given, gradient_accumulation_steps=1)
+        if form:
+            given |= {"padding_free": True, "max_length": None}
+        out = Path(sys.argv[2]) / (name + form) / method
+        made = kind.make(name, out, **given, gradient_accumulation_steps=1)
         made.train()
         if dist.get_rank() == 0:
-            print("LOSSES " + json.dumps([name, method, tests.losses(made)]))
+            print("LOSSES " + json.dumps([name, form, method, tests.losses(made)]))
 if tests.loads("GRPOTrainer"):
     from tests.huggingface import test_prompts as prompts
 
@@ -281,11 +284,11 @@ def test_two_ranks_serve_the_rows_of_one(kind, tiny_model, tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]
-    assert len(found) == 6
-    for name, method, two in found:
-        one = kind.make(name, tmp_path / "one" / name / method, **door(kind, name, BLOCKS[method]))
+    assert len(found) == 9
+    for name, form, method, two in found:
+        folder = f"{name}{form}/{method}"
+        one = kind.make(name, tmp_path / "one" / folder, **door(kind, name, BLOCKS[method]))
         one.train()
-        folder = f"{name}/{method}"
         np.testing.assert_array_equal(served(tmp_path / "two" / folder), served(tmp_path / "one" / folder))
         assert two == pytest.approx(losses(one), rel=1e-4), folder
     if loads("GRPOTrainer"):

@@ -39,7 +39,7 @@ class References:
     def __init__(self, table):
         self.table = table
 
-    def of(self, batch, rows, mask_BT):
+    def of(self, batch, rows, mask_BT, joined=None):
         with torch.no_grad():
             return token_losses(self.table[batch["input_ids"]], batch["labels"]).loss_BT
 

@@ -42,7 +42,7 @@ class Data:
             self.labels[row, WIDTH - row % 4 :] = -100
         self.labels[list(unlabelled)] = -100
 
-    def of(self, batch, rows, mask_BT):
+    def of(self, batch, rows, mask_BT, joined=None):
         return torch.where(mask_BT, self.reference[rows], 0.0)
 
     def batch(self, rows):

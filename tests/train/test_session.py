@@ -172,6 +172,7 @@ def test_a_method_of_another_stage_is_refused(rows, tmp_path):
         ({"shape": {"world": 2, "rank": 1}}, "rank 1 of 2, and torch.distributed has rank 0 of 1"),
         ({"parallel": {"tensor": 2}}, "tensor parallelism of size 2"),
         ({"devices": 2}, "one process per device"),
+        ({"joined": True}, "give it a score_collate that pads rows, or takes single packs"),
     ],
 )
 def test_ranks_and_shapes_that_cannot_be_served_are_refused(rows, tmp_path, changes, told):

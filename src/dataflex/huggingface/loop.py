@@ -83,6 +83,7 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         output_dir=Path(args.output_dir),
         dataset=trainer.train_dataset,
         score_collate=setup.score_collator(trainer.data_collator),
+        joined=setup.joined,
         preferences=_preferences(trainer, setup),
         tokenizer=trainer.processing_class,
         autocast=trainer.compute_loss_context_manager,

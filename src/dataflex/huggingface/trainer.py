@@ -67,7 +67,7 @@ class TrainerMixin(EvaluationMixin):
             with replaced((self, "data_collator", numbering)):
                 return super().get_train_dataloader()
         if setup.config.stock:
-            numbered = NumberedBatches(self.train_dataset, self.data_collator)
+            numbered = NumberedBatches(self.train_dataset, self.data_collator, joined=setup.joined)
             kept = (self.args, "remove_unused_columns", False)  # its features are batches
             with replaced((self, "train_dataset", numbered), (self, "data_collator", unchanged), kept):
                 return super().get_train_dataloader()

@@ -3,7 +3,8 @@
 The block, the trainer's arguments and its data are checked when it is made; rows are measured once, when it trains.
 Upstream names relied upon: of the Trainer ``train_dataset``, ``data_collator``, ``_remove_unused_columns``,
 ``_set_signature_columns_if_needed``; of TRL's trainers their names and modules, ``_prepare_dataset``, ``padding_free``,
-``completion_only_loss`` of their collators, and ``precompute_ref_log_probs``.
+``completion_only_loss`` of their collators, ``precompute_ref_log_probs``, and ``seq_lengths`` of packed rows; of joined
+batches ``input_ids``, ``labels`` and ``position_ids``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import Trainer
+from transformers import DataCollatorWithFlattening, Trainer
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import parse_dynamic
@@ -37,6 +39,7 @@ from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_sp
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
 from dataflex.preview import foretold, seconds_per_step
+from dataflex.signals.sweep import mask_of, padded
 from dataflex.train.row_space import RowSpace, column_values, refuse_values
 from dataflex.train.session import Loop, Setup
 from dataflex.version import untested
@@ -50,6 +53,8 @@ _STAGES = {
 """Stage of TRL's trainers."""
 _PAIR = {part: (f"{part}_input_ids", f"{part}_ids") for part in ("prompt", "chosen", "rejected")}
 """Columns of a preference, as different versions of TRL name them."""
+_SIZES = "seq_lengths"
+"""Column of TRL's packed rows: the tokens of each document."""
 
 T = TypeVar("T", bound=Trainer)
 
@@ -160,9 +165,20 @@ class _Door(Trainer):
         if self.args.remove_unused_columns:
             self.train_dataset = self._remove_unused_columns(rows, "training")
         self.dataflex_setup.measure = lambda: self._dataflex_rows(rows, formatting)
+        if self._dataflex_joins:
+            self.dataflex_setup.joined = True
+            self.dataflex_setup.packed = _SIZES in self.train_dataset.column_names
+            self.dataflex_setup.score_collator = lambda _: self._dataflex_apart
         if asked.stage == "dpo":
             self.dataflex_setup.score_collator = lambda _: partial(self._dataflex_answers, ("chosen",))
             self.dataflex_setup.pair_collator = lambda _: partial(self._dataflex_answers, ("chosen", "rejected"))
+
+    @property
+    def _dataflex_joins(self) -> bool:
+        """Whether the collator joins the rows of a micro-batch into one sequence."""
+        collator = self.data_collator
+        flat = getattr(self, "padding_free", False) or getattr(collator, "padding_free", False)
+        return bool(flat) or isinstance(collator, DataCollatorWithFlattening)
 
     def plan(self) -> str:
         """Return what the run would do and cost, as ``dataflex plan`` tells it; the rows are measured for it."""
@@ -186,7 +202,7 @@ class _Door(Trainer):
 
     def _dataflex_problems(self) -> Iterator[str]:
         """Yield what of the trainer, its arguments and its data cannot be served."""
-        asked, rows, collator = self._dataflex_asked, self.train_dataset, self.data_collator
+        asked, rows = self._dataflex_asked, self.train_dataset
         base, taker = asked.trainer, takes_token_losses(asked.config)
         own = base.compute_loss is not Trainer.compute_loss and not base.__module__.startswith("trl.")
         if asked.stage == "rl":
@@ -203,9 +219,8 @@ class _Door(Trainer):
                 )
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             yield "model: is an encoder-decoder; rows are those of a causal language model"
-        if getattr(self, "padding_free", False) or getattr(collator, "padding_free", False):
-            told = "set padding_free=False, and packing_strategy='wrapped' for packing"
-            yield f"padding_free: a batch is one sequence, whose tokens' rows are not known; {told}"
+        if asked.stage != "sft" and self._dataflex_joins:
+            yield f"padding_free: which tokens of a batch are of which row is not known for {base.__name__}; remove it"
         if getattr(self.args, "precompute_ref_log_probs", False):
             yield "precompute_ref_log_probs: is done when the trainer opens its loader, which is ours; remove it"
         if asked.stage == "dpo":
@@ -246,7 +261,7 @@ class _Door(Trainer):
         )
 
     def _dataflex_probe(self) -> None:
-        """Collate two rows; a batch without labels, or of another number of rows, is refused."""
+        """Collate two rows; a batch without labels, or of which it is not known where the rows are, is refused."""
         if self._dataflex_asked.stage != "sft":
             return
         features = [self.train_dataset[row] for row in range(min(2, len(self.train_dataset)))]
@@ -254,10 +269,25 @@ class _Door(Trainer):
             batch = self.data_collator(features)
         if "labels" not in batch:
             raise DataError("train_dataset: its batches have no labels; use a collator that makes them")
-        if len(batch["labels"]) != len(features):
+        if self.dataflex_setup.joined:
+            self._dataflex_probe_joined(features, batch)
+        elif len(batch["labels"]) != len(features):
             raise UnsupportedError(
                 f"data_collator: makes {len(batch['labels'])} sequences of {len(features)} rows; use one that pads"
             )
+
+    def _dataflex_probe_joined(self, features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """Refuse a batch that is not its rows one after the other, each told by its positions."""
+        tokens = [token for feature in features for token in feature["input_ids"]]
+        ids, positions = batch["input_ids"], batch.get("position_ids")
+        if ids.shape[0] != 1 or ids[0, : len(tokens)].tolist() != tokens:
+            raise UnsupportedError("data_collator: joins rows other than one after the other; use one that pads")
+        starts = np.cumsum([0, *(len(feature["input_ids"]) for feature in features)])[:-1]
+        if positions is None or positions[0, starts].any():
+            told = "its joined rows see one another, since no position_ids begin anew"
+            raise UnsupportedError(f"data_collator: {told}; set return_position_ids=True, or use one that pads")
+        if batch["labels"][0, starts[1:]].ne(-100).any():
+            raise UnsupportedError("data_collator: the last token of a row predicts the next row; use one that pads")
 
     def _dataflex_prepared(self, name: str, rows: Dataset, formatting: Any) -> Dataset:
         """Return a target as the trainer prepares its training set."""
@@ -273,6 +303,14 @@ class _Door(Trainer):
             rows = self._remove_unused_columns(rows, f"target {name}")
         return _supervised(rows, self.data_collator)
 
+    def _dataflex_apart(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows for scoring passes: padded, or a pack, whose documents must not see one another, by itself."""
+        alone = [(self.data_collator([feature]), len(feature["input_ids"])) for feature in features]
+        if _SIZES in features[0]:
+            ((pack, size),) = alone
+            return {name: _without_padding(value, size) for name, value in pack.items()}
+        return _padded([{name: row[name][0, :size] for name in ("input_ids", "labels")} for row, size in alone], 0)
+
     def _dataflex_answers(self, answers: tuple[str, ...], features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate preferences as their prompts with some of their answers, in turn, for scoring passes."""
         rows, collator = [], self.data_collator
@@ -285,17 +323,21 @@ class _Door(Trainer):
                 )
                 labels = [-100] * len(prompt) + [*answer]
                 rows.append({"input_ids": [*prompt, *answer][kept], "labels": labels[kept]})
-        longest = max(len(row["input_ids"]) for row in rows)
+        return _padded(rows, getattr(self.processing_class, "pad_token_id", None) or 0)
 
-        def padded(column: str, filler: int) -> torch.Tensor:
-            return torch.tensor([row[column] + [filler] * (longest - len(row[column])) for row in rows])
 
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        return {
-            "input_ids": padded("input_ids", getattr(self.processing_class, "pad_token_id", None) or 0),
-            "labels": padded("labels", -100),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-        }
+def _without_padding(value: Any, size: int) -> Any:
+    """Return a part of a pack's batch without what is beyond its ``size`` tokens: of [1, L], or of its boundaries."""
+    if not torch.is_tensor(value):
+        return value
+    return value[:, :size] if value.dim() == 2 else value[value <= size]
+
+
+def _padded(rows: Sequence[Mapping[str, Any]], filler: int) -> dict[str, torch.Tensor]:
+    """Return rows as a padded batch; ``filler`` is the token of the padding."""
+    tokens = [row["input_ids"] for row in rows]
+    labels = padded([row["labels"] for row in rows], -100)
+    return {"input_ids": padded(tokens, filler), "labels": labels, "attention_mask": mask_of(tokens)}
 
 
 def told_of_rows(

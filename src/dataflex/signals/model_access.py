@@ -40,6 +40,7 @@ class ModelAccess:
     device: torch.device  # where batches go
     token_budget: int  # largest number of padded tokens in a scoring batch
     gradient_tokens: int = 0  # the same of a batch whose gradients are asked for; 0: token_budget
+    one_by_one: bool = False  # whether rows are collated one at a time
     train: Corpus
     targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
     seed: int = 0  # of everything random in signals
@@ -97,7 +98,7 @@ class ModelAccess:
             rows=rows,
             lengths=corpus.lengths[rows],
             collate=self.collate,
-            token_budget=self.token_budget,
+            token_budget=1 if self.one_by_one else self.token_budget,
             device=self.device,
             what=f"{what} of {len(rows):,} {whose}",
         )
@@ -113,7 +114,7 @@ class ModelAccess:
     def trained(self, rows: Rows, target: str | None, what: str) -> Sweep:
         """Return a pass over rows as they are trained on: both answers of a pair, for gradients."""
         sweep = (self.sweep if self.preferences is None else self.pairs)(rows, target, what)
-        return replace(sweep, token_budget=self.gradient_budget)
+        return sweep if self.one_by_one else replace(sweep, token_budget=self.gradient_budget)
 
     def target_sweep(self, target: str, rows: Rows | None = None) -> Sweep:
         """Return a pass over some rows of a target, or over all of them, for gradients."""

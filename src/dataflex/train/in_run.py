@@ -31,7 +31,7 @@ from dataflex.method import Rows
 from dataflex.plan.schedule import Interval
 from dataflex.rng import stream, uniforms
 from dataflex.select.predict import TokenFeatures, fitted, rank_correlation, row_effects
-from dataflex.sequences import Sequences
+from dataflex.sequences import Joined, Sequences
 from dataflex.signals import kinds
 from dataflex.signals.embeddings import pool
 from dataflex.signals.gradients.consumers import TargetVectors
@@ -54,7 +54,7 @@ from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
-from dataflex.train.loader import ROWS
+from dataflex.train.loader import ROWS, by_rows
 from dataflex.train.loss import TokenLosses, sample_means, token_losses
 from dataflex.train.observations import LEAST_ROWS, Newest, Observations, centred, levels
 from dataflex.train.row_space import RowSpace
@@ -158,7 +158,8 @@ class InRun:
         self._directions: Directions | None = None  # of ``scores``, since the last decision
         self._newest: dict[str, Newest] = {}  # by what it is: scores have norms behind them
         self._pending: list[tuple[int, Rows, dict[str, torch.Tensor]]] = []
-        self._batch: dict[str, Any] | None = None
+        self._batch: dict[str, Any] | None = None  # with its rows apart
+        self._joined: Joined | None = None
         self._losses: torch.Tensor | None = None
         self._forward = ExitStack()
         self._hidden: list[list[torch.Tensor]] = []
@@ -189,10 +190,10 @@ class InRun:
 
     def begin(self, batch: dict[str, Any], device: torch.device) -> None:
         """Listen to the forward and backward pass of a micro-batch."""
-        self._batch = batch
+        self._batch, self._joined = by_rows(batch, device)
         if self.capture is not None:
             shape = batch["input_ids"].shape
-            self.capture.begin((int(shape[0]), int(shape[1])), device)
+            self.capture.begin((int(shape[0]), int(shape[1])), device, self._joined)
         self._forward.close()
         parts = model_parts(self.signals.access.model) if self.embeddings else None
         self._hidden = [
@@ -206,7 +207,7 @@ class InRun:
             return
         self._forward.close()
         for number, (spec, seen) in enumerate(zip(self.embeddings, self._hidden, strict=True)):
-            hidden = seen[-1].detach()
+            hidden = seen[-1].detach() if self._joined is None else self._joined.split(seen[-1].detach())
             mask, labels = (each.to(hidden.device) for each in (real_tokens(batch), batch["labels"]))
             self._pooled[f"embeddings {number}"] = pool(hidden, mask, labels, spec)
         self._hidden = []

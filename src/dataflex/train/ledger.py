@@ -37,7 +37,7 @@ from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import Sweep, preserve_state
 from dataflex.state import State
-from dataflex.train.loader import ROWS
+from dataflex.train.loader import ROWS, by_rows
 from dataflex.train.row_space import RowSpace
 from dataflex.train.updates import OTHERS, Updates, packed, unpack, whole
 
@@ -105,9 +105,10 @@ class Ledger:
             self._updates.begin()
             self._products = []
             self._directions = self._updates.directions(self._gradients)
-        self._rows, shape = batch[ROWS], batch["input_ids"].shape
+        (apart, joined), shape = by_rows(batch, device), batch["input_ids"].shape
+        self._rows = apart[ROWS]
         domains = torch.from_numpy(self.space.domains.domain_of[self._rows].astype(np.int64)).to(device)
-        self._shares.begin((int(shape[0]), int(shape[1])), domains, self._directions)
+        self._shares.begin((int(shape[0]), int(shape[1])), domains, self._directions, joined)
 
     def take(self, step: int) -> None:
         """Keep what was seen of the micro-batch whose backward pass is over."""

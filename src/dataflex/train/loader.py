@@ -14,14 +14,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataflex.ending import heed_parent_only
+from dataflex.errors import DataError
 from dataflex.method import Rows
 from dataflex.plan.plan import BatchShape, DataPlan
+from dataflex.sequences import Joined
 
 ROWS = "dataflex_rows"
 """Where a collated micro-batch holds the ids of its rows, int64 [R]; taken out before the model sees it.
 
 Of packed rows that have ``PIECES`` they are those of their documents, int64 [R, T]: the id where one begins, ``~id``
 where what an earlier row has begun goes on, ``SAME`` in the places of all other tokens, ``PADDING`` after the last one.
+Of rows that the collator joins into one sequence they are those of the rows in the same form, int64 [1, L].
 """
 PIECES = "dataflex_pieces"
 """Feature of a packed row: of each document in it a hash, ``~hash`` if it goes on there, and its tokens."""
@@ -43,10 +46,13 @@ class _Shards(Sampler[list[int]]):
 
 
 class NumberedBatches(Dataset[Any]):
-    """Collated micro-batches that hold the ids of their rows, for a loader whose own collation is ``unchanged``."""
+    """Collated micro-batches that hold the ids of their rows, for a loader whose own collation is ``unchanged``.
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self._dataset, self._collate = dataset, collate
+    ``joined`` says that rows are collated into one sequence, one after the other.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], *, joined: bool = False) -> None:
+        self._dataset, self._collate, self._joined = dataset, collate, joined
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -56,8 +62,11 @@ class NumberedBatches(Dataset[Any]):
 
     def __getitems__(self, rows: list[int]) -> Any:
         several = getattr(self._dataset, "__getitems__", None)
-        batch = self._collate(several(rows) if several is not None else [self._dataset[row] for row in rows])
-        batch[ROWS] = np.array(rows, dtype=np.int64)
+        features = several(rows) if several is not None else [self._dataset[row] for row in rows]
+        lengths = [len(feature["input_ids"]) for feature in features] if self._joined else []
+        batch = self._collate(features)
+        ids = np.array(rows, dtype=np.int64)
+        batch[ROWS] = ids_of_tokens(ids, lengths, batch["input_ids"].shape[1]) if self._joined else ids
         return batch
 
 
@@ -81,6 +90,45 @@ def documents_of(rows_RT: Rows) -> Rows:
     return np.where(found == PADDING, -1, np.where(found < 0, ~found, found))
 
 
+def ids_of_tokens(rows: Rows, lengths: list[int], width: int) -> Rows:
+    """Return ids as ``ROWS`` has them of rows of these lengths that are joined into one sequence [1, width].
+
+    Raises:
+        DataError: A row has no tokens, so that no token tells it.
+    """
+    ends = np.cumsum(lengths)
+    if 0 in lengths:
+        raise DataError(f"row {rows[lengths.index(0)]} of the training set has no tokens; remove it")
+    ids = np.full((1, width), SAME, dtype=np.int64)
+    ids[0, ends - lengths] = rows
+    ids[0, ends[-1] :] = PADDING
+    return ids
+
+
+def by_rows(batch: dict[str, Any], device: torch.device | None = None) -> tuple[dict[str, Any], Joined | None]:
+    """Return a micro-batch with its rows apart, padded on the right, and where they lay in one sequence.
+
+    The batch itself and None where rows were not joined. Of a joined one tokens, labels and positions are kept, on the
+    device, which is that of the labels unless it is given.
+    """
+    ids = batch[ROWS]
+    if ids.ndim == 1:
+        return batch, None
+    device = batch["labels"].device if device is None else device
+    starts = np.flatnonzero((ids[0] != SAME) & (ids[0] != PADDING))
+    lengths = np.diff([*starts, int((ids[0] != PADDING).sum())])
+    places = np.arange(lengths.max())
+    there = places < lengths[:, None]
+    joined = Joined(
+        rows_R=ids[0, starts],
+        index_RT=torch.from_numpy(np.where(there, starts[:, None] + places, 0)).to(device),
+        there_RT=torch.from_numpy(there).to(device),
+    )
+    fills = {"input_ids": 0, "labels": -100, "position_ids": 0}
+    apart = {name: joined.split(batch[name].to(device), fill) for name, fill in fills.items() if name in batch}
+    return {**apart, "attention_mask": joined.there_RT.long(), ROWS: joined.rows_R}, joined
+
+
 def unchanged(batch: Any) -> Any:
     """Return what was collated already."""
     return batch
@@ -101,6 +149,7 @@ class PlanFeed:
         num_workers: int,
         pin_memory: bool,
         prefetch_factor: int | None,
+        joined: bool = False,
     ) -> None:
         self._shape, self._shards = shape, _Shards(shape)
         options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
@@ -109,7 +158,7 @@ class PlanFeed:
             options["worker_init_fn"] = heed_parent_only
         # Its own generator: opening a DataLoader without one draws from the global random stream.
         self._loader: DataLoader[Any] = DataLoader(
-            NumberedBatches(dataset, collate),
+            NumberedBatches(dataset, collate, joined=joined),
             batch_sampler=self._shards,
             collate_fn=unchanged,
             generator=torch.Generator().manual_seed(0),

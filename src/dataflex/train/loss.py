@@ -10,7 +10,7 @@ is corrected for the order of summation. Mixers observe the plain losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +23,12 @@ from dataflex.errors import ComponentError, UnsupportedError
 from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Requires, Rows, State, Weighter
 from dataflex.plan.domains import SUMS, Domains, DomainStats, Floats
 from dataflex.plan.plan import DataPlan
-from dataflex.sequences import Sequences
+from dataflex.sequences import Joined, Sequences
 from dataflex.signals.embeddings import pool, pool_documents
 from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import document_ids, token_cross_entropy
 from dataflex.train.feedback import LOGGED_DOMAINS, DomainSums, NoiseWatch, RowWeights, WeightStats, losses_in_graph
-from dataflex.train.loader import ROWS, documents_of
+from dataflex.train.loader import ROWS, by_rows, documents_of
 from dataflex.validate import check_loss_weights, check_static_weights, check_weights
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ class TokenLosses:
     mask_BT: torch.Tensor  # positions whose next token is supervised
     plain_sum: torch.Tensor  # detached sum, added up in the order of ``cross_entropy(reduction="sum")``
     entropy_BT: torch.Tensor | None = None  # entropy of each prediction in nats; None if not asked for
+
+    def by_rows(self, joined: Joined) -> TokenLosses:
+        """Return them by row, given those of rows that were joined into one sequence."""
+        return replace(
+            self,
+            loss_BT=joined.split(self.loss_BT),
+            mask_BT=joined.split(self.mask_BT),
+            entropy_BT=None if self.entropy_BT is None else joined.split(self.entropy_BT),
+        )
 
 
 def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: Rows) -> Sequences:
@@ -363,7 +372,7 @@ class Reweighter:
         self._num_items, self._device = num_items, device
         self._acts = self.weighter is not None and self.weighter.active(index, total)
         self._scale = None
-        domain_weights = self._domain_weights
+        domain_weights, batches = self._domain_weights, [by_rows(batch)[0] for batch in batches]
         if domain_weights is not None:
             domain_weights.begin_step(batches, num_items, device, self._normalizer)
         if self._normalizer != "weight_sum":
@@ -423,18 +432,24 @@ class Reweighter:
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
 
-        ``logits`` are [R, T, V], ``hidden`` the hidden states [R, T, D] of the layer that ``embedding`` names.
+        ``logits`` are [R, T, V], ``hidden`` the hidden states [R, T, D] of the layer that ``embedding`` names; of rows
+        that were joined they are those of the one sequence.
         """
-        rows = batch[ROWS]
         weighter = self.weighter if self._acts else None
         losses = token_losses(logits, batch["labels"], entropy=weighter is not None and self._needs.entropy)
+        apart, joined = by_rows(batch)
+        if joined is not None:
+            losses, hidden = losses.by_rows(joined), None if hidden is None else joined.split(hidden)
+        rows = apart[ROWS]
         if self.watch is not None:
             self.watch(losses)
         compares = self._index >= self._compares_from(self._total)
-        reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
+        reference = None
+        if self.reference and compares:
+            reference = self.reference.of(batch, rows, losses.mask_BT, joined)
         compared = reference if self.observes else None
         self._sums.add(losses.loss_BT.detach(), losses.mask_BT, self._domains_of(rows), compared)
-        weights, sequences, equal = self._weights(weighter, losses, batch, hidden, reference)
+        weights, sequences, equal = self._weights(weighter, losses, apart, hidden, reference)
         if self._domain_weights is not None:
             weights = self._domain_weights.times(weights, sequences, self._normalizer)
         scale = self._scale

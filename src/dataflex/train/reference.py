@@ -21,6 +21,7 @@ from dataflex import comm
 from dataflex.errors import CheckpointError, DataError
 from dataflex.method import Rows, State
 from dataflex.rng import stream
+from dataflex.sequences import Joined
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.logits import TokenScorer
 from dataflex.signals.losses import real_tokens
@@ -123,10 +124,12 @@ class ReferenceLosses:
         if state:
             self.pass_of, self._arrays = np.array(state["pass_of"], dtype=np.int32), {}
 
-    def of(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
+    def of(
+        self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor, joined: Joined | None = None
+    ) -> torch.Tensor:
         """Return the reference's loss at every supervised position of a training batch.
 
-        ``mask_BT`` says at which positions t the next token is supervised.
+        ``mask_BT`` says at which positions t the next token is supervised; ``joined``, where the rows lie in the batch.
 
         Returns:
             fp32 [B, T], on the device of the mask: at t the loss of token t + 1; 0 where the mask is False.
@@ -135,32 +138,39 @@ class ReferenceLosses:
             DataError: A supervised position has no reference loss (on an accelerator: told at the next call).
         """
         self._check_pending()
-        found_BT = self._looked_up(batch, rows, mask_BT) if self._cached else self._computed(batch, mask_BT)
+        if self._cached:
+            found_BT = self._looked_up(batch, rows, mask_BT, joined)
+        else:
+            found_BT = self._computed(batch).to(mask_BT.device)
+            found_BT = found_BT if joined is None else joined.split(found_BT)
         bad = (mask_BT & found_BT.isnan()).any()
         self._pending = bad
         if bad.device.type == "cpu":
             self._check_pending()
         return torch.where(mask_BT, found_BT, 0.0)
 
-    def _looked_up(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
+    def _looked_up(
+        self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor, joined: Joined | None
+    ) -> torch.Tensor:
         width = mask_BT.shape[1]
         table = np.full((len(rows), width), np.nan, dtype=KEPT_DTYPE)
         for at, row in enumerate(rows.tolist()):
             values = self.kept(row)[:width]
             table[at, : len(values)] = values
         table_BT = torch.from_numpy(table).to(mask_BT.device).float()
-        first_B = real_tokens(batch).to(mask_BT.device).long().argmax(dim=1)
+        real = real_tokens(batch).to(mask_BT.device) if joined is None else joined.there_RT
+        first_B = real.long().argmax(dim=1)
         index_BT = torch.arange(1, width + 1, device=mask_BT.device) - first_B[:, None]
         return table_BT.gather(1, index_BT.clamp(0, width - 1))
 
     @torch.no_grad()
-    def _computed(self, batch: dict[str, Any], mask_BT: torch.Tensor) -> torch.Tensor:
+    def _computed(self, batch: dict[str, Any]) -> torch.Tensor:
         with self._access.autocast():
             tokens = self._ready()(batch)
         first_B = real_tokens(batch).long().argmax(dim=1)
-        found_BT = torch.full(mask_BT.shape, torch.nan, device=tokens.loss.device)
+        found_BT = torch.full(batch["labels"].shape, torch.nan, device=tokens.loss.device)
         found_BT[tokens.row, tokens.position + first_B[tokens.row] - 1] = tokens.loss.float()
-        return found_BT.to(mask_BT.device)
+        return found_BT
 
     def _check_pending(self) -> None:
         pending, self._pending = self._pending, None

@@ -75,6 +75,7 @@ class Setup:
     resolved: dict[str, Any]  # JSON form of the whole configuration, for the record
     stage: str  # stage of training: ``pt``, ``sft``, ``rm``, ``dpo``, ``kto`` or ``rl``
     packed: bool = False  # whether several samples share a row
+    joined: bool = False  # whether the training collator joins its rows into one sequence
     shuffle: bool = True  # whether rows are shuffled, for adapters that make the batch shape
     space: RowSpace | None = None  # the row space, once the data is loaded
     score_collator: Callable[[Any], Any] = lambda collator: collator  # makes a training collator one for scoring
@@ -107,6 +108,8 @@ class Loop:
     output_dir: Path  # folder of the record and of the run's files
     dataset: Any = None  # features by row id; None: those of the row space
     score_collate: Collate | None = None  # for scoring passes: ``input_ids``, ``attention_mask`` and ``labels``
+    joined: bool = False
+    """Whether ``collate`` joins rows into one sequence [1, L]; ``score_collate`` pads, or is given single packs."""
     preferences: Preferences | None = None  # stage dpo: the pairs, the reference model and the loss
     tokenizer: Any = None  # turns tokens into text, for methods that read text
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # mixed-precision context of a forward pass
@@ -305,6 +308,7 @@ class Session:
             num_workers=loop.num_workers,
             pin_memory=loop.pin_memory and torch.cuda.is_available(),
             prefetch_factor=loop.prefetch_factor,
+            joined=loop.joined,
         )
         if self.weighs:
             self._loss.reference = _open_reference(setup, loop, self.controller.signals.access)
@@ -730,6 +734,7 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         device=loop.device,
         token_budget=max(loop.shape.micro_batch_size, loop.score_rows) * longest,
         gradient_tokens=loop.shape.micro_batch_size * longest,  # the memory for which training needs too
+        one_by_one=loop.joined and setup.packed,
         train=Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint),
         targets=space.targets,
         seed=seed,
@@ -794,6 +799,8 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
     partitioned = {"zero3": ZERO3, "fsdp": "FSDP", "fsdp2": FSDP2}.get(loop.sharding, "")
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
         raise ConfigError(lacking)
+    if loop.joined and loop.score_collate is None:
+        raise UnsupportedError("Loop(joined=True): give it a score_collate that pads rows, or takes single packs")
     for what, size in loop.parallel.items():
         if size > 1:
             raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dataflex.errors import UnsupportedError
+from dataflex.sequences import Joined
 from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.factors import Factors
 from dataflex.signals.gradients.parameters import Unit, shape_of
@@ -441,15 +442,19 @@ class StepHooks:
         self._handles: list[RemovableHandle] = []
         self._odd: set[str] = set()
         self._shape = (0, 0)
+        self._joined: Joined | None = None
         self._listening = False
 
-    def _listen(self, shape: tuple[int, int]) -> None:
-        """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T)."""
+    def _listen(self, shape: tuple[int, int], joined: Joined | None = None) -> None:
+        """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T).
+
+        ``joined`` says where its B rows lie in one sequence of T tokens, where they do.
+        """
         if not self._handles:
             self._handles = [
                 unit.module.register_forward_hook(self._hook(unit), with_kwargs=True) for unit in self.layers
             ]
-        self._shape, self._listening = shape, True
+        self._shape, self._joined, self._listening = shape, joined, True
 
     def end(self) -> None:
         """Remove the hooks."""
@@ -522,9 +527,11 @@ class StepHooks:
     def _tokens(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """View what a layer was called with as [B, T, ...]; None if it is something else than the rows' positions."""
         B, T = self._shape
-        if tensor.shape[:2] == self._shape and (tensor.dim() >= 3 or not tensor.is_floating_point()):
-            return tensor
-        return tensor.view(B, T, -1) if tensor.dim() == 2 and len(tensor) == B * T else None
+        if tensor.shape[:2] != self._shape or (tensor.dim() < 3 and tensor.is_floating_point()):
+            if tensor.dim() != 2 or len(tensor) != B * T:
+                return None
+            tensor = tensor.view(B, T, -1)
+        return tensor if self._joined is None else self._joined.split(tensor)
 
 
 def _evened(counts_BT: torch.Tensor, mask_BT: torch.Tensor, documents_BT: torch.Tensor) -> torch.Tensor:
@@ -637,11 +644,12 @@ class StepCapture(StepHooks):
         sides = [side.projection for pair in self._sides.values() for side in pair if side.projection is not None]
         return sum(each.numel() for each in sides) / max(sum(shape_of(p).numel() for p in model.parameters()), 1)
 
-    def begin(self, shape: tuple[int, int], device: torch.device) -> None:
-        """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T)."""
+    def begin(self, shape: tuple[int, int], device: torch.device, joined: Joined | None = None) -> None:
+        """Listen to the forward and backward pass of a micro-batch; arguments are those of ``_listen``."""
         self._forget()
-        self._listen(shape)
-        self._dots = torch.zeros(shape[0], self._num, dtype=torch.float32, device=device)
+        self._listen(shape, joined)
+        rows = shape[0] if joined is None else len(joined.rows_R)
+        self._dots = torch.zeros(rows, self._num, dtype=torch.float32, device=device)
 
     def watch(self, loss_BT: torch.Tensor, mask_BT: torch.Tensor, documents_BT: torch.Tensor | None = None) -> None:
         """Read what each supervised token's loss counts in the scalar that is differentiated.
@@ -676,7 +684,7 @@ class StepCapture(StepHooks):
         row's mean loss counts.
         """
         assert self._dots is not None
-        counts = self._counts if self._counts is not None else self._dots.new_zeros(self._shape)
+        counts = self._counts if self._counts is not None else self._dots.new_zeros(len(self._dots), 1)
         if weights_B is not None:
             counts = weights_B.to(counts)[:, None]
         weight = counts.sum(dim=1)

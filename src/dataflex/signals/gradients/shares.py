@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dataflex.sequences import Joined
 from dataflex.signals.gradients.consumers import TargetVectors, inner_products, total
 from dataflex.signals.gradients.factors import Factors, SampleGradients, formed
 from dataflex.signals.gradients.in_run import StepHooks
@@ -41,9 +42,14 @@ class StepShares(StepHooks):
         self._domains: torch.Tensor | None = None
         self._products: list[torch.Tensor] = []
 
-    def begin(self, shape: tuple[int, int], domains_B: torch.Tensor, vectors: TargetVectors) -> None:
-        """Listen to a micro-batch of ``shape`` (B, T), whose rows are of ``domains_B`` int64 [B]."""
-        self._listen(shape)
+    def begin(
+        self, shape: tuple[int, int], domains_B: torch.Tensor, vectors: TargetVectors, joined: Joined | None = None
+    ) -> None:
+        """Listen to a micro-batch of ``shape`` (B, T), whose rows are of ``domains_B`` int64 [B].
+
+        ``joined`` says where they lie in one sequence [1, T], where they do.
+        """
+        self._listen(shape, joined)
         self._domains, self._vectors, self._products = domains_B, vectors, []
 
     def take(self) -> torch.Tensor:
