@@ -207,6 +207,16 @@ def test_documents_of_packs_weigh_as_rows_do(kind, tmp_path, method, size):
     assert weights.state_dict()["counts"].tolist() == [2] * len(weights)
 
 
+def test_proportions_of_documents_count_those_of_packs(kind, tmp_path):
+    _, packs = packs_of_two([*tokenized(kind.tokenizer, texts(24)).remove_columns(["text", "quality"])])
+    first, second = packs[-1]["seq_lengths"]
+    packs[-1]["seq_lengths"] = [1, first - 1, second]
+    settings = {"padding_free": True, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    block = {"mixer": "uniform", "unit": "documents"}
+    trainer = kind.make("SFTTrainer", tmp_path, block, domains="source", rows=packs, **settings)
+    assert trainer.dataflex_setup.rows.domains.sizes("documents").tolist() == [8, 8, 9]
+
+
 # ---------------------------------------------------------------- what is refused
 
 

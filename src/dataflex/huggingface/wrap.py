@@ -13,7 +13,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -251,7 +251,7 @@ class _Door(Trainer):
         labels, columns = told_of_rows(rows, asked.config, asked.domains, asked.columns)
         if asked.stage == "rl":
             return prompt_space(self, rows, domains=labels, columns=columns)
-        return RowSpace.of(
+        space = RowSpace.of(
             _supervised(self.train_dataset, self.data_collator),
             domains=labels,
             columns=columns,
@@ -259,6 +259,10 @@ class _Door(Trainer):
                 name: self._dataflex_prepared(name, asked.targets[name], formatting) for name in asked.config.targets
             },
         )
+        if not self.dataflex_setup.packed:
+            return space
+        documents = np.bincount(space.domains.domain_of, weights=[*map(len, column_values(rows, _SIZES))])
+        return replace(space, domains=replace(space.domains, documents_per_row=documents / space.domains.num_rows))
 
     def _dataflex_probe(self) -> None:
         """Collate two rows; a batch without labels, or of which it is not known where the rows are, is refused."""
