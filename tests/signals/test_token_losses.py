@@ -191,6 +191,7 @@ def test_el2n_of_the_sheet_and_of_confident_predictions(models):
 
 
 def test_value_head_wrapper(models):
+    import llamafactory.extras.packages  # noqa: F401 (as for tests.huggingface)
     from trl import AutoModelForCausalLMWithValueHead
 
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny.llama()).eval()
