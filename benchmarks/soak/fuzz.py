@@ -5,9 +5,9 @@
 
 Each configuration is planned and trained in a process of its own, of the tests' tiny model. A finding is a traceback, a
 process that dies or does not end, or a run that is refused after ``plan`` accepted it. What only tokenizing or scoring
-tells, such as a domain of which a selector keeps too few rows, is "refused later" and no finding. Findings are written
-to --out with the command that shows them again, and the exit code is 1. Started again with the same --out, the command
-goes on.
+tells, such as a domain of which a selector keeps too few rows, or rows too short to fill a packed one, is "refused
+later" and no finding. Findings are written to --out with the command that shows them again, and the exit code is 1.
+Started again with the same --out, the command goes on.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Any
 
 from benchmarks.soak.forks import Ledger, fork, prepare, tiny
 
+_LATER = r"refused while training: (interval \d+|dataloader_drop_last|.* packing leaves no row)"
+
 
 def tried(mapping: dict[str, Any], folder: Path, *, trains: bool) -> None:
     """Plan a configuration, train it if that was accepted, and leave what happened in ``result.json``."""
@@ -41,7 +43,7 @@ def tried(mapping: dict[str, Any], folder: Path, *, trains: bool) -> None:
             if trains:
                 result["problem"] = trained(folder)
                 result["what"] = "accepted" if result["problem"] else "trained"
-            if re.match(r"refused while training: (interval \d+|dataloader_drop_last)", result["problem"]):
+            if re.match(_LATER, result["problem"]):
                 result = {"what": "refused later", "problem": ""}
     except Exception:  # noqa: BLE001
         result["problem"] = traceback.format_exc()

@@ -172,6 +172,12 @@ def test_what_the_loader_refuses_is_a_data_error(run, weighted, tmp_path):
             run("out", dataset="good", **changes, dynamic={"selector": selector, "interval_steps": 1})
 
 
+@pytest.mark.parametrize("key", ["dataset", "eval_dataset"])
+def test_rows_that_fill_no_packed_row_are_told(run, key):
+    with pytest.raises(DataError, match=rf"{key}: 'held' has fewer tokens than one row of cutoff_len 900, so packing"):
+        run("out", **{"stage": "pt", "cutoff_len": 900, "dataset": "alpha", key: "held"}, dynamic={"selector": "all"})
+
+
 def test_predictions_of_sets_that_are_evaluated_by_domain(run, tmp_path, monkeypatch):
     """Generated answers are those of the whole evaluation data, in its order; without packages it is refused."""
     from types import ModuleType

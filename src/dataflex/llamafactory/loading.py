@@ -271,8 +271,17 @@ class Loader:
         except Exception as error:
             at = len(self.origins) - before  # the data set that failed
             where = places[at] if at < len(places) else ", ".join(places) or "dataset"
-            raise DataError(f"{where} cannot be loaded: {_reason(error)}") from error
+            raise DataError(f"{where} {self._too_short(error) or f'cannot be loaded: {_reason(error)}'}") from error
         return module
+
+    def _too_short(self, error: BaseException) -> str:
+        """Return the reason where packing left no row, which LLaMA-Factory tells as a lack of samples; else nothing."""
+        if not (self.written.packed and str(bottom(error)).startswith("Cannot find sufficient samples")):
+            return ""
+        return (
+            f"has fewer tokens than one row of cutoff_len {self.data_args.cutoff_len:,}, so packing leaves no row; "
+            "lower cutoff_len, or set 'packing: false'"
+        )
 
     def raw_rows(self, *, held_out: bool = False) -> RawRows:
         """Return the raw rows that are trained on, or those that are held out, in the order of the tokenized rows."""
