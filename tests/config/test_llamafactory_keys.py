@@ -78,6 +78,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "logging": ({"logging_steps": 0}, "logging_steps: must be above 0"),
     "stream": ({"streaming": True, "max_steps": 9, "dynamic": None}, "dataloader_num_workers: LLaMA-Factory cuts"),
     "prefetch": ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor: needs 'dataloader_num_workers'"),
+    "tracker": ({"report_to": "wndb"}, "report_to: 'wndb' is not one of the 16 choices; did you mean 'wandb'?"),
+    "tracker in a list": ({"report_to": ["tensorboard", "wndb"]}, "report_to: 'wndb' is not one of the 16 choices"),
+    "tracker and none": ({"report_to": ["none", "tensorboard"]}, "report_to: 'none' stands alone; remove it"),
+    "tracker not there": ({"report_to": "azure_ml"}, "report_to: azure_ml needs azureml, which is not installed"),
+    "kubeflow": ({"report_to": ["kubeflow"]}, "report_to: kubeflow needs the environment variable KUBEFLOW_TRAINER_"),
+    "lists in a list": ({"report_to": [[[[]]]]}, "report_to: expected a list of texts, found [[[]]] in it"),
+    "list of lists": ({"lora_target": [[]]}, "lora_target: expected a list of texts, found [] in it"),
     "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau goes by"),
 }
 
@@ -109,8 +116,14 @@ def test_all_mistakes_are_told_together_with_ours(config: Config, project: Path)
 
 
 ACCEPTED: dict[str, dict[str, Any]] = {
-    "no as false": {"save_strategy": False, "eval_strategy": False},
-    "null": {"num_train_epochs": None, "resume_from_checkpoint": None, "lora_alpha": None, "deepspeed": None},
+    "no as false": {"save_strategy": False, "eval_strategy": False, "report_to": False},
+    "null": {
+        "report_to": None,
+        "num_train_epochs": None,
+        "resume_from_checkpoint": None,
+        "lora_alpha": None,
+        "deepspeed": None,
+    },
     "whole as float": {"cutoff_len": 64.0, "max_steps": 1e3},
     "float as whole": {"learning_rate": 0, "num_train_epochs": 1, "warmup_steps": 2, "weight_decay": 0},
     "ratio of steps": {"warmup_steps": 0.1, "logging_steps": 0.5, "save_steps": 0.25},

@@ -62,6 +62,9 @@ _PACKAGES = {
     **{f"use_{name}": (name,) for name in ("adam_mini", "badam", "swanlab", "unsloth")},
     **{f"use_{name}": (f"{name}_torch",) for name in ("apollo", "galore")},
 }
+_TRACKERS = {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""Packages of which a tracker of ``report_to`` needs one, where it is not the tracker's own name."""
+_OF_NUMBERS = ("interleave_probs",)
 _WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "finetuning_type",
@@ -208,6 +211,20 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
             if missing:
                 yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+        yield from self._of_trackers()
+
+    def _of_trackers(self) -> Iterator[str]:
+        names = [self.report_to] if isinstance(self.report_to, str) else [*(self.report_to or ())]
+        for name in names:
+            packages = _TRACKERS.get(name, (name,))
+            if name in ("all", "none"):
+                if len(names) > 1:
+                    yield f"report_to: {name!r} stands alone; remove it, or the others"
+            elif name == "kubeflow":
+                if "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
+                    yield "report_to: kubeflow needs the environment variable KUBEFLOW_TRAINER_SERVER_URL"
+            elif not any(importlib.util.find_spec(package) for package in packages):
+                yield f"report_to: {name} needs {' or '.join(packages)}, which is not installed"
 
     def _of_stage_and_data(self) -> Iterator[str]:
         if self.stage == "dpo" and self.pref_loss != "sigmoid" and self.on("dpo_label_smoothing"):
@@ -262,9 +279,9 @@ def convert(key: str, value: Any, entry: Key) -> tuple[Any, str]:
     if value is None or not entry.types:
         return value, ""
     if value is False and "bool" not in types:
-        if entry.choices is not None and "no" in entry.choices:
-            return "no", ""
-        if entry.nullable and "str" in types:
+        if off := next((text for text in ("no", "none") if text in (entry.choices or ())), ""):
+            return off, ""
+        if entry.nullable and "str" in types and entry.choices is None:
             return value, ""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if "bool" in types and "str" not in types and (isinstance(value, str) or number):
@@ -280,10 +297,14 @@ def convert(key: str, value: Any, entry: Key) -> tuple[Any, str]:
         quoted = isinstance(value, str) and is_number(value) and {"int", "float"} & set(types)
         told = f"the text {shown(value)}; write it without quotes" if quoted else shown(value)
         return value, f"{key}: expected {' or '.join(_EXPECTED[name] for name in types)}, found {told}"
-    if isinstance(value, str) and entry.choices is not None and value not in entry.choices:
-        near = did_you_mean(value, entry.choices)
-        listed = "" if len(entry.choices) > 30 else f" (choices: {', '.join(entry.choices)})"
-        return value, f"{key}: {shown(value)} is not one of the {len(entry.choices)} choices{near}{listed}"
+    items = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    for item in items:
+        if not isinstance(item, str) and not (key in _OF_NUMBERS and is_number(item)):
+            return value, f"{key}: expected a list of texts, found {shown(item)} in it"
+        if entry.choices is not None and item not in entry.choices:
+            near = did_you_mean(item, entry.choices)
+            listed = "" if len(entry.choices) > 30 else f" (choices: {', '.join(entry.choices)})"
+            return value, f"{key}: {shown(item)} is not one of the {len(entry.choices)} choices{near}{listed}"
     problem = path_problem(value) if key in _PATHS and isinstance(value, str) else ""
     return value, f"{key}: {problem}" if problem else ""
 

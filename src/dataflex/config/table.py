@@ -43,7 +43,7 @@ class Key:
     types: tuple[str, ...]  # some of "bool", "int", "float", "str", "list", "dict"; empty where anything may be given
     nullable: bool = False  # whether null may be given
     default: Any = None  # value without the key; None also where it is not a constant
-    choices: tuple[str, ...] | None = None  # texts that may be given; None where any may
+    choices: tuple[str, ...] | None = None  # texts that may be given, also in lists; None where any may
 
 
 def installed() -> dict[str, str]:
@@ -114,10 +114,18 @@ def read_source() -> dict[str, Key]:
                 found.update(_fields(node, choices))
     for name in also_lists & set(found):
         found[name] = replace(found[name], types=(*found[name].types, "list"))
-    named = {"template": _templates(), "tool_format": _tool_formats()}
+    named = {
+        "template": _templates(),
+        "tool_format": _keys_of("llamafactory/data/tool_utils.py", "TOOLS"),
+        "report_to": _keys_of("transformers/integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK"),
+    }
+    if named["report_to"]:
+        named["report_to"] = ("none", "all", *named["report_to"])
     for name, known in named.items():
         if known and name in found:
             found[name] = replace(found[name], choices=known)
+    if "report_to" in found:
+        found["report_to"] = replace(found["report_to"], nullable=False)  # the Trainer ends with a ValueError
     return dict(sorted(found.items()))
 
 
@@ -224,9 +232,10 @@ def _templates() -> tuple[str, ...]:
     return tuple(sorted({str(node.value) for node in named if isinstance(node, ast.Constant)}))
 
 
-def _tool_formats() -> tuple[str, ...]:
-    for node in _parsed("llamafactory/data/tool_utils.py").body:
-        if isinstance(node, ast.Assign) and _name(node.targets[0]) == "TOOLS" and isinstance(node.value, ast.Dict):
+def _keys_of(file: str, name: str) -> tuple[str, ...]:
+    """Return the keys of a mapping that a file defines."""
+    for node in _parsed(file).body:
+        if isinstance(node, ast.Assign) and _name(node.targets[0]) == name and isinstance(node.value, ast.Dict):
             return tuple(str(_constant(key)) for key in node.value.keys)
     return ()
 
