@@ -5,7 +5,7 @@
 
 Each configuration is planned and trained in a process of its own, of the tests' tiny model. A finding is a traceback, a
 process that dies or does not end, or a run that is refused after ``plan`` accepted it. What only tokenizing or scoring
-tells, such as a domain of which a selector keeps too few rows, or rows too short to fill a packed one, is "refused
+tells, such as a domain of which a selector keeps too few rows, or how many packed rows there are, is "refused
 later" and no finding. Findings are written to --out with the command that shows them again, and the exit code is 1.
 Started again with the same --out, the command goes on.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.soak.forks import Ledger, fork, prepare, tiny
 
-_LATER = r"refused while training: (interval \d+|dataloader_drop_last|.* packing leaves no row)"
+_LATER = r"refused while training: (interval \d+|dataloader_drop_last|.* packing leaves no row|unimax: )"
 
 
 def tried(mapping: dict[str, Any], folder: Path, *, trains: bool) -> None:

@@ -30,7 +30,9 @@ def watched(config: Path, samples: Path) -> int:
 
     from dataflex.record.recorder import RunRecorder
     from dataflex.run import train_here
+    from dataflex.train import observations
 
+    observations._KEPT_SKETCHES = 256  # what is kept of gradients is full soon
     process, planned, found = psutil.Process(), RunRecorder.planned, []
     libc = ctypes.CDLL(None)
     gc.freeze()  # what is imported is not looked through each time
@@ -81,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
             steps = options.intervals * length
             mapping |= {"max_steps": steps, "save_steps": max(1, steps // 10)}
             mapping["dynamic"] |= {"interval_steps": length}
+            if "keep_ratio" in mapping["dynamic"]:  # a mixture may ask a domain of which no row, or few, were kept
+                mapping["dynamic"] |= {"keep_ratio": 0.95, "repeat": True}
             config, samples = folder / f"{case}.json", folder / f"{case}.samples"
             config.write_text(json.dumps({key: value for key, value in mapping.items() if value is not None}))
             log = folder / f"{case}.log"
