@@ -87,7 +87,7 @@ SEED ?= 1
 fuzz: $(VENV)/.installed-dev  ## plan 500 random configurations and train what is accepted (SEED=, COUNT=; half an hour)
 	$(TUNED) $(QUIET) $(RUN) -m benchmarks.soak.fuzz --seed $(SEED) --count $(or $(COUNT),500)
 
-kills: $(VENV)/.installed-dev  ## kill runs 300 times and compare what goes on; watch memory over 300 intervals (hours)
+kills: $(VENV)/.installed-dev  ## kill runs 300 times and compare what goes on; watch memory over 700 intervals (hours)
 	$(TUNED) $(QUIET) $(RUN) -m benchmarks.soak.kills --seed $(SEED) --count $(or $(COUNT),300)
 	HF_HUB_OFFLINE=1 $(QUIET) $(RUN) -m benchmarks.soak.growth
 
