@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -148,12 +147,6 @@ class Events:
         return {**self.counts, "time": time.monotonic() - self.began}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def rank_job(config: Path, output: Path, kill: tuple[str, int, float] | None, told: Path) -> int:
     """Train one rank, killed where ``kill`` says, and leave what it counted."""
     from tests.distributed.driver import deepspeed_without_compiling, fsdp_on_cpu
@@ -206,6 +199,8 @@ class Jobs:
 
     def leg(self, mapping: dict[str, Any], ranks: int, kills: dict[int, tuple[str, int, float]], both: bool) -> str:
         """Run one leg; return ``killed``, ``done``, or what went wrong."""
+        from tests.distributed.ranks import free_port
+
         from dataflex.checkpoints import find_resumable
 
         output = Path(mapping["output_dir"])

@@ -84,6 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tracker not there": ({"report_to": "azure_ml"}, "report_to: azure_ml needs azureml, which is not installed"),
     "kubeflow": ({"report_to": ["kubeflow"]}, "report_to: kubeflow needs the environment variable KUBEFLOW_TRAINER_"),
     "lists in a list": ({"report_to": [[[[]]]]}, "report_to: expected a list of texts, found [[[]]] in it"),
+    "null in a list of numbers": ({"interleave_probs": [None]}, "interleave_probs: expected a list of numbers, found"),
     "list of lists": ({"lora_target": [[]]}, "lora_target: expected a list of texts, found [] in it"),
     "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau goes by"),
 }

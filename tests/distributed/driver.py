@@ -64,7 +64,7 @@ def meeting_port(file: Path) -> str:
     return file.read_text()
 
 
-def main() -> None:
+def main() -> int:
     import torch
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -85,7 +85,7 @@ def main() -> None:
             time.sleep(0.05)
         configs = json.loads(batch.read_text())
         if configs is None:
-            return
+            return 0
         for config in configs:
             gc.collect()
             gc.freeze()  # each job collects, which would take as long as its steps
@@ -142,4 +142,6 @@ def forget_engines() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from dataflex.ending import leave
+
+    leave(main)

@@ -14,6 +14,7 @@ from dataflex.errors import ConfigError
 from dataflex.offline.answers import Task, Written, matches, normalized, read_tasks
 from dataflex.offline.choices import Question, as_rows, outcomes, read_questions, summary
 from dataflex.offline.evaluation import eval_request
+from tests.distributed.ranks import errors_of
 from tests.offline.conftest import rows_of
 
 QUESTIONS = [
@@ -175,7 +176,8 @@ def test_what_answers_are_compared_by():
 def test_two_ranks_print_what_one_prints(held, two_ranks):
     command = ["eval", held.config(eval_dataset="web"), "--choices", str(Path("q.jsonl").resolve()), "--json", "--out"]
     assert held.run(*command, "one.json") == 0
-    two_ranks([held.command(*command, str(Path("two.json").resolve()))])
+    output = two_ranks([asked := held.command(*command, str(Path("two.json").resolve()))])
+    assert not errors_of(asked), output
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["data"]["micro"]["loss"] == pytest.approx(one["data"]["micro"]["loss"], rel=1e-6)
     assert two["choices"][0]["margin"] == pytest.approx(one["choices"][0]["margin"], rel=1e-4)

@@ -15,6 +15,7 @@ from dataflex.offline import indexing
 from dataflex.offline.index import agreement, read_index
 from dataflex.score_table import read_scores
 from dataflex.signals.store import ResumablePass
+from tests.distributed.ranks import errors_of
 from tests.offline.conftest import rows_of
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
@@ -215,7 +216,8 @@ def test_two_ranks_are_killed_and_go_on(scoring, resumable, two_ranks):
     assert done.returncode != 0, done.stdout + done.stderr
     assert "SIGKILL" in done.stderr, done.stderr
     unfinished(scoring)
-    told = two_ranks([scoring.command(*command, str(scoring.folder / "killed"))])
+    told = two_ranks([asked := scoring.command(*command, str(scoring.folder / "killed"))])
+    assert not errors_of(asked), told
     assert "index rows: going on after" in told, told
     assert arrays_of(scoring.folder / "killed") == straight
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dataflex.score_table import read_scores
+from tests.distributed.ranks import errors_of
 from tests.offline.conftest import rows_of
 
 
@@ -220,8 +221,9 @@ def test_two_ranks_write_what_one_writes(scoring, two_ranks, precondition):
     command = ["score", scoring.config(**settings), "--method", "loss,less,random", "--targets", "goal"]
     command += [f"less.precondition={precondition}", "--out"]
     assert scoring.run(*command, "one.parquet") == 0
-    output = two_ranks([scoring.command(*command, str(scoring.folder / "two.parquet"))])
-    assert output.count("41 rows of pool -> ") == 1, output
+    output = two_ranks([asked := scoring.command(*command, str(scoring.folder / "two.parquet"))])
+    assert not errors_of(asked), output
+    assert output.count(f"41 rows of pool -> {scoring.folder / 'two.parquet'}") == 1, output
     one, two = (read_scores(scoring.folder / f"{name}.parquet") for name in ("one", "two"))
     assert list(one.columns) == list(two.columns)
     np.testing.assert_allclose(one.columns["loss"], two.columns["loss"], rtol=1e-6)

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,8 +62,11 @@ _PACKAGES = {
     **{f"use_{name}": (name,) for name in ("adam_mini", "badam", "swanlab", "unsloth")},
     **{f"use_{name}": (f"{name}_torch",) for name in ("apollo", "galore")},
 }
-_TRACKERS = {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
-"""Packages of which a tracker of ``report_to`` needs one, where it is not the tracker's own name."""
+_TRACKERS = {
+    **{"azure_ml": ("azureml",), "dagshub": ("dagshub", "mlflow"), "flyte": ("flytekit",)},
+    **{"tensorboard": ("tensorboard or tensorboardX",), "none": (), "all": (), "kubeflow": ()},
+}
+"""Packages that a tracker of ``report_to`` needs, where it is not the one of its name."""
 _OF_NUMBERS = ("interleave_probs",)
 _WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
@@ -206,25 +209,18 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         yield from self._of_stage_and_data()
         yield from self._of_the_trainer()
         for key, packages in _PACKAGES.items():
-            if not self.on(key):
-                continue
-            missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
-            if missing:
-                yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+            if self.on(key):
+                yield from _not_installed(f"{key}:", packages)
         yield from self._of_trackers()
 
     def _of_trackers(self) -> Iterator[str]:
-        names = [self.report_to] if isinstance(self.report_to, str) else [*(self.report_to or ())]
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         for name in names:
-            packages = _TRACKERS.get(name, (name,))
-            if name in ("all", "none"):
-                if len(names) > 1:
-                    yield f"report_to: {name!r} stands alone; remove it, or the others"
-            elif name == "kubeflow":
-                if "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
-                    yield "report_to: kubeflow needs the environment variable KUBEFLOW_TRAINER_SERVER_URL"
-            elif not any(importlib.util.find_spec(package) for package in packages):
-                yield f"report_to: {name} needs {' or '.join(packages)}, which is not installed"
+            if name in ("all", "none") and len(names) > 1:
+                yield f"report_to: {name!r} stands alone; remove it, or the others"
+            if name == "kubeflow" and "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
+                yield "report_to: kubeflow needs the environment variable KUBEFLOW_TRAINER_SERVER_URL"
+            yield from _not_installed(f"report_to: {name}", _TRACKERS.get(name, (name,)))
 
     def _of_stage_and_data(self) -> Iterator[str]:
         if self.stage == "dpo" and self.pref_loss != "sigmoid" and self.on("dpo_label_smoothing"):
@@ -273,6 +269,14 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
 
 
+def _not_installed(what: str, packages: Sequence[str]) -> Iterator[str]:
+    """Yield which packages are missing, of which ``a or b`` is one of either name."""
+    missing = [each for each in packages if not any(importlib.util.find_spec(name) for name in each.split(" or "))]
+    if missing:
+        told = ", ".join(missing).replace("_", "-")
+        yield f"{what} needs {told}, which {'is' if len(missing) == 1 else 'are'} not installed"
+
+
 def convert(key: str, value: Any, entry: Key) -> tuple[Any, str]:
     """Return the value to pass to LLaMA-Factory, and what is wrong with it or an empty text."""
     types = (*entry.types, *_ALSO.get(key, ()))
@@ -298,9 +302,10 @@ def convert(key: str, value: Any, entry: Key) -> tuple[Any, str]:
         told = f"the text {shown(value)}; write it without quotes" if quoted else shown(value)
         return value, f"{key}: expected {' or '.join(_EXPECTED[name] for name in types)}, found {told}"
     items = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    shape, what = (str | int | float, "numbers") if key in _OF_NUMBERS else (str, "texts")
     for item in items:
-        if not isinstance(item, str) and not (key in _OF_NUMBERS and is_number(item)):
-            return value, f"{key}: expected a list of texts, found {shown(item)} in it"
+        if not isinstance(item, shape):
+            return value, f"{key}: expected a list of {what}, found {shown(item)} in it"
         if entry.choices is not None and item not in entry.choices:
             near = did_you_mean(item, entry.choices)
             listed = "" if len(entry.choices) > 30 else f" (choices: {', '.join(entry.choices)})"

@@ -114,13 +114,12 @@ def read_source() -> dict[str, Key]:
                 found.update(_fields(node, choices))
     for name in also_lists & set(found):
         found[name] = replace(found[name], types=(*found[name].types, "list"))
+    trackers = _keys_of("transformers/integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
     named = {
         "template": _templates(),
         "tool_format": _keys_of("llamafactory/data/tool_utils.py", "TOOLS"),
-        "report_to": _keys_of("transformers/integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK"),
+        "report_to": trackers and ("none", "all", *trackers),
     }
-    if named["report_to"]:
-        named["report_to"] = ("none", "all", *named["report_to"])
     for name, known in named.items():
         if known and name in found:
             found[name] = replace(found[name], choices=known)

@@ -40,6 +40,7 @@ from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.plan.domains import unusable_labels
 from dataflex.preview import foretold, seconds_per_step
 from dataflex.signals.sweep import mask_of, padded
+from dataflex.signals.texts import SIZES
 from dataflex.train.row_space import RowSpace, column_values, refuse_values
 from dataflex.train.session import Loop, Setup
 from dataflex.version import untested
@@ -53,8 +54,6 @@ _STAGES = {
 """Stage of TRL's trainers."""
 _PAIR = {part: (f"{part}_input_ids", f"{part}_ids") for part in ("prompt", "chosen", "rejected")}
 """Columns of a preference, as different versions of TRL name them."""
-_SIZES = "seq_lengths"
-"""Column of TRL's packed rows: the tokens of each document."""
 
 T = TypeVar("T", bound=Trainer)
 
@@ -167,7 +166,7 @@ class _Door(Trainer):
         self.dataflex_setup.measure = lambda: self._dataflex_rows(rows, formatting)
         if self._dataflex_joins:
             self.dataflex_setup.joined = True
-            self.dataflex_setup.packed = _SIZES in self.train_dataset.column_names
+            self.dataflex_setup.packed = SIZES in self.train_dataset.column_names
             self.dataflex_setup.score_collator = lambda _: self._dataflex_apart
         if asked.stage == "dpo":
             self.dataflex_setup.score_collator = lambda _: partial(self._dataflex_answers, ("chosen",))
@@ -261,7 +260,7 @@ class _Door(Trainer):
         )
         if not self.dataflex_setup.packed:
             return space
-        documents = np.bincount(space.domains.domain_of, weights=[*map(len, column_values(rows, _SIZES))])
+        documents = np.bincount(space.domains.domain_of, weights=[*map(len, column_values(rows, SIZES))])
         return replace(space, domains=replace(space.domains, documents_per_row=documents / space.domains.num_rows))
 
     def _dataflex_probe(self) -> None:
@@ -310,7 +309,7 @@ class _Door(Trainer):
     def _dataflex_apart(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows for scoring passes: padded, or a pack, whose documents must not see one another, by itself."""
         alone = [(self.data_collator([feature]), len(feature["input_ids"])) for feature in features]
-        if _SIZES in features[0]:
+        if SIZES in features[0]:
             ((pack, size),) = alone
             return {name: _without_padding(value, size) for name, value in pack.items()}
         return _padded([{name: row[name][0, :size] for name in ("input_ids", "labels")} for row, size in alone], 0)

@@ -36,7 +36,7 @@ def device_count() -> int:
     return getattr(torch, "accelerator", torch.cuda).device_count()  # torch 2.5 has no torch.accelerator
 
 
-def free_port() -> int:
+def unused_port() -> int:
     """Return a port of this machine that nothing listens at now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -78,4 +78,4 @@ def with_torchrun(args: list[str], began: float | None = None) -> int:
         env.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     # On SIGTERM torchrun kills ranks that have not ended by then; one that saves needs time for its step and its disk.
     env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
-    return run_child(torchrun_command(args, env, devices=devices, free_port=free_port()), env)
+    return run_child(torchrun_command(args, env, devices=devices, free_port=unused_port()), env)

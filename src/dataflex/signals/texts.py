@@ -18,7 +18,8 @@ from dataflex.signals.specs import Part
 from dataflex.signals.sweep import Sweep, mask_of, padded
 
 _TOKENS, _LABELS, _MASK = "input_ids", "labels", "attention_mask"
-_SIZES = "seq_lengths"  # tokens of each document of a row that TRL packed
+SIZES = "seq_lengths"
+"""Column of TRL's packed rows: the tokens of each document."""
 _MEDIA = ("images", "videos", "audios")
 _CHUNK_ROWS = 1000
 
@@ -32,7 +33,7 @@ def token_rows(dataset: Any, rows: Rows) -> Iterator[TokenRow]:
     """Yield the tokens of each row [n] of a ``datasets.Dataset``, or of anything with ``__getitems__``."""
     names = getattr(dataset, "column_names", None)
     if names is not None:  # images and the like are left where they are
-        wanted = [name for name in names if name.removeprefix("chosen_") in (_TOKENS, _LABELS, _MASK, _SIZES)]
+        wanted = [name for name in names if name.removeprefix("chosen_") in (_TOKENS, _LABELS, _MASK, SIZES)]
         dataset = dataset.select_columns(wanted)
     for start in range(0, len(rows), _CHUNK_ROWS):
         for feature in dataset.__getitems__(rows[start : start + _CHUNK_ROWS].tolist()):
@@ -45,7 +46,7 @@ def token_rows(dataset: Any, rows: Rows) -> Iterator[TokenRow]:
             documents = np.ones(len(ids), dtype=np.int64)
             if mask is not None and len(mask) == len(ids):
                 documents = np.asarray(mask, dtype=np.int64)  # neat_packing numbers documents from 1; 0 is padding
-            if (sizes := feature.get(_SIZES)) is not None:
+            if (sizes := feature.get(SIZES)) is not None:
                 documents = np.repeat(np.arange(1, len(sizes) + 1), sizes)
             real = documents != 0
             yield ids[real], supervised[real], documents[real]

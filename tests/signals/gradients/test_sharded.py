@@ -6,23 +6,18 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.ranks import free_port
+
 WORKER = Path(__file__).with_name("sharded_worker.py")
 ENGINES = ["ddp", "fsdp2"]
 if importlib.util.find_spec("deepspeed") is not None:
     ENGINES += ["zero1", "zero2", "zero3"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.gloo
