@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.clock import PhaseClock, launch_time
-from dataflex.config.args import env_enabled
+from dataflex.config.args import env_enabled, ray_problems
 from dataflex.config.load import load_mapping
 from dataflex.config.split import Split, resolve
 from dataflex.console import show_log
 from dataflex.ending import release_groups
-from dataflex.errors import CheckpointError
+from dataflex.errors import CheckpointError, UnsupportedError
 from dataflex.storage import StorageError, storage_problem
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,10 @@ def train(args: list[str]) -> int:
 def _read(args: list[str]) -> tuple[dict[str, Any], Split]:
     """Return the mapping of a file and overrides, and its two parts, checked."""
     mapping = load_mapping(args[0], args[1:])
-    return mapping, resolve(mapping, Path(args[0]).resolve().parent)
+    parts = resolve(mapping, Path(args[0]).resolve().parent)
+    if parts.v1 is None and env_enabled("USE_RAY") and (problems := ray_problems()):
+        raise UnsupportedError("\n".join(problems))
+    return mapping, parts
 
 
 def train_here(args: list[str], began: float | None = None, read: tuple[dict[str, Any], Split] | None = None) -> int:

@@ -9,8 +9,12 @@ import sys
 
 import pytest
 
+from dataflex.config import args as args_module
+from dataflex.config.args import ray_problems
+from dataflex.errors import UnsupportedError
 from dataflex.llamafactory import launch
 from dataflex.llamafactory.launch import torchrun_command, wants_torchrun
+from dataflex.run import train
 
 
 def options(env, devices=2):
@@ -78,6 +82,22 @@ def test_the_launcher_imports_what_it_starts_only():
     env = {**os.environ, "FORCE_TORCHRUN": "1"}
     for module in ("'llamafactory'", "'torch'", "'transformers'"):
         subprocess.run([sys.executable, "-c", code % module], env=env, check=True)
+
+
+def test_ray_without_an_accelerator_is_told_before_it_waits_for_ever(tmp_path, monkeypatch):
+    """LLaMA-Factory asks for ten processors for each processor of the cluster, which no cluster has."""
+    monkeypatch.setenv("USE_RAY", "1")
+    monkeypatch.setattr(args_module, "_device_is_possible", lambda: False)
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps({"model_name_or_path": str(tmp_path), "do_train": True, "output_dir": "out"}))
+    with pytest.raises(UnsupportedError, match=r"USE_RAY \(environment\).*FORCE_TORCHRUN=1"):
+        train([str(config)])
+    monkeypatch.setattr(args_module, "_device_is_possible", lambda: True)
+    assert ray_problems() == []
+    monkeypatch.setattr(args_module.importlib.util, "find_spec", lambda name: None)
+    assert [line.partition(":")[0] for line in ray_problems()] == [
+        "USE_RAY (environment) needs ray, which is not installed; install the extra"
+    ]
 
 
 @pytest.mark.slow

@@ -81,8 +81,8 @@ def test_workers_write_one_array(tmp_path):
 @pytest.mark.slow
 @pytest.mark.trains
 def test_a_cluster_of_two_of_which_one_is_killed_scores_as_one_process(scoring, monkeypatch):
-    pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     scoring.write("pool", rows_of(4000))
     command = ["score", scoring.config(dataset="pool", per_device_train_batch_size=1, per_device_eval_batch_size=1)]
     command += ["--method", "loss"]

@@ -18,7 +18,7 @@ from typing import Any
 from dataflex.config.mappings import is_number, shown
 from dataflex.config.table import Key, defaults, table
 from dataflex.errors import did_you_mean
-from dataflex.version import version_of
+from dataflex.version import install, version_of
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _EXPECTED = {
@@ -358,3 +358,16 @@ def env_processes() -> tuple[int, list[str]]:
         else:
             problems.append(f"{name} (environment): expected a whole number of at least 1, found {shown(text)}")
     return total, problems
+
+
+def ray_problems() -> list[str]:
+    """Return why ``USE_RAY`` cannot start training from this machine.
+
+    Without an accelerator LLaMA-Factory asks Ray for ten processors for each processor of the cluster, and waits.
+    """
+    missing = _not_installed("USE_RAY (environment)", ("ray",))
+    problems = [f"{told}; install the extra: {install('ray')}" for told in missing]
+    if not _device_is_possible():
+        way = "start it on a machine with one, or use FORCE_TORCHRUN=1"
+        problems.append(f"USE_RAY (environment): LLaMA-Factory's workers need an accelerator, and here is none; {way}")
+    return problems

@@ -26,6 +26,7 @@ from dataflex.errors import DataFlexError, UnsupportedError
 from dataflex.offline.request import score_request
 from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Share
+from dataflex.version import install
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def scored_by_ray(options: Mapping[str, Any], workers: int | None) -> tuple[Any,
     try:
         import ray
     except ImportError as error:
-        raise UnsupportedError(f"--engine ray: {error}; install the extra: pip install 'dataflex-llm[ray]'") from error
+        raise UnsupportedError(f"--engine ray: {error}; install the extra: {install('ray')}") from error
     started = not ray.is_initialized()
     if started:
         local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
