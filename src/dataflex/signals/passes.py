@@ -59,15 +59,27 @@ class PassCounter:
             if tokens is None or self._phase() in _FREE:
                 return
             self._add("forward", tokens, weight)
-            found = (getattr(output, name, None) for name in _OUTPUTS)
-            traced = next((each for each in found if isinstance(each, torch.Tensor) and each.requires_grad), None)
-            if traced is not None:
-                traced.register_hook(self._backward(tokens, weight))
+            reached = set[str]()  # outputs that the backward pass in progress came by
+            for name in _OUTPUTS:
+                found = getattr(output, name, None)
+                if isinstance(found, torch.Tensor) and found.requires_grad:
+                    found.register_hook(self._backward(tokens, weight, name, reached))
 
         self._hooks.append(model.register_forward_hook(note, with_kwargs=True))
 
-    def _backward(self, tokens: Any, weight: float) -> Callable[[torch.Tensor], None]:
-        return lambda _: self._add("backward", tokens, weight)
+    def _backward(self, tokens: Any, weight: float, name: str, reached: set[str]) -> Callable[[torch.Tensor], None]:
+        """Return a hook on an output, which counts a pass once, whichever outputs it comes by.
+
+        In mixed precision the logits are copies in fp32, which a loss of the model's own does not come by.
+        """
+
+        def note(_: torch.Tensor) -> None:
+            if not reached or name in reached:
+                self._add("backward", tokens, weight)
+                reached.clear()
+            reached.add(name)
+
+        return note
 
     def _add(self, way: str, tokens: Any, weight: float) -> None:
         key = f"{self._phase()}/{way}"
