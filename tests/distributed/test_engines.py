@@ -170,7 +170,7 @@ def test_every_engine_chooses_the_same_rows_within_a_budget(outcomes, engine, tu
     for name in (f"one-{tuning}-budget", f"{engine}-{tuning}-budget"):
         run = outcome(outcomes, name)
         told = next(event["reason"] for event in run.events if event["event"] == "planned" and event["interval"] == 1)
-        assert ("rows by influence on goal" in told) == (tuning == "full"), "with LoRA they are no better than chance"
+        assert "8 of 37 rows by influence on goal" in told
         # Of what sketches and targets say of rows.
         correlations.append(float(re.search(r"correlation (-?[\d.e-]+)", told)[1]))
         plans.append([sorted(load_plan(run.folder, index).rows.tolist()) for index in (0, 1)])

@@ -46,8 +46,28 @@ def test_scores_come_from_the_steps(run, monkeypatch, selector, tuning):
     assert len(told) == 4
     assert all("drawn uniformly" in event["reason"] for event in told)
     assert len(np.unique(seen[-1].rows[~seen[-1].pilots])) > 30, "rows of training steps were observed"
+    assert seen[-1].pilots.any() == (selector != "loss")
     assert np.isfinite(seen[-1].values).all()
     assert np.isfinite(seen[-1].sketches).all()
+
+
+@pytest.mark.parametrize(
+    ("selector", "enough", "heard"),
+    [(LESS, 1, range(8)), (LESS, 1000, range(20)), ("grad_norm", 1, range(24)), ("loss", 1, range(24))],
+)
+def test_steps_are_listened_to_while_what_they_show_is_of_use(run, monkeypatch, selector, enough, heard):
+    """Decisions are at steps 8, 12, 16 and 20; none follows the last."""
+    from dataflex.train import in_run
+    from dataflex.train.in_run import InRun
+
+    taken = []
+    take = InRun.take
+    monkeypatch.setattr(
+        InRun, "take", lambda self, step: taken.extend([step] * (self._losses is not None)) or take(self, step)
+    )
+    monkeypatch.setattr(in_run, "_ENOUGH", enough)
+    run("heard", **SETTINGS, dynamic=block(selector))
+    assert sorted(set(taken)) == list(heard)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -60,9 +80,9 @@ def test_target_rows_leave_sketches_in_the_pass_of_their_gradients(run, monkeypa
     monkeypatch.setattr(StepCapture, "sketch_of", noting(StepCapture.sketch_of, sketched))
     note = InRun._note_goals
     monkeypatch.setattr(
-        InRun, "_note_goals", lambda self, found, at: noted.append(list(found)) or note(self, found, at)
+        InRun, "_note_goals", lambda self, found, *rest: noted.append(list(found)) or note(self, found, *rest)
     )
-    run("budgeted", **{**SETTINGS, "max_steps": 14}, finetuning_type=tuning, dynamic=block())
+    run("budgeted", **{**SETTINGS, "max_steps": 14}, finetuning_type=tuning, dynamic=block(budget=2.0))
     plain = sketched[1::2]  # scaled, plain, scaled, ...
     assert len(plain) == len(noted) == 2
     for mean, found in zip(plain, noted, strict=True):

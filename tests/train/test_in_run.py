@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from dataflex.plan.schedule import Interval
 from dataflex.signals.kinds import GradientProducts
 from dataflex.train import in_run, observations
 from dataflex.train.in_run import InRun
@@ -59,32 +62,209 @@ def test_less_is_chosen_while_the_targets_losses_do_not_fall():
     assert run.told["target change"] == pytest.approx(-0.1)
 
 
+def a_run(**attributes):
+    run = object.__new__(InRun)
+    vars(run).update(attributes)
+    return run
+
+
+def seen_of(rows, sketches, *, pilots=(), intervals=0, steps=0, scores=np.nan, values=0, unbiased=True):
+    """Observations [n]: of rows that were served, but for those numbered ``pilots``."""
+    count = len(rows)
+    return Observations(
+        rows=np.array(rows),
+        intervals=np.zeros(count, int) + intervals,
+        steps=np.zeros(count, int) + steps,
+        sketches=sketches,
+        values=np.ones((count, values)),
+        scores=np.zeros((count, 1)) + scores,
+        unbiased=np.zeros(count, bool) | unbiased,
+        pilots=np.isin(np.arange(count), pilots),
+    )
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
     """Three target rows of one target after 10 rows of the pool, whose direction is their mean, twice as long."""
     rng = np.random.default_rng(5)
-    sketches = rng.normal(size=(4, 6))
-    mean = 2.0 * sketches[1:].mean(axis=0)
-    run = SimpleNamespace(
+    sketches = rng.normal(size=(3, 6))
+    mean = 2.0 * sketches.mean(axis=0)
+    kept = []
+    run = a_run(
         spec=SimpleNamespace(normalize=normalize),
-        products=False,
+        budget=0.1,
+        asked=(),
         space=SimpleNamespace(num_rows=10),
         aims=mean[None] / np.linalg.norm(mean),
         _firsts=np.array([10, 13]),
-        _own=np.array([2.0 / np.linalg.norm(mean) / 3]),
-        _aimed_at=1,
+        _note=lambda rows, interval, steps, values, *, unbiased, scores: kept.append((rows, scores[:, 0])),
     )
-    same = {"steps": np.zeros(4, int), "unbiased": np.zeros(4, bool), "pilots": np.ones(4, bool)}
-    seen = Observations(
-        rows=np.array([4, 10, 11, 12]), intervals=np.full(4, 1), sketches=sketches, values=np.zeros((4, 0)), **same
+    shares = np.array([2.0 / np.linalg.norm(mean) / 3])
+    order = np.array([2, 0, 1])  # as ranks found them
+    InRun._note_goals(
+        run, [(10 + order, sketches[order])], Interval(index=1, kind="dynamic", start_step=10, stop_step=20), shares
     )
-    found = InRun._of(run, seen)[:, 0]
-    wanted = [sketches[0] @ mean / np.linalg.norm(mean)]
-    for own in (1, 2, 3):
-        others = np.delete(sketches[1:], own - 1, axis=0).mean(axis=0)
-        wanted.append(sketches[own] @ others / np.linalg.norm(others))
-    lengths = np.linalg.norm(sketches, axis=1) if normalize else 1.0
-    np.testing.assert_allclose(found, np.array(wanted) / lengths, rtol=1e-9)
+    others = [np.delete(sketches, own, axis=0).mean(axis=0) for own in range(3)]
+    wanted = np.array([row @ mean / np.linalg.norm(mean) for row, mean in zip(sketches, others, strict=True)])
+    ((rows, found),) = kept
+    assert rows.tolist() == [10, 11, 12]
+    np.testing.assert_allclose(found, wanted / (np.linalg.norm(sketches, axis=1) if normalize else 1.0), rtol=1e-9)
+
+
+def test_served_rows_are_compared_with_the_newest_directions_and_pilots_keep_their_score():
+    """Rows 3 and 8 were served, row 5 is a pilot."""
+    run = a_run(spec=SimpleNamespace(normalize=False), products=False, aims=np.array([[0.0, 1.0]]))
+    kept = np.array([[np.nan], [9.0], [np.nan]])
+    run.seen = seen_of([3, 5, 8], np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), pilots=[1], scores=kept)
+    run._score_served()
+    assert run._of(run.seen).ravel().tolist() == [2, 9, 6]
+    run.aims = np.array([[1.0, 0.0]])
+    run._score_served()
+    assert run._of(run.seen).ravel().tolist() == [1, 9, 5]
+    assert np.isnan(kept).sum() == 2, "what a checkpoint shares with it is left alone"
+
+
+class Features:
+    """Ten features of each row, drawn."""
+
+    def __init__(self, rows):
+        self.dense = np.random.default_rng(3).normal(size=(rows, 10))
+
+    def matrix(self, rows):
+        return csr_matrix(self.dense[rows])
+
+    def times(self, rows, weights):
+        return self.dense[rows] @ weights
+
+
+def judged(served_scores, *, pilots, seed=1):
+    """A run that saw rows 0 to 299 in part: 75 served in each of two intervals, and ``pilots`` at each decision.
+
+    Pilots' scores are linear in ten features of a row but for some noise; those of served rows are as given.
+    """
+    rng, features = np.random.default_rng(seed), Features(300)
+    truth = features.dense @ rng.normal(size=10)
+    rows = rng.permutation(300)[: 150 + 2 * pilots]
+    run = a_run(
+        spec=SimpleNamespace(normalize=False),
+        space=SimpleNamespace(num_rows=300),
+        targets=("t",),
+        asked=(),
+        scores=(),
+        embeddings=(),
+        budget=0.1,
+        total_steps=100,
+        products=False,
+        aims=np.ones((1, 1)),
+        forgetting=0.7,
+        _features=features,
+        _firsts=np.array([300, 301]),
+        told={},
+    )
+    at = np.repeat([0, 1, 1, 2], [75, pilots, 75, pilots])
+    passes = np.repeat([False, True, False, True], [75, pilots, 75, pilots])
+    scores = np.where(passes, truth[rows], served_scores(truth, rng)[rows]) + 0.3 * rng.normal(size=len(rows))
+    run.seen = seen_of(
+        rows,
+        np.zeros((len(rows), 1)),
+        pilots=np.flatnonzero(passes),
+        intervals=at,
+        steps=10 * at,
+        scores=scores[:, None],
+    )
+    return run, truth
+
+
+def alike(truth, rng):
+    return truth
+
+
+def noise(truth, rng):
+    return rng.normal(size=len(truth)) * truth.std()
+
+
+@pytest.mark.parametrize(
+    ("served", "pilots", "trusted"), [(alike, 12, True), (alike, 0, True), (noise, 40, True), (noise, 0, False)]
+)
+def test_predictions_are_trusted_where_they_foretell_rows_that_were_drawn(served, pilots, trusted):
+    run = judged(served, pilots=pilots)[0]
+    run._judge()
+    assert (run.told["correlation"] > 0.3) == trusted
+    assert (run.trust > 0.95) == trusted
+
+
+@pytest.mark.parametrize("pilots", [0, 8, 16])
+def test_where_nothing_can_be_foretold_trust_is_nearly_even(pilots):
+    """Scores are noise, those of pilots too: correlations are as often above 0 as below, also of few rows."""
+    found = []
+    for seed in range(40):
+        run = judged(noise, pilots=pilots, seed=seed)[0]
+        noisy = np.random.default_rng(seed).normal(size=(len(run.seen.rows), 1))
+        run.seen = dataclasses.replace(run.seen, scores=noisy)
+        run._judge()
+        found.append(run.told["correlation"])
+    assert abs(np.mean(found)) < 4 * np.std(found) / len(found) ** 0.5
+    assert 8 < np.sum(np.array(found) > 0) < 32
+
+
+@pytest.mark.parametrize(
+    ("by_interval", "count"),
+    [((20, 20, 20, 20), 60), ((20, 20, 4, 4, 4), 32), ((20, 4, 4, 4), 32), ((0, 0, 0, 7), 0), ((0, 0, 0, 8), 8)],
+)
+def test_the_newest_rows_that_were_drawn_are_judged_each_by_others(monkeypatch, by_interval, count):
+    """Those of three intervals, and of as many more as 32 rows take; fewer than 8 say nothing."""
+    run = judged(alike, pilots=0)[0]
+    at, asked = np.repeat(np.arange(len(by_interval)), by_interval), []
+    run.seen = seen_of(range(len(at)), np.zeros((len(at), 1)), intervals=at, steps=at, scores=at[:, None] * 1.0)
+    monkeypatch.setattr(
+        InRun, "_scores", lambda self, seen, rows: asked.append((seen.rows, rows)) or np.ones((len(rows), 1))
+    )
+    run._judge()
+    held_out = [np.setdiff1d(rows, others) for others, rows in asked]
+    assert np.array_equal(np.sort(np.concatenate([[], *held_out])), np.arange(len(at))[len(at) - count :])
+
+
+def test_served_rows_count_less_beside_pilots(monkeypatch):
+    """What 150 served rows show is noise here, and 80 pilots know better."""
+    run, truth = judged(noise, pilots=40)
+
+    def found(seen):
+        return np.corrcoef(run._scores(seen, np.arange(300))[:, 0], truth)[0, 1]
+
+    served, both = found(run.seen.where(~run.seen.pilots)), found(run.seen)
+    monkeypatch.setattr(in_run, "_SERVED", 1.0)
+    assert abs(served) < 0.5
+    assert found(run.seen) < both
+    assert both > 0.8
+
+
+def interval(index, stop=50):
+    return Interval(index=index, kind="dynamic", start_step=20, stop_step=stop)
+
+
+def test_pilots_count_less_from_decision_to_decision():
+    """10 and 10 pilots in intervals 1 and 2."""
+    run = judged(alike, pilots=10)[0]
+    assert run._pilots_that_count(interval(2)) == pytest.approx(10 + 0.7 * 10)
+    assert run._pilots_that_count(interval(3)) == pytest.approx(0.7 * 10 + 0.49 * 10)
+    assert judged(alike, pilots=0)[0]._pilots_that_count(interval(3)) == 0
+
+
+def test_the_steps_of_the_last_interval_are_not_listened_to_unless_methods_ask():
+    run = judged(alike, pilots=10)[0]
+    assert [run._last(interval(2, stop)) for stop in (99, 100)] == [False, True]
+    run.asked = ("loss",)
+    assert not run._last(interval(2, 100))
+
+
+@pytest.mark.parametrize(("pilots", "left", "share"), [(0, 319, 1.0), (0, 320, 0.5), (10, 81, 1.0), (10, 83, 0.5)])
+def test_half_is_for_pilots_where_that_makes_them_enough(pilots, left, share):
+    """A pilot costs 2 x 5 tokens; 10 and 10 of them count 11.9 at decision 3, and 4.1 more are 16."""
+    run = judged(alike, pilots=pilots)[0]
+    run.space.lengths = np.array([4.0, 6.0])
+    assert run._for_targets(interval(3), left, 2.0) == pytest.approx(left * share)
+    run.budget = None
+    assert run._for_targets(interval(3), left, 2.0) == left
 
 
 def test_products_of_rows_are_those_of_their_predicted_gradients():
@@ -92,7 +272,7 @@ def test_products_of_rows_are_those_of_their_predicted_gradients():
     rng = np.random.default_rng(7)
     base, aims = rng.normal(size=300), np.linalg.qr(rng.normal(size=(300, 2)))[0].T
     sketches = np.stack([base, base + 0.1 * rng.normal(size=300), -base, rng.normal(size=300)])
-    run = SimpleNamespace(
+    run = a_run(
         spec=SimpleNamespace(normalize=False),
         space=SimpleNamespace(num_rows=4),
         products=True,
@@ -100,24 +280,14 @@ def test_products_of_rows_are_those_of_their_predicted_gradients():
         targets=("a", "b"),
         asked=("norm",),
         aims=aims,
-        _firsts=np.array([4, 5, 6]),
-        _own=np.zeros(2),
-        _aimed_at=0,
     )
-    seen = Observations(
-        rows=np.arange(4),
-        intervals=np.zeros(4, int),
-        steps=np.zeros(4, int),
-        sketches=sketches,
-        values=np.ones((4, 1)),
-        unbiased=np.ones(4, bool),
-        pilots=np.zeros(4, bool),
-    )
-    run._predicted = InRun._of(run, seen)
+    run.seen = seen_of(range(4), sketches, values=1, scores=np.full((4, 2), np.nan))
+    run._score_served()
+    run._predicted = run._of(run.seen)
     assert run._predicted.shape == (4, 2 + 1 + in_run._GRAM)
     run._predicted[3] = np.nan
     signal = GradientProducts(targets=("b", "a"), precondition="none")
-    scores, gram = signal.split(InRun.answer(run, signal, np.arange(4)))
+    scores, gram = signal.split(run.answer(signal, np.arange(4)))
     np.testing.assert_allclose(scores[:3], (sketches @ aims.T)[:3, ::-1], rtol=1e-5)
     exact, size = sketches[:3] @ sketches[:3].T, base @ base
     assert np.abs(gram[:3, :3] - exact).max() < 5 * size / in_run._GRAM**0.5
@@ -127,7 +297,7 @@ def test_products_of_rows_are_those_of_their_predicted_gradients():
     assert np.isnan(gram[:, 3]).all()
     run.products = False
     run._predicted = run._predicted[:, :3]
-    assert InRun.answer(run, signal, np.arange(4)) is None, "the model is asked"
+    assert run.answer(signal, np.arange(4)) is None, "the model is asked"
 
 
 def test_the_newest_of_each_row_is_kept_and_no_more_than_fit(monkeypatch):

@@ -1,11 +1,13 @@
-"""Decisions that training pays for: scores of the rows just served, predictions of all others, and a budget.
+"""Decisions that training pays for: scores of some rows, predictions of all others, and a budget.
 
-During an interval every row leaves a sketch of its gradient in its own backward pass (``StepCapture``). When the next
-decision comes, some target rows give the directions, in Adam's scale, and products of the sketches with those of the
-directions are scores of the rows that were served; where the budget allows, pilots leave sketches in a pass of their
-own. Ridge regression predicts the rest of the pool (``select.predict``). A part of every plan is drawn uniformly; how
-well its scores were predicted decides whether the next plan follows the predictions. Where the targets' own losses fall
-no more, plans choose less and draw more.
+At a decision some target rows give the directions, in Adam's scale, and pilots, which are rows of the pool, leave
+sketches of their gradients in a pass of their own; scores are products of these with the directions. As long as the
+budget does not pay for enough pilots, rows that are served leave sketches too, in their own backward pass
+(``StepCapture``). Directions turn: pilots and target rows keep the scores of their own decision, served rows are
+compared with the newest directions, and count less beside pilots. Ridge regression predicts the rest
+(``select.predict``). A part of every plan is drawn uniformly; how well the scores of these rows and of the pilots are
+predicted by others decides whether the plan follows the predictions. Where the targets' own losses fall no more, plans
+choose less and draw more.
 
 The budget is the most that all this may cost, in passes, relative to the training itself: a forward pass of a token
 counts 1, a backward pass 2, with adapters 1.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -64,12 +66,15 @@ logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 
 _LEAST_WEIGHT = 0.01
-_JUDGED_INTERVALS = 3
+_JUDGED_INTERVALS, _JUDGED_ROWS = 3, 32  # the least of what was drawn uniformly, by which predictions are judged
 _FEWEST_COMPARED = 4  # target rows whose losses are compared with earlier ones
 _PARTS = 10
 _SKETCH = 16
 _GRAM = 64  # numbers that stand for a row's sketch where products of rows are predicted
-_SAVED = tuple("aims aimed explored trust share _interval _aimed_at _looked _own _spent _target_losses".split())
+_SERVED = 0.3  # what a row that was served counts beside pilots, which count 1
+_ENOUGH = 16  # pilots beside which training steps are not listened to; fewer are not looked at
+_FEWEST_PILOTS = 4
+_SAVED = tuple("aims aimed explored trust share deaf _heard _interval _looked _spent _target_losses".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +150,13 @@ class InRun:
         self.aimed = np.zeros(len(self.targets))  # number of target rows behind each, earlier ones counting less [K]
         self.explored: Rows = np.zeros(0, dtype=np.int64)  # rows of the plan in progress that were drawn uniformly
         self.trust = 0.0
-        self._interval = self._aimed_at = 0
-        self._judged: list[Floats] = []
+        self._interval = 0
+        self.deaf = False  # whether steps are not listened to
+        self._heard = 0  # number of steps that were listened to
         sizes = [len(self.signals.access.corpus(name).lengths) for name in self.targets]
         self._firsts = self.space.num_rows + np.cumsum([0, *sizes])  # first row of each target, among all [K + 1]
         self._target_losses = np.full(int(sum(sizes)), np.nan)  # of target rows when they were last looked at
         self.share = 1.0  # of what predictions are trusted with; less where the targets' losses fall no more
-        self._own = np.zeros(len(self.targets))  # share of a target row of the last decision in its direction [K]
         self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
         self._spent = 0.0  # on targets and pilots, in tokens times passes
         self._capture: StepCapture | None = None
@@ -190,6 +195,8 @@ class InRun:
 
     def begin(self, batch: dict[str, Any], device: torch.device) -> None:
         """Listen to the forward and backward pass of a micro-batch."""
+        if self.deaf:
+            return
         self._batch, self._joined = by_rows(batch, device)
         if self.capture is not None:
             shape = batch["input_ids"].shape
@@ -244,6 +251,11 @@ class InRun:
         return torch.cat(columns, dim=1) if columns else losses_B.new_zeros(len(losses_B), 0)
 
     @property
+    def _asks_steps(self) -> bool:
+        """Whether methods ask for what every step shows."""
+        return bool(self.budget is None or self.asked or self.scores or self.embeddings)
+
+    @property
     def _sketches(self) -> bool:
         """Whether sketches are kept, to be compared with directions of later decisions."""
         return bool(self.targets) and self.budget is not None
@@ -273,7 +285,7 @@ class InRun:
         if (values := shown.pop("", None)) is not None:
             known = kept & ~np.isnan(values).any(axis=1)
             unbiased = np.isin(rows, self.explored)[known]
-            self._note(rows[known], self._interval, steps[known], values[known], unbiased=unbiased, pilots=False)
+            self._note(rows[known], self._interval, steps[known], values[known], unbiased=unbiased)
         for key, values in shown.items():
             known = kept & np.isfinite(values[:, 0])
             new = Newest(rows=rows[known], steps=steps[known], values=values[known])
@@ -287,9 +299,9 @@ class InRun:
         values: NDArray[np.float32],
         *,
         unbiased: Any,
-        pilots: bool,
+        scores: Floats | None = None,
     ) -> None:
-        """Keep what became known of rows in an interval."""
+        """Keep what became known of rows in an interval; ``scores`` [n, K] where a pass of their own had it."""
         size = values.shape[1] - len(self.asked)
         new = Observations(
             rows=rows,
@@ -297,8 +309,9 @@ class InRun:
             steps=steps,
             sketches=values[:, :size],
             values=values[:, size:].astype(np.float64),
+            scores=np.full((len(rows), len(self.targets)), np.nan) if scores is None else scores,
             unbiased=np.broadcast_to(unbiased, len(rows)),
-            pilots=np.full(len(rows), pilots),
+            pilots=np.full(len(rows), scores is not None),
         )
         self.seen = new if self.seen is None else self.seen.and_(new)
 
@@ -312,18 +325,20 @@ class InRun:
     def _left(self, interval: Interval, tokens: float, both: float) -> float:
         """Return what may be spent on targets and pilots now.
 
-        By the end of step t of T it is the share sqrt(t / T) of the whole run's, hooks paid: early decisions know least
-        and last longest.
+        By the end of step t of T it is the share sqrt(t / T) of the whole run's, hooks paid, to the end of the run as
+        long as they are needed: early decisions know least and last longest.
         """
         if self.budget is None:
             return np.inf
         hooks = 0.0 if self.capture is None else self.capture.cost(self.signals.access.model)
+        if self.deaf or self._last(interval):
+            hooks *= self._heard / self.total_steps
         total = (self.budget * both - hooks) * tokens / interval.steps * self.total_steps
         return total * min(interval.stop_step / self.total_steps, 1.0) ** 0.5 - self._spent
 
     @threadpool_limits.wrap(limits=1, user_api="blas")  # numpy's: threads spin longer than matrices this small take
     def decide(self, interval: Interval, global_batch: int) -> None:
-        """Look at the targets, judge the predictions of the interval that is over, look at pilots, and predict anew."""
+        """Look at the targets and at pilots, judge how well rows that were drawn are predicted, and predict."""
         self.gather()
         tokens, both = self._price(interval, global_batch)
         self._predicted, self.told = None, {}  # also what a resumed run begins with
@@ -331,18 +346,39 @@ class InRun:
         if interval.start_step or (self.scores and self.budget is None):
             if self.targets:
                 self._spent += self._aim(interval, left, both)
-            if self.budget is not None:
-                self._judge()
+                self._score_served()
             left = self._left(interval, tokens, both)
             if self.capture is not None and self.budget is not None:
                 self._spent += self._pilots(interval, left, both)
+            if self.budget is not None:
+                self._judge()
             if self.budget is not None and self.seen is not None and len(self.seen.rows) >= LEAST_ROWS:
                 explores = self.thompson and interval.stop_step < self.total_steps
                 draw = (stream(self.seed, "in_run thompson", interval.index),) if explores else ()
                 self._predicted = self._scores(self.seen, self.space.all_rows(), *draw)
                 self._predicted[self.space.supervised == 0] = np.nan
+        self.deaf = self._last(interval) or (not self._asks_steps and self._pilots_that_count(interval) >= _ENOUGH)
+        self._heard += 0 if self.deaf else interval.steps
         self._interval = interval.index
         self.told |= {"trust": self.trust, "spent": self._spent / (tokens / interval.steps * self.total_steps * both)}
+
+    def _last(self, interval: Interval) -> bool:
+        """Return whether no decision follows that could use what steps show, and nothing else does."""
+        return not self._asks_steps and interval.stop_step >= self.total_steps
+
+    def _pilots_that_count(self, interval: Interval) -> float:
+        """Return the number of pilots, each counting less from decision to decision."""
+        if self.seen is None:
+            return 0.0
+        pilots = self.seen.pilots & self.seen.unbiased
+        return float((self.forgetting ** (interval.index - self.seen.intervals[pilots])).sum())
+
+    def _for_targets(self, interval: Interval, left: float, both: float) -> float:
+        """Return what is for targets of what is left: half, if the other half makes the pilots enough, else all."""
+        if self.budget is None:
+            return left
+        pilots = left / 2 / (float(self.space.lengths.mean()) * both)
+        return left / 2 if self._pilots_that_count(interval) + pilots >= _ENOUGH else left
 
     def _aim(self, interval: Interval, left: float, both: float) -> float:
         """Take the gradients of as many target rows as there is budget for, others each time; return their cost."""
@@ -350,12 +386,12 @@ class InRun:
         assert capture is not None
         sweeps, spent = [], 0.0
         counts, whole = np.zeros(len(self.targets)), True
+        share = self._for_targets(interval, max(left, 0.0), both) / len(self.targets)
         for k, name in enumerate(self.targets):
             lengths = access.corpus(name).lengths
             order = np.argsort(uniforms(self.seed, f"in_run target {name}", 0, np.arange(len(lengths))))
             order = np.roll(order, -int(self._looked[k]))
             cost = np.cumsum(lengths[order]) * both
-            share = max(left, 0.0) / len(self.targets)
             count = max(int(np.searchsorted(cost, share, side="right")), min(LEAST_ROWS, len(order)))
             whole, spent = whole and count == len(order), spent + float(cost[count - 1])
             counts[k] = count
@@ -399,9 +435,9 @@ class InRun:
             aims /= weights[:, None]
             counts = counts + before
         self.aimed = counts
-        self.aims, self._own = comm.broadcast_object((aims, scale / lengths / weights))
+        self.aims, own = comm.broadcast_object((aims, scale / lengths / weights))
         self.told["coverage"] = float((inside / np.maximum(total, 1e-300)).min())
-        self._note_goals(found, interval)
+        self._note_goals(found, interval, own)
         return spent
 
     def _compare(self, found: list[tuple[Rows, Floats]]) -> None:
@@ -459,8 +495,11 @@ class InRun:
         if turn.mine:
             found.append((rows, sketches.cpu().numpy()))
 
-    def _note_goals(self, found: list[tuple[Rows, NDArray[np.float32]]], interval: Interval) -> None:
-        """Keep what became known of target rows: predictions may learn from them what scores well (collective)."""
+    def _note_goals(self, found: list[tuple[Rows, NDArray[np.float32]]], interval: Interval, own: Floats) -> None:
+        """Keep what became known of target rows: predictions may learn from them what scores well (collective).
+
+        ``own`` is the share of a target row in its target's direction [K].
+        """
         everyone = [part for parts in comm.gather_objects(found) for part in parts]
         if self.budget is None or not everyone:
             return
@@ -468,10 +507,12 @@ class InRun:
         order = np.argsort(rows)
         rows, sketches = rows[order], sketches[order]
         known = np.linalg.norm(sketches, axis=1) > 0
+        rows, sketches = rows[known], sketches[known]
         values = np.concatenate([sketches, np.full((len(rows), len(self.asked)), np.nan, np.float32)], axis=1)
-        steps = np.full(int(known.sum()), interval.start_step)
-        self._note(rows[known], interval.index, steps, values[known], unbiased=False, pilots=True)
-        self._aimed_at = interval.index
+        target = np.searchsorted(self._firsts, rows, side="right") - 1
+        shares = own * (target[:, None] == np.arange(len(own)))
+        steps = np.full(len(rows), interval.start_step)
+        self._note(rows, interval.index, steps, values, unbiased=False, scores=self._compared(sketches, shares))
 
     def _count(self, rows: int) -> None:
         self.signals.forward_rows += rows
@@ -482,13 +523,15 @@ class InRun:
         order = self._unseen_first(np.flatnonzero(self.space.supervised > 0), "in_run pilots", interval)
         cost = np.cumsum(self.space.lengths[order]) * both
         count = int(np.searchsorted(cost, left, side="right"))
-        if count < LEAST_ROWS:
+        if count < _FEWEST_PILOTS:
             return 0.0
         rows = np.sort(order[:count])
         values = self._looked_at(rows)
         known = np.isfinite(values).all(axis=1)
-        steps = np.full(int(known.sum()), interval.start_step)
-        self._note(rows[known], interval.index, steps, values[known], unbiased=True, pilots=True)
+        rows, values = rows[known], values[known]
+        steps = np.full(len(rows), interval.start_step)
+        scores = self._compared(values[:, : values.shape[1] - len(self.asked)])
+        self._note(rows, interval.index, steps, values, unbiased=True, scores=scores)
         return float(cost[count - 1])
 
     def _unseen_first(self, rows: Rows, name: str, interval: Interval) -> Rows:
@@ -557,33 +600,45 @@ class InRun:
             self._features = TokenFeatures.of(len(domains), tokens, domains, len(self.space.domains.names))
         return self._features
 
+    def _compared(self, sketches: NDArray[np.float32], shares: Floats | None = None) -> Floats:
+        """Return products of sketches with the newest directions, cosines where asked [n, K].
+
+        ``shares`` [n, K] is what a target row is of a direction: it is compared with the direction of the others.
+        """
+        if self.aims is None:
+            return np.zeros((len(sketches), 0))
+        exact = sketches.astype(np.float64)
+        found, squares = exact @ self.aims.T, (exact**2).sum(axis=1, keepdims=True)
+        if shares is not None:
+            lengths = np.sqrt(np.maximum(1 - 2 * shares * found + shares**2 * squares, 1e-30))
+            found = (found - shares * squares) / lengths
+        return found / np.maximum(np.sqrt(squares), 1e-30) if self.spec.normalize else found
+
+    def _score_served(self) -> None:
+        """Compare rows that were served with the newest directions, which have the most target rows behind them."""
+        if self.seen is None or self.aims is None:
+            return
+        scores, served = self.seen.scores.copy(), ~self.seen.pilots
+        scores[served] = self._compared(self.seen.sketches[served])
+        self.seen = replace(self.seen, scores=scores)
+
     def _of(self, seen: Observations) -> Floats:
         """Return what is to be predicted of rows that were looked at [n, K + Q], and what stands for sketches."""
         if self.aims is None:
             return seen.values
-        sketches = seen.sketches.astype(np.float64)
-        folded = sketches[:, :0]
+        folded = seen.sketches[:, :0].astype(np.float64)
         if self.products:
-            draws = stream(self.seed, "in_run products", 0).standard_normal((sketches.shape[1], _GRAM))
-            folded = sketches @ draws / np.sqrt(_GRAM)
-        scores, squares = sketches @ self.aims.T, (sketches**2).sum(axis=1)
-        lengths = np.ones_like(scores)
-        goals = np.flatnonzero((seen.rows >= self.space.num_rows) & (seen.intervals == self._aimed_at))
-        of = np.searchsorted(self._firsts, seen.rows[goals], side="right") - 1
-        share = self._own[of]  # a target row is compared with the direction of the others
-        both = scores[goals, of]
-        lengths[goals, of] = np.sqrt(np.maximum(1 - 2 * share * both + share**2 * squares[goals], 1e-30))
-        scores[goals, of] -= share * squares[goals]
-        scores /= lengths
-        if self.spec.normalize:
-            scores /= np.maximum(np.sqrt(squares), 1e-30)[:, None]
-        return np.concatenate([scores, seen.values, folded], axis=1)
+            draws = stream(self.seed, "in_run products", 0).standard_normal((seen.sketches.shape[1], _GRAM))
+            folded = seen.sketches.astype(np.float64) @ draws / np.sqrt(_GRAM)
+        return np.concatenate([seen.scores, seen.values, folded], axis=1)
 
     def _scores(self, seen: Observations, rows: Rows, draw: np.random.Generator | None = None) -> Floats:
         """Return predictions of rows, as ``_of`` has them, the same on every rank; with ``draw`` as drawn."""
 
         def compute() -> Floats:
             weights = self.forgetting ** (seen.intervals.max() - seen.intervals).astype(np.float64)
+            if (seen.pilots & seen.unbiased & (weights >= _LEAST_WEIGHT)).sum() >= LEAST_ROWS:
+                weights[~seen.pilots] *= _SERVED
             recent = weights >= _LEAST_WEIGHT
             known, used = seen.where(recent), weights[recent]
             goals = known.rows >= self.space.num_rows
@@ -616,34 +671,35 @@ class InRun:
         return comm.on_one_rank("predicting scores", compute)
 
     def _judge(self) -> None:
-        """Compare what the newest interval's uniformly drawn rows showed with what earlier observations say of them."""
+        """Compare what rows that were drawn uniformly showed of late with what the others say of them, part by part.
+
+        They are the pilots and explored rows of the newest intervals. About a tenth of what is known is held out at a
+        time; of many rows, some parts are enough.
+        """
         self.trust, seen = 0.0, self.seen
-        if seen is None:
+        when = np.zeros(0) if seen is None else np.sort(seen.intervals[seen.unbiased])[-_JUDGED_ROWS:]
+        if seen is None or len(when) < LEAST_ROWS:
             return
-        goals, asked = seen.rows >= self.space.num_rows, len(self.targets) + len(self.asked)
-        last = seen.intervals[~seen.pilots].max(initial=-1)
-        before, newest = seen.intervals < last, (seen.intervals == last) & ~seen.pilots & seen.unbiased
-        if newest.sum() >= 4:
-            shown = seen.where(newest)
-            if (before & ~goals).sum() >= LEAST_ROWS:
-                predicted = self._scores(seen.where(before), shown.rows)[:, :asked]
-            else:  # the first interval: every part by the others
-                parts = np.arange(len(shown.rows)) % _PARTS
-                predicted = np.empty((len(shown.rows), asked))
-                for part in range(_PARTS):
-                    own = parts == part
-                    others = goals.copy()
-                    others[np.flatnonzero(newest)[~own]] = True
-                    predicted[own] = self._scores(seen.where(others), shown.rows[own])[:, :asked]
-            groups = levels(shown.steps, shown.pilots, np.zeros(len(shown.rows), dtype=np.bool_))
-            both = np.stack([centred(predicted, groups), centred(self._of(shown)[:, :asked], groups)])
-            ranks = both.argsort(axis=1).argsort(axis=1) / (len(shown.rows) - 1.0)
-            self._judged = [*self._judged, ranks][-_JUDGED_INTERVALS:]
-        if not self._judged:
+        first = min(when[0], when[-1] + 1 - _JUDGED_INTERVALS)
+        shown, asked = seen.where(seen.unbiased & (seen.intervals >= first)), len(self.targets) + len(self.asked)
+        rows, numbers = np.unique(shown.rows, return_inverse=True)
+        if len(rows) < LEAST_ROWS:
             return
-        pooled = np.concatenate(self._judged, axis=1)
-        found = np.array([rank_correlation(*pooled[:, :, k]) for k in range(pooled.shape[2])])
-        correlation, above = found.mean(axis=0)
+        predicted, known = np.zeros((len(shown.rows), asked)), np.zeros(len(shown.rows), dtype=np.bool_)
+        parts = max(-(-_PARTS * len(shown.rows) // len(seen.rows)), 2)
+        for part in range(min(parts, len(rows))):
+            if known.sum() < 4 * _JUDGED_ROWS:
+                own = numbers % parts == part
+                found = self._scores(seen.where(~np.isin(seen.rows, shown.rows[own])), shown.rows)[:, :asked]
+                predicted[own] = (found - found.mean(axis=0))[own]  # levels without a part fall where it is high
+                known |= own
+        groups = levels(shown.steps, shown.pilots, np.zeros(len(known), dtype=np.bool_))
+        observed, passes = centred(self._of(shown)[:, :asked], groups), 2 * shown.intervals + shown.pilots
+        for one in np.unique(passes):  # gradients shrink: intervals differ in scale
+            observed[passes == one] /= np.maximum(observed[passes == one].std(axis=0), 1e-30)
+        own_levels = centred(predicted[known], np.unique(groups[known], return_inverse=True)[1])
+        pairs = zip(own_levels.T, observed[known].T, strict=True)
+        correlation, above = np.array([rank_correlation(*pair) for pair in pairs]).mean(axis=0)
         self.trust = max(2 * float(above) - 1, 0.0)  # 0 where they are no better than chance
         self.told |= {"correlation": float(correlation)}
 
@@ -725,7 +781,6 @@ class InRun:
         """Return everything that a resumed run needs; ``gather`` comes first."""
         return {
             **{name.lstrip("_"): getattr(self, name) for name in _SAVED},
-            "judged": list(self._judged),
             "seen": {} if self.seen is None else dict(vars(self.seen)),
             "directions": {} if self._directions is None else self._directions.state_dict(),
             "newest": {key: dict(vars(newest)) for key, newest in self._newest.items()},
@@ -735,7 +790,6 @@ class InRun:
         """Take back what ``state_dict`` gave."""
         for name in _SAVED:
             setattr(self, name, state[name.lstrip("_")])
-        self._judged = list(state["judged"])
         self.seen = Observations(**state["seen"]) if state["seen"] else None
         self._newest = {key: Newest(**kept) for key, kept in state["newest"].items()}
         if state["directions"]:

@@ -71,6 +71,7 @@ class Observations:
     steps: NDArray[np.int64]  # likewise [n]
     sketches: NDArray[np.float32]  # of their gradients [n, D]; D = 0 where no target asks for them
     values: Floats  # what else is asked of them [n, Q]
+    scores: Floats  # pilots': by their decision's directions, others': by the newest [n, K]; NaN until then
     unbiased: NDArray[np.bool_]  # whether they were drawn uniformly [n]
     pilots: NDArray[np.bool_]  # whether they were looked at in a pass of their own [n]
 
