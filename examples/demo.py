@@ -148,7 +148,7 @@ def main() -> int:
     dynamic = "examples/demo_dynamic.yaml"
     heading("1 of 4  Training on rows selected for the target task")
     seconds["dynamic run"], cpu["dynamic"] = dataflex("train", dynamic)
-    heading("2 of 4  The same within a budget: rows are scored in their own training steps")
+    heading("2 of 4  The same within a budget: a few rows are scored, the others predicted")
     output = f"output_dir={RUNS['budget']}"
     seconds["budget run"], cpu["budget"] = dataflex("train", dynamic, f"dynamic.signals.budget={BUDGET}", output)
     heading("3 of 4  Training on the whole pool for the same number of steps")

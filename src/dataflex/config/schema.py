@@ -87,8 +87,8 @@ class SignalsConfig:
     )
     budget: float | None = param(
         None,
-        "most that decisions cost in passes, relative to the training: rows are scored in their own training steps and "
-        "the scores of the others are predicted; null: the selector asks the model about every row",
+        "most that decisions cost in passes, relative to the training: a few rows are scored, or rows in their own "
+        "training steps, and the scores of the others are predicted; null: the selector asks the model about every row",
         above=0.0,
         maximum=1000.0,
     )
