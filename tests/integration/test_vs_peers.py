@@ -94,7 +94,7 @@ def test_a_pass_is_measured():
         held = np.ones(30_000_000)
     found = spent.result()
     assert found["passes"] == 1
-    assert found["cpu"] > 0.01
+    assert found["cpu"] > 0
     assert found["peak_mb"] > held.nbytes / 1e6
 
 
