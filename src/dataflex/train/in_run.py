@@ -58,7 +58,7 @@ from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS, by_rows
 from dataflex.train.loss import TokenLosses, sample_means, token_losses
-from dataflex.train.observations import LEAST_ROWS, Newest, Observations, centred, levels
+from dataflex.train.observations import LEAST_ROWS, Newest, Observations, centred, levels, spreads
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ _PARTS = 10
 _SKETCH = 16
 _GRAM = 64  # numbers that stand for a row's sketch where products of rows are predicted
 _SERVED = 0.3  # what a row that was served counts beside pilots, which count 1
-_ENOUGH = 16  # pilots beside which training steps are not listened to; fewer are not looked at
+_ENOUGH = 16  # pilots beside which training steps are not listened to; half of what is left is for so many
 _FEWEST_PILOTS = 4
 _SAVED = tuple("aims aimed explored trust share deaf _heard _interval _looked _spent _target_losses".split())
 
@@ -644,13 +644,10 @@ class InRun:
             goals = known.rows >= self.space.num_rows
             groups = levels(known.steps, known.pilots, goals)
             values = self._of(known)
-            spread, scale = centred(values[~goals], groups[~goals]), np.ones(values.shape[1])
-            kinds = 2 * known.intervals + known.pilots
-            for kind in np.unique(kinds):  # gradients shrink: intervals differ in scale
-                own = kinds == kind
-                if own[~goals].any():
-                    scale = np.maximum(spread[own[~goals]].std(axis=0), 1e-30)
-                values[own] /= scale
+            around = np.zeros_like(values)
+            around[~goals] = centred(values[~goals], groups[~goals])
+            scales = spreads(around, known.kinds, ~goals)
+            values /= scales
             out, num = np.empty((len(rows), values.shape[1])), len(self.targets)
             for columns, those in ((slice(num), slice(None)), (slice(num, None), ~goals)):
                 if not values[:, columns].shape[1]:
@@ -666,7 +663,7 @@ class InRun:
                 fit = fitted(features, groups[those], wanted, weight, perturbed=noise)
                 effects = row_effects(ids, fit.residuals, weight, int(self._firsts[-1]))
                 out[:, columns] = self.features.times(rows, fit.weights) + fit.offset + effects[rows]
-            return out * scale
+            return out * scales[np.argmax(known.kinds)]  # of the newest
 
         return comm.on_one_rank("predicting scores", compute)
 
@@ -694,9 +691,8 @@ class InRun:
                 predicted[own] = (found - found.mean(axis=0))[own]  # levels without a part fall where it is high
                 known |= own
         groups = levels(shown.steps, shown.pilots, np.zeros(len(known), dtype=np.bool_))
-        observed, passes = centred(self._of(shown)[:, :asked], groups), 2 * shown.intervals + shown.pilots
-        for one in np.unique(passes):  # gradients shrink: intervals differ in scale
-            observed[passes == one] /= np.maximum(observed[passes == one].std(axis=0), 1e-30)
+        observed = centred(self._of(shown)[:, :asked], groups)
+        observed /= spreads(observed, shown.kinds, True)
         own_levels = centred(predicted[known], np.unique(groups[known], return_inverse=True)[1])
         pairs = zip(own_levels.T, observed[known].T, strict=True)
         correlation, above = np.array([rank_correlation(*pair) for pair in pairs]).mean(axis=0)

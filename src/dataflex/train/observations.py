@@ -46,6 +46,20 @@ def centred(values: Floats, groups: NDArray[np.int64]) -> Floats:
     return found
 
 
+def spreads(values: Floats, kinds: NDArray[np.int64], counted: Any) -> Floats:
+    """Return the standard deviation of the ``counted`` values [n] of each one's kind, for each of ``values`` [n, K].
+
+    Where none of a kind is counted it is that of the kind before.
+    """
+    found, scale = np.ones_like(values), np.ones(values.shape[1])
+    for kind in np.unique(kinds):
+        own = kinds == kind
+        if (own & counted).any():
+            scale = np.maximum(values[own & counted].std(axis=0), 1e-30)
+        found[own] = scale
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Newest:
     """What the newest step that served a row showed of it, of the rows that were served last."""
@@ -74,6 +88,11 @@ class Observations:
     scores: Floats  # pilots': by their decision's directions, others': by the newest [n, K]; NaN until then
     unbiased: NDArray[np.bool_]  # whether they were drawn uniformly [n]
     pilots: NDArray[np.bool_]  # whether they were looked at in a pass of their own [n]
+
+    @property
+    def kinds(self) -> NDArray[np.int64]:
+        """Numbers of what has a scale of its own, since gradients shrink: rows of an interval, and pilots [n]."""
+        return 2 * self.intervals + self.pilots
 
     def where(self, kept: Any) -> Observations:
         """Return some of them."""
