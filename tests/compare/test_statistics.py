@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from dataflex.compare.results import Results
-from dataflex.compare.statistics import at_compute, difference, holm, resampled_means
+from dataflex.compare.statistics import difference, holm, resampled_means
 from dataflex.compare.suite import Claim
+from dataflex.record.curves import at_compute
 
 
 def test_against_scipy_and_a_loop():
@@ -55,7 +56,9 @@ def test_nothing_is_found_where_nothing_is(n):
 
 
 def test_holm_by_hand():
-    assert holm([0.01, None, 0.04, 0.03]) == [0.03, None, 0.06, 0.06]
+    """A test that came to no p is one of those that were meant."""
+    assert holm([0.01, None, 0.04, 0.03]) == [0.04, None, 0.09, 0.09]
+    assert holm([0.03, None, None]) == [pytest.approx(0.09), None, None]
     assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
 
@@ -65,6 +68,7 @@ def test_a_curve_at_a_compute():
     assert at_compute(curve, 20.0) == 2.5
     assert at_compute(curve, 30.0) == 2.0
     assert at_compute(curve, 30.1) is None
+    assert at_compute(curve[1:], 9.9) is None
     assert at_compute([], 1.0) is None
 
 
@@ -102,6 +106,18 @@ def test_a_method_that_was_broken_is_not_held():
         "the difference is not more than 0.3", "", "", "it is worse by 0.05 or more",
     ]  # fmt: skip
     assert judged[6]["gain"] == pytest.approx(0.05 - np.mean(values["close"] - static))
+
+
+def test_arms_that_failed_make_no_claim_easier():
+    """p is .03 for the one arm that ran: with two others that failed it is corrected for three, the baseline not."""
+    gaps = np.array([-0.4, -0.1, -0.3, -0.2, 0.05])
+    p = stats.ttest_1samp(gaps, 0.0).pvalue
+    assert 0.025 < p < 0.1
+    found = results_of({"static": np.zeros(5), "a": gaps, "b": gaps, "c": gaps}, [claim(arm) for arm in "abc"])
+    found.outcomes = {key: each for key, each in found.outcomes.items() if key[0] in ("static", "a")}
+    (line,) = (line for line in found.compared("eval_loss", "steps") if line["arm"] == "a")
+    assert (line["p"], line["p_holm"]) == (pytest.approx(p), pytest.approx(3 * p))
+    assert [each["p_holm"] for each in found.judged()] == [pytest.approx(3 * p), None, None]
 
 
 def test_suites_of_equal_arms_hold_nothing():

@@ -172,6 +172,30 @@ def test_what_answers_are_compared_by():
     assert told == {"questions": 2, "exact_match": 0.5, "finished": 0.5, "left_out": 1}
 
 
+@pytest.mark.parametrize(
+    ("expected", "text", "right"),
+    [
+        ("so #### 7", "is #### 7", 1.0),
+        ("so #### 7", "7", 0.0),
+        ("7", "is #### 7", 1.0),
+        ("7", "7", 0.0),
+        ("7", "it is a duck", 0.0),
+        ("so #### .", "none", 0.0),
+    ],
+)
+def test_answers_without_the_mark_are_no_match(expected, text, right):
+    told = matches([Task(text="q", answer=expected)], [Written(text=text, finished=True)], "####")
+    assert told["exact_match"] == right
+
+
+def test_all_questions_are_asked_under_max_samples(held, tiny_model, capsys, caplog):
+    command = [str(tiny_model), "--data", "web", "--choices", "q.jsonl", "--json", f"dataset_dir={held.data}"]
+    assert held.run("eval", *command, "template=default", "cutoff_len=64", "max_samples=3") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["data"]["micro"]["rows"], found["choices"][0]["questions"]) == (7, 5)
+    assert found["choices"][0]["left_out"] == 0
+
+
 @pytest.mark.gloo
 def test_two_ranks_print_what_one_prints(held, two_ranks):
     command = ["eval", held.config(eval_dataset="web"), "--choices", str(Path("q.jsonl").resolve()), "--json", "--out"]

@@ -209,6 +209,21 @@ def test_a_run_that_is_better_at_equal_steps_alone_is_told_so(tmp_path):
     )
 
 
+def test_a_run_that_was_not_measured_by_then_is_not_compared_at_equal_compute(tmp_path):
+    """The first evaluation of "slow" comes after 50 seconds, when "quick" had ended after 10."""
+    for run, points in (("slow", ((5, 50.0, 2.0), (10, 100.0, 1.0))), ("quick", ((5, 5.0, 2.5), (10, 10.0, 1.5)))):
+        events = [line("run_started", row_space={"domains": {"x": 9}}), plan(0, {"x": 9})]
+        for step, seconds, loss in points:
+            told = {"event": "evaluated", "metrics": {"eval_loss": loss}, "spent": {"train": seconds}}
+            events.append(json.dumps({"step": step, "time": 1.7e9 + step, **told}).encode())
+        lines_of(tmp_path / run, *events)
+    _, told = page_of(tmp_path / "slow", tmp_path / "quick")
+    (compared, *_) = told["sections"][0]["charts"]
+    late = "not known at equal compute: slow was first measured after 10.0 s"
+    assert compared["headline"] == f"eval_loss ends lowest in slow, at 1.000; {late}"
+    assert told["sentences"][2].endswith(f"so this run is 0.5000 lower, {late}.")
+
+
 def test_a_baseline_is_beside_each_set_and_domain(tmp_path):
     for run, offset in (("a", 0.0), ("b", 0.5)):
         start = line("run_started", row_space={"domains": {"x": 9, "y": 9}})

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from dataflex.compare.running import Job, changed, evaluated
-from dataflex.compare.statistics import at_compute, difference, holm
+from dataflex.compare.statistics import difference, holm
 from dataflex.compare.suite import Claim, Suite
 from dataflex.errors import DataError, did_you_mean
-from dataflex.record.curves import AGGREGATES, seconds_at, tokens_at
+from dataflex.record.curves import AGGREGATES, at_compute, seconds_at, tokens_at
 from dataflex.record.digest import Curve, Run, higher_is_better
 from dataflex.record.recorded import recorded
 
@@ -117,11 +117,12 @@ class Results:
         lines = []
         for arm in self.suite.arms:
             mine = self.at_end(arm, metric)
-            line = {"metric": metric, "at": at, "arm": arm, **_spread(list(mine.values()))}
+            line = {"metric": metric, "at": at, "arm": arm, **_spread(list(mine.values())), "p_holm": None}
             if arm != self.suite.baseline:
                 line |= self._against(arm, self.suite.baseline, metric, at)
             lines.append(line)
-        for line, p in zip(lines, holm([line.get("p") for line in lines]), strict=True):
+        tests = [line for line in lines if line["arm"] != self.suite.baseline]
+        for line, p in zip(tests, holm([line["p"] for line in tests]), strict=True):
             line["p_holm"] = p
         return lines
 

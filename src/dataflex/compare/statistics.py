@@ -72,21 +72,13 @@ def resampled_means(values: Floats) -> Floats:
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Return p-values corrected for their number by Holm (1979): sorted, p_(i) (m - i + 1), never falling, at most 1.
 
-    None is no test, and stays None.
+    None is a test that came to no p-value, as of an arm whose runs failed: it counts as p = 1, so that the others are
+    corrected for as many tests as were meant, and stays None.
     """
     known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, at) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        largest = max(largest, min(1.0, p * (len(p_values) - rank)))
         corrected[at] = largest
     return corrected
-
-
-def at_compute(curve: Sequence[tuple[float, float]], compute: float) -> float | None:
-    """Return a curve of (compute, value) at a compute, between its points; None where it does not reach."""
-    points = sorted(curve)
-    if not points or not points[0][0] <= compute <= points[-1][0]:
-        return None
-    xs, ys = zip(*points, strict=True)
-    return float(np.interp(compute, xs, ys))

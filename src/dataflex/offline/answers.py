@@ -59,11 +59,16 @@ def normalized(text: str, after: str = "") -> str:
 
 
 def matches(tasks: Sequence[Task], written: Sequence[Written | None], after: str = "") -> dict[str, Any]:
-    """Return the share of equal answers, and of those that the model ended; None are left out and counted."""
+    """Return the share of equal answers, and of those that the model ended; None are left out and counted.
+
+    An expected answer without the mark ``after`` is compared whole; a written one that comes to nothing is not equal.
+    """
     pairs = [(task, found) for task, found in zip(tasks, written, strict=True) if found is not None]
     if not pairs:
         return {"questions": 0, "left_out": len(tasks)}
-    equal = [normalized(found.text, after) == normalized(task.answer, after) for task, found in pairs]
+    expected = [normalized(task.answer, after if after in task.answer else "") for task, _ in pairs]
+    texts = [normalized(found.text, after) for _, found in pairs]
+    equal = [text == answer and text != "" for text, answer in zip(texts, expected, strict=True)]
     return {
         "questions": len(pairs),
         "exact_match": sum(equal) / len(pairs),

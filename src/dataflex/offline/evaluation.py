@@ -112,8 +112,9 @@ def eval_request(
     shares = _shares(mix, () if by else names, problems) if mix is not None else {}
     if out is not None and out.is_dir():
         problems.append(f"--out: {out} is a folder")
-    for key in ("eval_dataset", "val_size"):
+    for key in ("eval_dataset", "val_size", "max_samples"):
         mapping.pop(key, None)
+    whole = () if lf.max_samples is None else ("max_samples is left out: every row and question is evaluated",)
     mapping["dataset"] = ",".join(names)
     column = by.get("domain_column")
     rows = {
@@ -136,7 +137,7 @@ def eval_request(
         raise ConfigError(problems)
     # Ranks write to folders of their own, so that no pass is kept there to go on with.
     config = replace(score.config, signals=replace(score.config.signals, store=None))
-    score = replace(score, config=config)
+    score = replace(score, config=config, notes=(*score.notes, *whole))
     return EvalRequest(
         score=score,
         files=files,

@@ -68,7 +68,9 @@ def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
         problems.append("USE_RAY (environment): is for training; scoring on a cluster is asked for by '--engine ray'")
     held = [key for key in ("val_size", "eval_dataset") if args.on(key)]
     if held:
-        notes.append(f"{', '.join(held)} left out: every row of the data set is scored")
+        notes.append(f"{', '.join(held)} left out: no row is held out")
+    if args.max_samples is not None:
+        notes.append(f"max_samples: at most the first {args.max_samples:,} rows of each data set are scored")
     for key in _DROPPED:
         lf.pop(key, None)
     return notes

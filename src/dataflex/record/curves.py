@@ -152,8 +152,11 @@ def compared_chart(runs: Sequence[Recorded]) -> Chart | None:
     told = f"{key} ends lowest in {min(last)[1]}, at {number(min(last)[0], 3)}"
     if (equal := at_equal_compute(runs, key)) is not None:
         where, values = equal
-        best = min((value, title) for value, title in zip(values, (each.title for each in runs), strict=True))
-        told += f"; at equal compute ({duration(where)}) it is lowest in {best[1]}, at {number(best[0], 3)}"
+        if late := not_yet_measured(runs, equal):
+            told += f"; {late}"
+        else:
+            best = min((value, each.title) for value, each in zip(values, runs, strict=True) if value is not None)
+            told += f"; at equal compute ({duration(where)}) it is lowest in {best[1]}, at {number(best[0], 3)}"
     return Chart(headline=told, panels=panels)
 
 
@@ -176,13 +179,35 @@ def scaled(run: Run, key: str, scale: Callable[[Run], Curve] | None) -> list[tup
     return [(float(np.interp(step, steps, spent)), value) for step, value in curve]
 
 
-def at_equal_compute(runs: Sequence[Recorded], key: str) -> tuple[float, list[float]] | None:
-    """Return the seconds that the quickest of the runs took, and the metric of each by then; None where not known."""
+def at_equal_compute(runs: Sequence[Recorded], key: str) -> tuple[float, list[float | None]] | None:
+    """Return the seconds that the quickest of the runs took, and the metric of each by then; None where not known.
+
+    A run that was not measured by then has no value.
+    """
     curves = [scaled(each.run, key, seconds_at) for each in runs]
     if not all(curves) or min(curve[-1][0] for curve in curves) <= 0:
         return None
     where = min(curve[-1][0] for curve in curves)
-    return where, [float(np.interp(where, [x for x, _ in curve], [y for _, y in curve])) for curve in curves]
+    return where, [at_compute(curve, where) for curve in curves]
+
+
+def not_yet_measured(runs: Sequence[Recorded], equal: tuple[float, Sequence[float | None]]) -> str:
+    """Return which runs have no value at equal compute, as a part of a sentence; "" where all have one."""
+    where, values = equal
+    late = [each.title for each, value in zip(runs, values, strict=True) if value is None]
+    if not late:
+        return ""
+    verb = "was" if len(late) == 1 else "were"
+    return f"not known at equal compute: {' and '.join(late)} {verb} first measured after {duration(where)}"
+
+
+def at_compute(curve: Sequence[tuple[float, float]], compute: float) -> float | None:
+    """Return a curve of (compute, value) at a compute, between its points; None where it does not reach."""
+    points = sorted(curve)
+    if not points or not points[0][0] <= compute <= points[-1][0]:
+        return None
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(compute, xs, ys))
 
 
 def over_time(

@@ -16,7 +16,7 @@ from dataflex.config.mappings import as_yaml
 from dataflex.printable import printable, redacted
 from dataflex.record.chart import LISTED, Chart, Json, table
 from dataflex.record.cost import cost_section, cost_sentence
-from dataflex.record.curves import AGGREGATES, at_equal_compute, held_out, seconds_at, tokens_at
+from dataflex.record.curves import AGGREGATES, at_equal_compute, held_out, not_yet_measured, seconds_at, tokens_at
 from dataflex.record.digest import Run, domain_groups, domain_rows, higher_is_better
 from dataflex.record.recorded import Recorded
 from dataflex.record.text import duration, middle, number, percent, signed, without_prefix
@@ -163,8 +163,12 @@ def _helped(runs: Sequence[Recorded]) -> str:
         told += f"; {other.title} ended at {number(theirs[1])} ({where}), so this run is "
         told += f"{number(abs(gap))} {'lower' if gap < 0 else 'higher'}" if gap else "equal"
         if (equal := at_equal_compute([runs[0], other], shared)) is not None:
-            gap = equal[1][0] - equal[1][1]
-            told += f", at equal compute ({duration(equal[0])}) {number(abs(gap))} {'lower' if gap < 0 else 'higher'}"
+            where, (one, two) = equal
+            if one is None or two is None:
+                told += f", {not_yet_measured([runs[0], other], equal)}"
+            else:
+                word = "lower" if one < two else "higher"
+                told += f", at equal compute ({duration(where)}) {number(abs(one - two))} {word}"
     if len(runs) == 1:
         told += "; against what a plain run would have reached, give that run too"
     return told + "."
