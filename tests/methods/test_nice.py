@@ -11,6 +11,7 @@ import pytest
 from dataflex.config.build import method_block
 from dataflex.errors import ConfigError, DataError
 from dataflex.rewards.base import RewardError, graded
+from dataflex.select.rules import Rule
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.nice import Nice, advantages
 from dataflex.signals.kinds import ResponseGradientScores
@@ -213,6 +214,49 @@ def test_without_any_signal_rows_are_drawn_with_a_warning_or_it_is_an_error(capl
     assert not [call for call in signals.calls if call.signal == "gradients"]
     with pytest.raises(DataError, match="without_signal: random"):
         ask([0, 1], {"0": 0.0, "1": 0.0}, without_signal="error")
+
+
+def test_without_signal_holds_inside_compose_too():
+    def composed(**params):
+        block = {"represent": {"name": "nice", "reward": "exact_match", "samples": 2, **params}, "targets": ["target"]}
+        method = method_block("selector", block, "dynamic.selector", []).build()
+        method._scorer._reward = Table({"0": 0.0, "1": 0.0})
+        signals = Policy([0, 1])
+        return method.select(np.arange(3), 2, example_context({"all": 3}, signals=signals, targets=("target",)))
+
+    alone, _ = ask([0, 1], {"0": 0.0, "1": 0.0}, budget=2)
+    assert composed().rows.tolist() == alone.rows.tolist()
+    assert composed().scores is None
+    with pytest.raises(DataError, match="set without_signal: random"):
+        composed(without_signal="error")
+
+
+class OfTarget(Policy):
+    """The answers to the prompt of the first target are always graded alike: it is silent."""
+
+    def texts(self, rows, *, target=None, part="all"):
+        return [f"{target} {part}"] * len(rows)
+
+
+@pytest.mark.parametrize(("silent", "place"), [("a", 1), ("b", 0)])
+def test_the_record_names_the_target_that_spoke(silent, place):
+    def reward(candidates):
+        return graded([0.5 if one.prompt.startswith(silent) else REWARDS[one.answer] for one in candidates])
+
+    for rule in ("top_k", "gumbel_top_k"):
+        aggregate = Aggregate.of("round_robin")
+        method = nice(reward, samples=2, aggregate=aggregate, rule=Rule.of(rule))
+        ctx = example_context({"all": 3}, signals=OfTarget([0, 1]), targets=("a", "b"))
+        selection = method.select(np.arange(3), 2, ctx)
+        assert selection.nearest[0].tolist() == [place] * 3
+        spoke = ("b", "a")[place == 0]
+        draws = method.uniforms(ctx, spoke)("gumbel", np.arange(3))
+        found = selection.scores if rule == "top_k" else gumbel(selection.scores, draws)
+        assert selection.rows.tolist() == np.argsort(-found, kind="stable")[:2].tolist()
+
+
+def gumbel(scores, uniforms):
+    return scores - np.log(-np.log(uniforms))
 
 
 def test_answers_that_cannot_be_graded_are_left_out_of_mean_and_baseline(caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from dataflex.config.build import method_block, parse_dynamic
 from dataflex.config.mappings import as_mapping, as_yaml
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.method import Card, Params, Requires, Selection, Selector
+from dataflex.method import Card, Params, Requires, RunFacts, Selection, Selector
 from dataflex.registry import find
 from dataflex.select.choose import round_robin, take_turns, top_k
 from dataflex.select.rules import Rule
@@ -21,8 +22,8 @@ from dataflex.selectors.compose import Compose, Represent
 from dataflex.selectors.influence import Less
 from dataflex.selectors.losses import Tacs
 from dataflex.selectors.nearest import RdsPlus
-from dataflex.signals.kinds import AdaptedLoss
-from dataflex.testing import FakeSignals, example_context
+from dataflex.signals.kinds import AdaptedLoss, Embedding, ResponseLoss
+from dataflex.testing import FakeSignals, decision, example_context
 from tests.contract.test_methods import COLUMNS, MINIMAL
 from tests.methods.test_embedding_selectors import GivenVectors
 
@@ -330,6 +331,16 @@ def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
         ({"represent": "loss", "near_duplicates": 0.9}, "near_duplicates: needs vectors, which loss does not give"),
         ({"represent": "loss", "vectors": "embed", "rule": "facility_location"}, "represent: loss has no effect"),
         ({"represent": "random"}, "represent: the random selector gives no scores"),
+        ({"represent": {"name": "delta_loss", "updates": 4}}, "represent: the delta_loss selector gives no scores"),
+        ({"represent": "s2l"}, "represent: the s2l selector gives no scores"),
+        (
+            {"represent": {"name": "selective_dpo", "columns": ["c"]}},
+            "represent: the selective_dpo selector gives no scores",
+        ),
+        ({"represent": {"name": "tsds", "replacement": True}}, "represent.replacement: has no effect"),
+        ({"represent": {"name": "coincide", "temperature": 1.0}}, "represent.temperature: has no effect"),
+        ({"represent": {"name": "limr", "column": "c", "least": 0.1}}, "represent.least: has no effect"),
+        ({"represent": {"name": "dsir", "rule": "top_k"}}, "represent.rule: has no effect"),
         ({"represent": "rds_pls"}, "unknown representation 'rds_pls'; did you mean 'rds_plus'"),
         ({"represent": "embed", "rule": "knn_kd"}, "rule: unknown rule 'knn_kd'; did you mean 'knn_kde'"),
         (
@@ -361,6 +372,85 @@ def test_all_problems_are_told_at_once():
 def test_targets_are_asked_for_where_they_are_needed():
     assert "needs a target" in read({"represent": "embed"})[0]
     assert "takes no targets" in read({"represent": "embed", "rule": "k_center", "targets": ["t"]})[0]
+
+
+# ---------------------------------------------------------------- what a representation prefers
+
+
+@pytest.mark.parametrize(
+    "represent",
+    [
+        {"name": "el2n", "keep": "smallest"},
+        {"name": "el2n", "keep": "largest"},
+        {"name": "grad_norm", "keep": "smallest"},
+        {"name": "margin", "source": "external", "column": "sample_weight", "keep": "low"},
+        {"name": "margin", "source": "external", "column": "sample_weight", "keep": "band", "band": [0.4, 1.0]},
+        {"name": "ifd"},
+        {"name": "ifd", "threshold": 0.75},
+        {"name": "ifd", "threshold": 0.75, "fill": True},
+    ],
+    ids=str,
+)
+def test_it_keeps_the_rows_that_the_representation_prefers(represent):
+    """Scores are recorded as they are."""
+    alone, composed = read(represent).build(), read({"represent": represent}).build()
+    rows, scores = decision(composed, columns=COLUMNS)
+    expected = decision(alone, columns=COLUMNS)
+    assert (rows, np.round(scores, 6).tolist()) == (expected[0], np.round(expected[1], 6).tolist())
+    assert len(rows) > 1
+
+
+def test_smallest_el2n_is_the_first_rows_of_rising_losses():
+    composed = read({"represent": {"name": "el2n", "keep": "smallest"}}).build()
+    assert decision(composed)[0][:4] == [0, 1, 2, 3]
+
+
+def test_a_row_that_is_never_kept_drops_no_near_duplicate():
+    """Rows 0 and 1 have the same vector; row 0, whose prompt does not help, is no better than row 1."""
+    given, alone = np.array([2.0, 0.5, 0.9, 0.8]), np.ones(4)
+    vectors = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=np.float32)
+    values = {ResponseLoss: lambda signal, rows, target: (given if signal.conditioned else alone)[rows]}
+    ctx = example_context({"a": 4}, signals=FakeSignals(np.ones(4), values={**values, Embedding: vectors}), targets=())
+    block = {"represent": {"name": "ifd", "prefix_tokens": 0}, "vectors": "embed", "near_duplicates": 0.999}
+    selection = read(block).build().select(np.arange(4), 4, ctx)
+    assert selection.rows.tolist() == [2, 3, 1]
+    np.testing.assert_allclose(selection.scores, [2.0, 0.5, 0.9, 0.8], rtol=1e-6)
+    assert "near-duplicates" not in selection.reason
+
+
+ON_FAILURE = {"nice": {"on_reward_error", "without_signal"}, "margin": {"band"}}  # band: refused unless keep: band
+
+
+@pytest.mark.parametrize("name", Represent.known())
+def test_every_parameter_of_a_representation_is_looked_at_or_refused(name, monkeypatch):
+    least = {} if name in compose._OWN else MINIMAL["selector", name](3)
+    block = {"represent": {"name": name, **least}}
+    targeted = {**block, "targets": ["target"]}
+    config = read(targeted)
+    composed = (config if not isinstance(config, list) else read(block)).build()
+    represent, seen = composed.params.represent, set()
+    plain = type(represent.params).__getattribute__
+
+    def noted(params, key):
+        if params is represent.params:
+            seen.add(key)
+        return plain(params, key)
+
+    monkeypatch.setattr(type(represent.params), "__getattribute__", noted)
+    decision(composed, columns=COLUMNS)
+    monkeypatch.undo()
+    idle = {each.name for each in fields(represent.params)} - seen - ON_FAILURE.get(name, set())
+    assert idle <= set(represent.idle), sorted(idle)
+
+
+def test_problems_of_the_parts_are_told_under_their_keys(monkeypatch):
+    """A judge whose key is not there is found before the run."""
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    judge = {"url": "http://localhost:1/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
+    composed = built(represent={"name": "nice", "reward": "judge", "judge": judge})
+    (problem,) = composed.check(RunFacts(total_steps=10))
+    assert problem.key == "represent.judge.api_key_env"
+    assert "'NO_SUCH_KEY' is not set" in problem.text
 
 
 # ---------------------------------------------------------------- configuration

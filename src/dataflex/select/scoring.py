@@ -112,7 +112,9 @@ class Found:
 
     places: NDArray[np.int64]  # their places in the pool, ascending [n]
     scores: NDArray[np.floating] = ABSENT  # one score a row [n]; None until vectors or scores by target come together
+    wanted: NDArray[np.floating] = ABSENT  # what the rule ranks by where not the scores [n]; NaN: never kept
     tasks: NDArray[np.floating] | None = None  # score for each target [T, n]
+    of: tuple[int, ...] | None = None  # the targets that ``tasks`` are of, by place [T]; None: all, in order
     vectors: NDArray[np.float32] = ABSENT  # vectors [n, D]
     queries: tuple[NDArray[np.float32], ...] = ()  # vectors of each target's rows; empty without vectors or targets
     query_rows: tuple[NDArray[np.int64], ...] = ()  # the rows of the targets that these are of
@@ -126,10 +128,14 @@ class Found:
         if len(index) == len(self.places):
             return self
         by_row = {name: getattr(self, name) for name in ("places", "vectors", "apart")}
-        by_column = {name: getattr(self, name) for name in ("scores", "tasks", "turns", "nearest")}
+        by_column = {name: getattr(self, name) for name in ("scores", "wanted", "tasks", "turns", "nearest")}
         cut = {name: part[index] for name, part in by_row.items() if part is not None}
         cut |= {name: part[..., index] for name, part in by_column.items() if part is not None}
         return replace(self, **cut)
+
+
+class NoSignal(DataError):
+    """Nothing tells the rows of this decision apart; see ``PoolSelector.without_signal``."""
 
 
 class PoolSelector(Selector):
@@ -139,6 +145,9 @@ class PoolSelector(Selector):
     """What is told of rows whose score is NaN: "3 rows have no finite score"."""
     unnamed: ClassVar[tuple[str, ...]] = ("gumbel", "draws")
     """Purposes of random numbers that are drawn from the selector's own stream; others have one each."""
+
+    decides: ClassVar[tuple[str, ...]] = ()
+    """Parameters that have no bearing on the score."""
 
     params: Any
     told: str
@@ -177,7 +186,10 @@ class PoolSelector(Selector):
         """
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        found = self.scored(self.examine(pool, ctx))
+        try:
+            found = self.scored(self.examine(pool, ctx))
+        except NoSignal as error:
+            return self.without_signal(error, pool, budget, ctx)
         kept = self.kept(found, pool[found.places], budget, ctx)
         reason = f"{len(kept)} of {len(pool)} rows {self.explain(kept, found, ctx)}"
         if lacking := len(pool) - len(found.places) - found.num_dropped:
@@ -193,7 +205,7 @@ class PoolSelector(Selector):
         if found.tasks is not None:
             nearest = np.full(len(pool), -1, dtype=np.int16), np.full(len(pool), -1, dtype=np.int32)
             best = found.tasks.argmax(axis=0)
-            nearest[0][found.places] = best
+            nearest[0][found.places] = best if found.of is None else np.array(found.of)[best]
             if found.nearest is not None:
                 nearest[1][found.places] = found.nearest[best, np.arange(len(best))]
         return Selection(rows=rows, scores=scores, reason=reason, nearest=nearest)
@@ -209,6 +221,10 @@ class PoolSelector(Selector):
         places = self.usable(np.asarray(np.isfinite(scores).reshape(-1, len(pool)).all(axis=0)))
         scores = scores if len(places) == len(pool) else scores[..., places]
         return Found(places=places, scores=scores) if scores.ndim == 1 else Found(places=places, tasks=scores)
+
+    def without_signal(self, error: NoSignal, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Return what is kept where ``examine`` found nothing to tell rows apart by; unless given, that is an error."""
+        raise error
 
     def usable(self, known: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Return the places of the pool's rows of which something is known; DataError where there is none."""
@@ -228,7 +244,6 @@ class ScoringSelector(PoolSelector):
     """Keeps the rows that a subset rule picks by their scores."""
 
     decides: ClassVar[tuple[str, ...]] = ("aggregate", "rule")
-    """Parameters that have no bearing on the score."""
     targets_take_turns: ClassVar[bool] = False
     """Whether, of several targets, these take turns under ``round_robin`` instead of the rows of all."""
 
@@ -270,7 +285,7 @@ class ScoringSelector(PoolSelector):
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
         """Return what the rule ranks the rows by [n]; the scores, unless a subclass says otherwise. NaN: never kept."""
-        return found.scores
+        return found.scores if found.wanted is None else found.wanted
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the rule, what gave the scores, and the targets."""
@@ -315,7 +330,8 @@ class ScoringSelector(PoolSelector):
         if self.aggregate.name != "round_robin" or found.tasks is None:
             return stay[choose(self.rule, everything, budget)]
         lists = []
-        for t, (target, scores) in enumerate(zip(ctx.targets, found.tasks, strict=False)):
+        targets = ctx.targets if found.of is None else [ctx.targets[place] for place in found.of]
+        for t, (target, scores) in enumerate(zip(targets, found.tasks, strict=True)):
             by_query, queries = (None, found.queries[t]) if found.queries else (scores[None], ABSENT)
             draws = self.uniforms(ctx, target)
             own = replace(everything, uniforms=draws, scores=scores, by_query=by_query, queries=queries)

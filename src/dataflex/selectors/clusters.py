@@ -123,6 +123,7 @@ class Coincide(PoolSelector):
     """
 
     name = "coincide"
+    decides = ("temperature",)
     lacking = "no embedding"
     card = Card(
         summary="Keeps more rows of clusters that transfer well and are not dense, each cluster in miniature.",

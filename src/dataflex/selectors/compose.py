@@ -23,12 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, ConfigError, DataError
-from dataflex.method import Card, Context, Params, Problem, Requires, Rows, RunFacts, Selector, State, param
+from dataflex.method import Card, Context, Params, Problem, Requires, Rows, RunFacts, Selection, Selector, State, param
 from dataflex.parts import Part
 from dataflex.registry import find, names
 from dataflex.select.choose import top_k
 from dataflex.select.rules import QUERIES, Rule
-from dataflex.select.scoring import AGGREGATE, RULE, VECTORS, Aggregate, Found, Gives, ScoringParams, ScoringSelector
+from dataflex.select.scoring import (
+    AGGREGATE,
+    RULE,
+    VECTORS,
+    Aggregate,
+    Found,
+    Gives,
+    NoSignal,
+    ScoringParams,
+    ScoringSelector,
+)
 from dataflex.select.spread import near_duplicates
 from dataflex.selectors._lib import GRADIENTS, RowLosses, VectorSelector, even
 from dataflex.selectors.influence import Less
@@ -38,6 +48,8 @@ from dataflex.signals.specs import GradientOptions
 _WITHOUT_SCORES = (
     *("all", "random", "random_balanced", "compose", "greats", "opus", "uds"),
     *("infobatch", "pass_band", "pass_schedule", "mopps", "greso"),  # what they go by is observed
+    *("delta_loss", "s2l"),  # they draw; their scores are for the record
+    "selective_dpo",  # it serves from easy to hard, or a half in random order
 )
 _ALONE = ("icons", "dsir")  # targets count together there; composed, each is asked for by itself
 
@@ -105,6 +117,10 @@ class Asked(ScoringSelector):
         """Return what the selector refuses."""
         return self._made().refused_values(name, values)
 
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield why the selector cannot work."""
+        yield from self._made().check(run)
+
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the selector's scores [N], or [T, N] where it selects towards targets."""
         if not self.requires().targets:
@@ -168,6 +184,12 @@ class Represent(Part):
     def whole(self) -> bool:
         """Whether its scores by target are used as they are, and its own rule and aggregation are not."""
         return issubclass(self.cls, ScoringSelector) and self.name not in _ALONE
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Parameters that have no bearing on its scores."""
+        keys: tuple[str, ...] = getattr(self.cls, "decides", ())
+        return keys if self.whole else tuple(key for key in keys if key != "aggregate")
 
     def scorer(self) -> ScoringSelector:
         """Return a new instance of what scores."""
@@ -250,12 +272,21 @@ class Compose(ScoringSelector):
         if not used and p.near_duplicates is None:
             instead = "" if apart is None else "; give the vectors as 'represent' and remove 'vectors'"
             yield Problem("represent", f"{represent} has no effect, since {p.rule.name} looks at no scores{instead}")
-        parts = {"represent": p.represent} | ({} if p.vectors is None else {"vectors": p.vectors})
-        for place, part in parts.items():
-            for key in part.cls.decides if part.whole else ():
-                if getattr(part.params, key) != getattr(type(part.params), key):
-                    why = f"has no effect on what rows are compared by; write it beside '{place}'"
-                    yield Problem(f"{place}.{key}", why)
+        yield from self._part_problems("represent", p.represent, self._scorer, run)
+        if p.vectors is not None and apart is not None:
+            yield from self._part_problems("vectors", p.vectors, apart, run)
+
+    @staticmethod
+    def _part_problems(place: str, part: Represent, scorer: ScoringSelector, run: RunFacts) -> Iterator[Problem]:
+        """Yield why the part at ``place`` cannot work, and its parameters that only its own choice looks at."""
+        idle = part.idle
+        for problem in scorer.check(run):
+            if problem.key.split(".")[0] not in idle:
+                yield replace(problem, key=f"{place}.{problem.key}")
+        for key in idle:
+            if getattr(part.params, key) != getattr(type(part.params), key):
+                why = f"has no effect on what rows are compared by; write it beside '{place}'"
+                yield Problem(f"{place}.{key}", why)
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the scorer refuses."""
@@ -272,6 +303,7 @@ class Compose(ScoringSelector):
         p, without = self.params, replace(ctx, targets=())
         found = self._scorer.examine(pool, ctx if self._targeted else without)
         found = replace(self.scored(found), turns=None)
+        found = replace(found, wanted=self._scorer.preference(found, ctx))
         if p.vectors is not None and self._apart is not None:
             space = self._apart.examine(pool, without)
             _, ours, theirs = np.intersect1d(found.places, space.places, assume_unique=True, return_indices=True)
@@ -281,9 +313,14 @@ class Compose(ScoringSelector):
         if p.near_duplicates is None:
             return found
         apart = found.vectors if found.apart is None else found.apart
-        order = np.arange(len(found.places)) if found.scores is None else top_k(found.scores, len(found.scores))
-        stays = np.flatnonzero(~near_duplicates(apart, order, p.near_duplicates))
+        wanted = np.zeros(len(found.places)) if found.wanted is None else found.wanted
+        order = top_k(wanted, len(wanted))  # without those that are never kept
+        stays = np.flatnonzero(~(near_duplicates(apart, order, p.near_duplicates) & np.isfinite(wanted)))
         return replace(found.at(stays), num_dropped=len(found.places) - len(stays))
+
+    def without_signal(self, error: NoSignal, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Keep what the scorer keeps."""
+        return self._scorer.without_signal(error, pool, budget, ctx)
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the parts by name."""

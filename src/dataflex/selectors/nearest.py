@@ -140,6 +140,7 @@ class Tsds(Compares):
     """
 
     name = "tsds"
+    decides = ("replacement",)
     card = Card(
         summary="Draws rows distributed like the targets' by optimal transport; near-duplicates share one place.",
         paper="TSDS: Data Selection for Task-Specific Model Finetuning, NeurIPS 2024, arXiv 2410.11303",

@@ -35,7 +35,7 @@ from dataflex.rewards.build import build_reward, reward_problem
 from dataflex.rewards.judge import JudgeConfig
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
-from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.select.scoring import Found, NoSignal, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import GRADIENTS
 from dataflex.signals.kinds import ResponseGradientScores
 from dataflex.signals.specs import Generation, GenerationSpec, InfluenceOptions, WeightedResponse
@@ -91,10 +91,6 @@ def advantages(
     else:
         result[known] = own
     return result / (own.std() + 1e-6) if standardize else result
-
-
-class _WithoutSignal(Exception):
-    """All responses to each prompt have the same reward, so that no row can be preferred."""
 
 
 class Nice(ScoringSelector):
@@ -154,21 +150,22 @@ class Nice(ScoringSelector):
         if name is not None and run.total_steps is not None and not os.environ.get(name, "").strip():
             yield Problem("judge.api_key_env", f"the environment variable {name!r} is not set")
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """As any scoring selector; without any signal rows are drawn uniformly, without scores.
+    def examine(self, pool: Rows, ctx: Context) -> Found:
+        """As any scoring selector, with the targets that the scores are of.
 
-        DataError: a target has no prompt, or there is no signal and ``without_signal`` is ``error``. RewardError: no
+        NoSignal: all responses to each prompt have the same reward. DataError: a target has no prompt. RewardError: no
         response could be graded, or one could not and ``on_reward_error`` is ``raise``.
         """
-        try:
-            return super().select(pool, budget, ctx)
-        except _WithoutSignal as error:
-            if self.params.without_signal == "error":
-                told = f"nice: {error}, so that no row can be preferred; set without_signal: random to go on"
-                raise DataError(told) from error
-            logger.warning("nice: %s; rows are drawn uniformly until the next decision", error)
-            drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
-            return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {error}")
+        return replace(super().examine(pool, ctx), of=self._of)
+
+    def without_signal(self, error: NoSignal, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Draw rows uniformly, without scores; DataError where ``without_signal`` is ``error``."""
+        if self.params.without_signal == "error":
+            told = f"nice: {error}, so that no row can be preferred; set without_signal: random to go on"
+            raise DataError(told) from error
+        logger.warning("nice: %s; rows are drawn uniformly until the next decision", error)
+        drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
+        return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {error}")
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return influence on the reward [T, N], of the targets whose responses have several rewards."""
@@ -180,7 +177,8 @@ class Nice(ScoringSelector):
         told = ", ".join(means)
         tasks = {target: responses for target, responses in weighted.items() if responses}
         if not tasks:
-            raise _WithoutSignal(f"all responses to each prompt have the same reward (mean reward: {told})")
+            raise NoSignal(f"all responses to each prompt have the same reward (mean reward: {told})")
+        self._of = tuple(place for place, target in enumerate(ctx.targets) if target in tasks)
         silent = ", ".join(target for target in weighted if target not in tasks)
         if silent:
             logger.warning(

@@ -482,6 +482,7 @@ class Limr(Selector):
     """
 
     name = "limr"
+    decides = ("least",)  # what has no bearing on the score
     card = Card(
         summary="Keeps prompts whose rewards in an earlier run rose as the mean reward did.",
         paper="LIMR: Less is More for RL Scaling (Li et al.), 2025, arXiv 2502.11886",
