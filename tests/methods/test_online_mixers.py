@@ -40,8 +40,10 @@ from dataflex.mixers.held_out import (
     near_one_hot,
     velocities,
 )
+from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.mixers.measured import ByLedger
 from dataflex.mixers.online import Ado, Odm, PowerLaw, SoftmaxLoss, exploration, fit_power_law, policy, preference
+from dataflex.plan.domains import SUMS, DomainStats
 from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats
@@ -589,6 +591,60 @@ def test_a_power_law_is_found_again():
         assert math.exp(found.e) + found.reducible(n) == pytest.approx(exact, abs=0.02)
     assert found.slope(76_800.0) == pytest.approx(truth.slope(76_800.0), rel=0.3)
     assert fit_power_law(samples[:100], losses[:100]) is None
+
+
+def test_losses_that_are_not_finite_are_filled_in_before_a_fit():
+    samples = np.arange(1, 401) * 8.0
+    losses = 2.0 + 3.0 * samples**-0.5
+    broken = losses.copy()
+    broken[[5, 90, 399]], broken[200] = np.nan, np.inf
+    found, whole = (fit_power_law(samples, each, skip=100) for each in (broken, losses))
+    assert found is not None
+    np.testing.assert_allclose(found, whole, rtol=0.1)
+    assert fit_power_law(samples, np.full(400, np.nan)) is None
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(lambda variant=each: Odm(Odm.Params(variant=variant)) for each in ("full_information", "paper", "exp3")),
+        lambda: Odm(Odm.Params(variant="official")),
+        lambda: SoftmaxLoss(SoftmaxLoss.Params()),
+        lambda: Ado(Ado.Params(start_step=101, ignore_steps=0, fit_steps=10)),
+        lambda: GroupDro(GroupDro.Params()),
+        lambda: DoReMi(DoReMi.Params(reference="r", initial_score=1.0)),
+        lambda: DoReMi(DoReMi.Params(reference="r", variant="levanter")),
+    ],
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("broken", [(0, 60), (0, 1, 2)], ids=["some", "first_steps"])
+def test_a_step_without_a_finite_loss_is_one_without_the_domain(build, bad, broken):
+    """A loss scaler skips such steps and training goes on; at times no domain has a loss."""
+    answers = []
+    for absent in (False, True):
+        mixer = build()
+        ctx = example_context({"web": 4, "code": 4, "math": 4})
+        mixer.mix(ctx)
+        for step in range(125):
+            sums = np.full((len(SUMS), 3), 10.0)
+            sums[0], sums[1] = (20.0 + np.arange(3)) / (step + 1) ** 0.1, [1.0, 2.0, 3.0]
+            if step in broken:
+                which = slice(None) if step == 1 else 1
+                sums[:, which] = 0.0 if absent else sums[:, which]
+                sums[:2, which] = 0.0 if absent else bad
+            stats = DomainStats.of(
+                sums,
+                names=("web", "code", "math"),
+                step=step,
+                total_steps=200,
+                proportions=np.full(3, 1 / 3),
+                learning_rate=1e-3,
+            )
+            mixer.observe(stats)
+        weights = mixer.loss_weights() if hasattr(mixer, "loss_weights") else np.zeros(3)
+        answers.append([*mixer.mix(ctx).proportions.tolist(), *weights.tolist()])
+    assert np.isfinite(answers).all()
+    assert answers[0] == answers[1]
 
 
 def test_losses_are_smoothed_before_the_first_ones_are_cut_off(monkeypatch):

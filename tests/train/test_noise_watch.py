@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.plan.domains import Domains
+from dataflex.testing import example_context
 from dataflex.train.feedback import NoiseWatch, outlying
 from dataflex.train.loss import Reweighter
 
@@ -71,3 +73,16 @@ def test_a_reference_is_no_loss_chaser():
     options = {"columns": {}, "domains": domains, "over_ranks": True, "world": 1}
     assert Reweighter(None, GroupDro(GroupDro.Params()), **options)._noise is not None
     assert Reweighter(None, DoReMi(DoReMi.Params(reference="r")), **options)._noise is None
+
+
+def test_a_loss_that_is_not_finite_is_told_once_and_the_mixer_goes_on(caplog):
+    domains = Domains.from_sizes(NAMES, [3] * 4)
+    mixer = GroupDro(GroupDro.Params())
+    mixer.mix(example_context(dict.fromkeys(NAMES, 3)))
+    reweighter = Reweighter(None, mixer, columns={}, domains=domains, over_ranks=True, world=1)
+    for loss in (np.nan, np.inf, 2.0):
+        losses = torch.tensor([[1.0, 1.0], [loss, 1.0], [1.0, 2.0], [1.0, 1.0]])
+        reweighter._sums.add(losses, torch.ones(4, 2, dtype=torch.bool), np.arange(4))
+        reweighter.end_step(np.full(4, 0.25), learning_rate=1e-3)
+    assert [record.args for record in caplog.records] == [(0, "code")]
+    assert np.isfinite(mixer.loss_weights()).all()

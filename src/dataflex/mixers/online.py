@@ -215,17 +215,20 @@ def fit_power_law(
 ) -> PowerLaw | None:
     """Fit a law to losses L [T] > 0 after n = ``samples`` [T] > 0, by a Huber loss (1e-3) between log losses.
 
-    Losses are smoothed (Savitzky-Golay, 101 points, cubic), then the first ``skip`` are left out and the others thinned
+    Losses that are not finite are filled in by straight lines. Losses are smoothed (Savitzky-Golay, 101 points, cubic),
+    then the first ``skip`` are left out and the others thinned
     to every tenth. 0 < alpha <= 0.8, e >= ``least_e``, a <= ``most_a``. None with fewer than 101 points, or without a
     finite fit.
     """
     from scipy.optimize import minimize
     from scipy.signal import savgol_filter
 
-    if len(losses) - skip < _WINDOW:
+    known = np.flatnonzero(np.isfinite(losses))
+    if len(losses) - skip < _WINDOW or not len(known):
         return None
+    losses = np.interp(np.arange(len(losses)), known, losses[known])
     smooth = savgol_filter(losses, _WINDOW, _ORDER)[skip::_EVERY]
-    log_n, log_loss = np.log(samples[skip::_EVERY]), np.log(np.maximum(smooth, 1e-8))
+    log_n, log_loss = np.log(np.maximum(samples[skip::_EVERY], 1.0)), np.log(np.maximum(smooth, 1e-8))
 
     def objective(theta: Floats) -> tuple[float, Floats]:
         e, a, alpha = theta
@@ -332,7 +335,7 @@ class Ado(LearningMixer):
         h^(1/2), d = score / sum, p = 0.9 q + 0.1 d, then q <- (1 - 1 / t) q + d / t after t steps.
         """
         loss = stats.mean_loss()
-        whole = stats.loss_sum.sum() / max(stats.tokens.sum(), 1.0)
+        whole = stats.loss_sum.sum() / stats.tokens.sum() if stats.present.any() else np.nan
         self.last = np.where(stats.present, loss, np.where(np.isnan(self.last), whole, self.last))
         drawn = stats.sequences / max(stats.sequences.sum(), 1.0)
         self.samples.append((self.samples[-1] if self.samples else 0.0) + float(stats.sequences.sum()))

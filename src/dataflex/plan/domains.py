@@ -207,8 +207,9 @@ class DomainStats:
 
     @classmethod
     def of(cls, sums: NDArray[np.float64], *, names: Sequence[str], **rest: Any) -> DomainStats:
-        """Return the statistics of ``sums`` [len(SUMS), K]."""
+        """Return the statistics of ``sums`` [len(SUMS), K]; a domain with a sum that is not finite counts as absent."""
         assert sums.shape == (len(SUMS), len(names)), f"{sums.shape} sums for {len(names)} domains"
+        sums = np.where(np.isfinite(sums).all(axis=0), sums, 0.0)
         return cls(names=tuple(names), **dict(zip(SUMS, sums, strict=True)), **rest)
 
     @property

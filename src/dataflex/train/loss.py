@@ -9,6 +9,7 @@ is corrected for the order of summation. Mixers observe the plain losses.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from dataflex.train.reference import ReferenceLosses
 
 IGNORE_INDEX = -100
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +335,7 @@ class Reweighter:
         self._scale: torch.Tensor | None = None
         self._sums = DomainSums(len(domains.names))
         self._logged = np.zeros((len(SUMS), len(domains.names)))  # taken from the sums since the last log
+        self._warned = False  # of losses of domains that are not finite
         self.missing = ""  # why there are no losses by domain
         # Mixers without a reference may follow noise: with one, what cannot be learned has no excess loss.
         blind = self.observes and not self._mixer_compares and comm.rank() == 0
@@ -548,19 +552,24 @@ class Reweighter:
         assert self.mixer is not None
         sums = self._sums.take(self._device)
         self._logged += sums
+        finite = np.isfinite(sums).all(axis=0)
+        if not finite.all() and not self._warned:
+            self._warned = True
+            which = ", ".join(np.array(self.domains.names)[~finite])
+            told = "step %d: the loss of %s is not finite; to the mixer these domains are absent in such steps"
+            logger.warning(told, self._index, which)
+        stats = DomainStats.of(
+            sums,
+            names=self.domains.names,
+            step=self._index,
+            total_steps=self._total,
+            proportions=proportions,
+            learning_rate=learning_rate,
+        )
         if self._noise is not None:
             weights = proportions if self._domain_weights is None else self._domain_weights.given()
-            self._noise.step(sums[SUMS.index("loss_sum")], sums[SUMS.index("tokens")], weights)
-        self.mixer.observe(
-            DomainStats.of(
-                sums,
-                names=self.domains.names,
-                step=self._index,
-                total_steps=self._total,
-                proportions=proportions,
-                learning_rate=learning_rate,
-            )
-        )
+            self._noise.step(stats.loss_sum, stats.tokens, weights)
+        self.mixer.observe(stats)
 
     def since_log(self) -> State:
         """Return what was summed up since the last ``scalars``, over all ranks (collective)."""

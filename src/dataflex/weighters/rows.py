@@ -208,7 +208,8 @@ class GroupWeighter(Weighter):
         sums = torch.zeros(2, len(self.domains), dtype=torch.float64)
         sums.index_add_(1, which, torch.stack([batch.loss_B.cpu().double() * tokens, tokens]))
         loss_K, tokens_K = comm.gather_sum(sums.to(batch.loss_B.device)).cpu().numpy()
-        means = np.divide(loss_K, tokens_K, out=np.zeros_like(loss_K), where=tokens_K > 0)
+        known = (tokens_K > 0) & np.isfinite(loss_K)  # one step without a finite loss leaves the weights finite
+        means = np.divide(loss_K, tokens_K, out=np.zeros_like(loss_K), where=known)
         scores = means + self.params.adjustment / np.sqrt(self._sizes)
         self.log_weights = exponentiated(self.log_weights, scores, eta=self.params.eta)
         per_token = np.divide(np.exp(self.log_weights), tokens_K, out=np.zeros_like(tokens_K), where=tokens_K > 0)
