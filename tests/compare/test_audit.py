@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import yaml
 
 from dataflex.cli import main
 from dataflex.compare.audit import as_markdown, judged, read_audit, spearman
+from dataflex.config.inputs import hash_of
 from dataflex.errors import ConfigError
 from tests.integration.conftest import base_settings
 
@@ -209,3 +211,20 @@ def test_mistakes_are_told_together(suite):
     with pytest.raises(ConfigError, match="at least one experiment"):
         read_audit(suite(subsets=None, leave_one_out=0, brittleness=None))
     assert Path(read_audit(suite()).out).name == "out"
+
+
+def test_scores_are_known_by_targets_of_their_own(suite, data_dir, tmp_path):
+    """Other rows of a target that one selector alone has: its scores are asked again, no run and no other score is."""
+    shutil.copytree(data_dir, tmp_path / "own")
+    scores = {"held": {"name": "less", "targets": ["held"]}, "goal": {"name": "less"}}
+    path = suite(scores=scores)
+    content = yaml.safe_load(path.read_text())
+    content["base"]["dataset_dir"] = str(tmp_path / "own")
+    path.write_text(yaml.safe_dump(content))
+    before = read_audit(path)
+    file = tmp_path / "own/held.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    hash_of.cache_clear()
+    now = read_audit(path)
+    assert now.fingerprint == before.fingerprint
+    assert [now.score_key(name, 5) == before.score_key(name, 5) for name in ("held", "goal")] == [False, True]

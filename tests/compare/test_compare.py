@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -251,7 +252,7 @@ def test_a_run_is_known_by_its_configuration_and_data(suite, tmp_path, data_dir)
     path = suite()
 
     def prints():
-        running._bytes.cache_clear()
+        running.hash_of.cache_clear()
         return [running.fingerprint(run) for run in read_suite(Path(path), work=tmp_path).runs]
 
     before = prints()
@@ -259,3 +260,79 @@ def test_a_run_is_known_by_its_configuration_and_data(suite, tmp_path, data_dir)
     assert prints() == before
     path = suite(steps=4)
     assert not set(prints()) & set(before)
+
+
+@pytest.fixture
+def copies(tiny_model, data_dir, tmp_path):
+    """Copies of data and models of the test's own, which it changes."""
+    for source, name in ((data_dir, "data"), (tiny_model, "model"), (tiny_model, "reference")):
+        shutil.copytree(source, tmp_path / name)
+    return tmp_path
+
+
+def _truncated(copies):
+    file = copies / "data/held.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+
+
+def _columns_swapped(copies):
+    file = copies / "data/dataset_info.json"
+    info = json.loads(file.read_text())
+    info["ones"]["columns"] = {"prompt": "output", "response": "instruction"}
+    file.write_text(json.dumps(info))
+
+
+def _other_weights(name):
+    def change(copies):
+        with (copies / name / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+
+    return change
+
+
+def _other_module(copies):
+    (copies / "plug/rule.py").write_text("WORDS = 3\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "runs", "evaluations"),
+    [
+        (_truncated, {"plain": False, "rho": False}, True),
+        (_columns_swapped, {"plain": True, "rho": True}, False),
+        (_other_weights("model"), {"plain": True, "rho": True}, False),
+        (_other_weights("reference"), {"plain": False, "rho": True}, False),
+        (_other_module, {"plain": True, "rho": True}, False),
+    ],
+    ids=["evaluation data", "columns", "model", "reference", "plugin's package"],
+)
+def test_runs_and_evaluations_of_other_inputs_are_others(copies, suite, change, runs, evaluations):
+    """What is named anew: the runs' folders by arm, and the key of the evaluation."""
+    (copies / "plug").mkdir()
+    (copies / "plug/rule.py").write_text("WORDS = 2\n")
+    (copies / "plug/__init__.py").write_text(
+        "import dataflex\n\n\nclass Mine(dataflex.Orderer):\n    name = 'mine'\n"
+        "    card = dataflex.Card(summary='The order of the rows.', paper='none', cost='none')\n\n"
+        "    def sort_keys(self, rows, ctx):\n        return rows.indices\n"
+    )
+    base = base_settings(copies / "model", copies / "data") | {"eval_dataset": "goal", "lr_scheduler_type": "constant"}
+    plugins = [str(copies / "plug/__init__.py")]
+    del base["num_train_epochs"], base["seed"]
+    selector = {"name": "rho_loss", "reference": str(copies / "reference")}
+    arms = {"plain": {"dynamic": {"record": True}}, "rho": {"dynamic": {"interval_steps": 2, "selector": selector}}}
+    for patch in arms.values():
+        patch["dynamic"]["plugins"] = plugins
+    path = suite(base=base, arms=arms, seeds=1, evaluate={"data": "held"})
+    read = read_suite(Path(path), work=copies)
+    jobs = running.jobs_of(read)
+    assert running.changed(read, jobs) == []
+    change(copies)
+    (told,) = running.changed(read, jobs)
+    places = {job.run.arm: running._places(read, job.run) for job in jobs}
+    for job in jobs:
+        folder, evaluation = places[job.run.arm]
+        assert (folder != job.folder) == runs[job.run.arm]
+        assert (evaluation.name.rpartition(".eval-")[2] != job.evaluation.name.rpartition(".eval-")[2]) == evaluations
+        assert (job.run.title in told) == (runs[job.run.arm] or evaluations)

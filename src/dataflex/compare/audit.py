@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 
 from dataflex.compare.running import fingerprint
 from dataflex.compare.suite import Run, base_of
+from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.data import target_data_sets
+from dataflex.config.inputs import inputs_of
 from dataflex.config.load import load_mapping
-from dataflex.config.mappings import values
+from dataflex.config.mappings import plain, values
 from dataflex.config.schema import LedgerConfig, MethodConfig
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
@@ -84,11 +87,16 @@ class Audit:
     ledger: bool  # whether the ledger's credits are audited too
     out: Path
     fingerprint: str  # of all that the runs are made of
+    inputs: Mapping[str, Any]  # by the score's name, hashes of the files, models and targets that the selector has
 
     @property
     def names(self) -> list[str]:
         """Names of the scores."""
         return [*self.methods, *([LEDGER] if self.ledger else []), *self.columns]
+
+    def score_key(self, name: str, after: int) -> str:
+        """Return what a selector's scores are kept by: its parameters and inputs, and the steps before it is asked."""
+        return f"score {blake2b(repr((name, self.methods[name], self.inputs[name], after)).encode()).hex()}"
 
 
 def read_audit(path: Path, overrides: Sequence[str] = ()) -> Audit:
@@ -128,9 +136,9 @@ def read_audit(path: Path, overrides: Sequence[str] = ()) -> Audit:
     made = blake2b(fingerprint(run).encode(), removal.read_bytes()).hex()[:8]
     out = Path(settings.out or f"runs/audit/{settings.suite}")
     plugins = parts.dynamic.plugins if parts.dynamic is not None else ()
-    plain = {**base, "dynamic": {**kept, "plugins": list(plugins)}}
-    request = _request(plain, "random", {}, settings, out, problems)
-    methods, columns = _scores(scores, plain, settings, out, problems)
+    scored = {**base, "dynamic": {**kept, "plugins": list(plugins)}}
+    request = _request(scored, "random", {}, settings, out, problems)
+    methods, columns = _scores(scores, scored, settings, out, problems)
     if problems or request is None:
         raise ConfigError(dict.fromkeys(problems))
     # Rows' credits alone, for which no look between two steps is needed; it makes the targets known, whoever asks.
@@ -148,6 +156,7 @@ def read_audit(path: Path, overrides: Sequence[str] = ()) -> Audit:
         ledger=LEDGER in scores,
         out=out,
         fingerprint=made,
+        inputs={name: _inputs(method, parts.lf) for name, method in methods.items()},
     )
 
 
@@ -201,6 +210,11 @@ def _request(
     except ConfigError as error:
         problems += [f"{at}: {told}" for told in error.problems]
         return None
+
+
+def _inputs(method: MethodConfig, lf: LlamaFactoryArgs) -> dict[str, Any]:
+    """Return hashes of what a selector reads beside what the runs are made of: its targets, models and files."""
+    return inputs_of(plain(method), [name for target in method.targets for name in target_data_sets(target)], lf)
 
 
 def _column(block: Mapping[str, Any], at: str, problems: list[str]) -> Floats:

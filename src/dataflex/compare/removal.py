@@ -240,8 +240,8 @@ class Experiments:
             return np.asarray(-ledger.credits.mean(axis=1))  # what lowers a loss has a negative credit
 
         found = {}
-        for name, method in audit.methods.items():
-            key = f"score {blake2b(repr((name, method, after)).encode()).hex()}"
+        for name in audit.methods:
+            key = audit.score_key(name, after)
             found[name] = self.journal.get(key, lambda name=name: asked(name))  # type: ignore[misc]
         if audit.ledger:
             found[LEDGER] = self.journal.get("score ledger", credits)

@@ -273,7 +273,7 @@ def better(metric: str) -> str:
 
 def read_results(suite: Suite, jobs: Sequence[Job], failed: Mapping[str, str]) -> Results:
     """Read what the runs of a suite left behind."""
-    results = Results(suite=suite, outcomes={}, changed=changed(jobs))
+    results = Results(suite=suite, outcomes={}, changed=changed(suite, jobs))
     for job in jobs:
         if str(job.folder) in failed:
             results.missing.append(f"{job.run.title} failed: {failed[str(job.folder)]}")

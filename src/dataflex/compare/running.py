@@ -1,7 +1,8 @@
 """Trains and evaluates the runs of a suite, each by the commands that a user would type.
 
-A run's folder is named by a fingerprint of its configuration, the bytes of its data and plugins, and the code, so that
-a run that finished is not repeated, and one of anything else is never taken for it.
+A run's folder is named by a fingerprint of its configuration, of the data, models and other files that it names, and
+of the code, so that a run that finished is not repeated, and one of anything else is never taken for it. Evaluations
+are named likewise.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from dataflex.compare.suite import Evaluation, Run, Suite
-from dataflex.config.data import files_of, find_sources, target_data_sets
+from dataflex.config.args import data_set_names
+from dataflex.config.data import target_data_sets
+from dataflex.config.inputs import hash_of, inputs_of
 from dataflex.mixing.runs import finished, write_configurations
 from dataflex.printable import redacted
 from dataflex.record.read import read_ending
@@ -73,19 +74,15 @@ def jobs_of(suite: Suite) -> list[Job]:
     runs = sorted(suite.runs, key=lambda run: suite.seeds.index(run.seed))
     jobs, configs = [], {}
     for run in runs:
-        name = f"{run.arm}-{run.steps}steps-seed{run.seed}-{fingerprint(run)}"
-        folder = suite.out / "runs" / name
-        evaluation, options = None, list[str]()
-        if suite.evaluation is not None:
-            evaluation = folder.with_name(f"{name}.eval-{_evaluation_key(suite.evaluation)}.json")
-            options = suite.evaluation.options()
-        config = folder.with_name(f"{name}.yaml")
+        folder, evaluation = _places(suite, run)
+        options = suite.evaluation.options() if suite.evaluation is not None else []
+        config = folder.with_name(f"{folder.name}.yaml")
         jobs.append(
             Job(
                 run=run,
                 folder=folder,
                 config=config,
-                log=folder.with_name(f"{name}.log"),
+                log=folder.with_name(f"{folder.name}.log"),
                 evaluation=evaluation,
                 options=tuple(options),
             )
@@ -95,49 +92,39 @@ def jobs_of(suite: Suite) -> list[Job]:
     return jobs
 
 
+def _places(suite: Suite, run: Run) -> tuple[Path, Path | None]:
+    """Return the folder of a run, and the file of its evaluation; both are named by what they are made of."""
+    folder = suite.out / "runs" / f"{run.arm}-{run.steps}steps-seed{run.seed}-{fingerprint(run)}"
+    if suite.evaluation is None:
+        return folder, None
+    return folder, folder.with_name(f"{folder.name}.eval-{_evaluation_key(suite.evaluation, run)}.json")
+
+
 def fingerprint(run: Run) -> str:
     """Return a hash of all that a run is made of, eight hexadecimal digits."""
     lf, dynamic = run.parts.lf, run.parts.dynamic
     assert dynamic is not None
     targets = [name for target in dynamic.targets for name in target_data_sets(target)]
-    names = [*dict.fromkeys([*lf.train_sets, *lf.eval_sets, *targets])]
-    sources, _ = find_sources(names, lf, "", Path())
-    data = {
-        source.name: [_bytes(file) for file in files_of(source.path)] if source.path is not None else None
-        for source in sources
-    }
-    made = [redacted(run.mapping), data, [_bytes(Path(plugin)) for plugin in dynamic.plugins if plugin.endswith(".py")]]
-    text = json.dumps([made, _code(_NOT_TRAINING), versions()], sort_keys=True, default=str)
-    return blake2b(text.encode()).hex()[:8]
+    inputs = inputs_of(run.mapping, [*lf.train_sets, *lf.eval_sets, *targets], lf)
+    return _digest([redacted(run.mapping), inputs, _code(_NOT_TRAINING), versions()])
 
 
-def changed(jobs: Sequence[Job]) -> list[str]:
-    """Return runs that would be made of something else now: data, plugins or code changed after they were begun."""
-    _bytes.cache_clear()
+def changed(suite: Suite, jobs: Sequence[Job]) -> list[str]:
+    """Return runs that would be made of, or evaluated with, something else now: it changed after they were begun."""
+    hash_of.cache_clear()
     _code.cache_clear()
-    named = [job.run.title for job in jobs if not job.folder.name.endswith(fingerprint(job.run))]
-    return [f"data, plugins or code changed while the suite ran: {'; '.join(named)}"] if named else []
+    named = [job.run.title for job in jobs if (job.folder, job.evaluation) != _places(suite, job.run)]
+    return [f"data, models, plugins or code changed while the suite ran: {'; '.join(named)}"] if named else []
 
 
-def _evaluation_key(evaluation: Evaluation) -> str:
-    """Return a hash of what is evaluated, the bytes of its files, and the code."""
-    files = [
-        part
-        for given in (evaluation.choices, evaluation.answers, evaluation.tasks)
-        if given
-        for part in given.split(",")
-    ]
-    made = [vars(evaluation), [_bytes(Path(file.strip())) for file in files], _code(("commands", "compare", "mixing"))]
+def _evaluation_key(evaluation: Evaluation, run: Run) -> str:
+    """Return a hash of what is evaluated, its data sets and files, and the code."""
+    inputs = inputs_of(vars(evaluation), data_set_names(evaluation.data), run.parts.lf)
+    return _digest([vars(evaluation), inputs, _code(("commands", "compare", "mixing"))])
+
+
+def _digest(made: list[Any]) -> str:
     return blake2b(json.dumps(made, sort_keys=True, default=str).encode()).hex()[:8]
-
-
-@cache
-def _bytes(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @cache

@@ -163,12 +163,12 @@ def _helped(runs: Sequence[Recorded]) -> str:
         told += f"; {other.title} ended at {number(theirs[1])} ({where}), so this run is "
         told += f"{number(abs(gap))} {'lower' if gap < 0 else 'higher'}" if gap else "equal"
         if (equal := at_equal_compute([runs[0], other], shared)) is not None:
-            where, (one, two) = equal
+            by_then, (one, two) = equal
             if one is None or two is None:
                 told += f", {not_yet_measured([runs[0], other], equal)}"
             else:
                 word = "lower" if one < two else "higher"
-                told += f", at equal compute ({duration(where)}) {number(abs(one - two))} {word}"
+                told += f", at equal compute ({duration(by_then)}) {number(abs(one - two))} {word}"
     if len(runs) == 1:
         told += "; against what a plain run would have reached, give that run too"
     return told + "."
