@@ -4,7 +4,8 @@ All micro-batches of an optimizer step are asked for right after the previous st
 them. A checkpoint is begun before anything of it is written, and sealed after everything, callbacks included, which may
 rewrite the weights (stage rm). Upstream names relied upon (transformers 5.x), each asserted by ``tests/upstream``: the
 methods overridden here, ``compute_loss_func``, ``add_callback``, ``callback_handler``, ``_get_output_dir``,
-``_tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``, ``rotate_checkpoints``.
+``_tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``, ``current_gradient_accumulation_steps``,
+``rotate_checkpoints``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataflex import checkpoints, comm
 from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.huggingface.evaluation import EvaluationMixin
+from dataflex.huggingface.fused import Once, fuses
 from dataflex.huggingface.loop import EpochShell, StopOnTerm, loop_of, moments_by_name, replaced
 from dataflex.huggingface.trackers import send_report, shown_apart
 from dataflex.train.average import WeightAverage
@@ -173,6 +175,8 @@ class TrainerMixin(EvaluationMixin):
             return self.held_out_loss(model, inputs, *args, **kwargs)
         self._dataflex_batch = dict(inputs)
         del inputs[ROWS]
+        if self.dataflex.weighs and fuses(self):
+            model = Once(model, inputs["labels"])
         with self.dataflex.forward():
             found = super().compute_loss(model, inputs, *args, **kwargs)
         if not self.dataflex.weighs:
@@ -183,7 +187,12 @@ class TrainerMixin(EvaluationMixin):
         """Weigh one training micro-batch; the Trainer calls it as its ``compute_loss_func``."""
         loss = self.dataflex.loss(self._dataflex_batch, outputs.logits)
         balance = balance_loss(outputs, self.model.config)  # as in the model's own loss
-        return loss if balance is None else loss + balance.to(loss.device)
+        if balance is None:
+            return loss
+        if fuses(self):  # TRL adds the mean over micro-batches and ranks, and multiplies what we return by the ranks
+            over_ranks = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            balance = balance / (self.current_gradient_accumulation_steps * (comm.world() if over_ranks else 1))
+        return loss + balance.to(loss.device)
 
     # -- log and saving ---------------------------------------------------------------------------
 

@@ -203,13 +203,16 @@ class _Door(Trainer):
         """Yield what of the trainer, its arguments and its data cannot be served."""
         asked, rows = self._dataflex_asked, self.train_dataset
         base, taker = asked.trainer, takes_token_losses(asked.config)
-        own = base.compute_loss is not Trainer.compute_loss and not base.__module__.startswith("trl.")
+        own = _maker(base, "compute_loss") not in ("transformers", "trl")
+        kind = getattr(self.args, "loss_type", "nll") if asked.stage == "sft" else "nll"
         if asked.stage == "rl":
             taker = None  # refused by its stage
             yield from prompt_problems(self, asked.config)
         if taker is not None and (own or self.compute_loss_func is not None):
             what = "a compute_loss of its own" if own else "a compute_loss_func"
             yield f"dynamic.{taker.kind}: {base.__name__} has {what}, which {taker.name} would have no part in"
+        elif taker is not None and kind not in ("nll", "chunked_nll"):
+            yield f"loss_type: {taker.name} acts on the plain loss of each token, not on {kind!r}; remove it"
         for method in asked.config.methods if asked.stage in ("rm", "kto") else ():
             if signals := sorted(method.requires.signals - {"texts"}):
                 yield (
@@ -327,6 +330,12 @@ class _Door(Trainer):
                 labels = [-100] * len(prompt) + [*answer]
                 rows.append({"input_ids": [*prompt, *answer][kept], "labels": labels[kept]})
         return _padded(rows, getattr(self.processing_class, "pad_token_id", None) or 0)
+
+
+def _maker(trainer: type[Trainer], method: str) -> str:
+    """Return the package of the class that a trainer has a method from."""
+    found = next(base for base in trainer.__mro__ if method in vars(base))
+    return found.__module__.partition(".")[0]
 
 
 def _without_padding(value: Any, size: int) -> Any:
