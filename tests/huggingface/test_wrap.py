@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -233,6 +236,104 @@ def test_unit_weights_make_the_stock_losses(kind, tmp_path, name):
         torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
 
 
+class Counted:
+    """A model of two layers that counts its forward passes."""
+
+    def __init__(self, kind, **changes):
+        torch.manual_seed(0)
+        size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = MixtralConfig(
+            vocab_size=len(kind.tokenizer),
+            **size,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            output_router_logits=True,
+            router_aux_loss_coef=1.0,
+            attn_implementation="eager",
+            **changes,
+        )
+        self.model, self.passes = MixtralForCausalLM(config), 0
+        self.model.model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.passes += 1
+
+
+UNIT = {"weighter": {"name": "focal", "gamma": 0.0, "warmup_steps": 0}}
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_unit_weights_keep_dropout_and_the_term_of_routers(kind, tmp_path, monkeypatch, name):
+    """TRL 1.16 divides that term by the accumulated micro-batches, transformers does not; either goes forward once."""
+    found = []
+    for block in ({"selector": "all"}, UNIT):
+        counted = Counted(kind, attention_dropout=0.3)
+        monkeypatch.setattr(kind, "model", lambda made=counted.model: made)
+        order = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 4, "max_steps": 3}
+        trainer = kind.make(name, tmp_path / str(len(found)), block, **order, save_strategy="no", adam_epsilon=0.1)
+        trainer.train()
+        measured = [entry.get("entropy", 0.0) for entry in trainer.state.log_history if "loss" in entry]
+        found.append((losses(trainer), measured, counted.passes))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    assert found[1][2] == found[0][2] == 12
+
+
+def token_loss(model, batch):
+    """The plain mean loss of a batch's tokens."""
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))
+
+
+class Longer(Trainer):
+    """Adds to the loss a cross-entropy of something else, log(1 + e^3)."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        other = outputs.logits[:, 0, :2] * 0 + torch.tensor([0.0, 3.0])
+        loss = loss + cross_entropy(other, torch.zeros(len(other), dtype=torch.long))
+        return (loss, outputs) if return_outputs else loss
+
+
+def evaluated(kind, cls, model, args, rows):
+    """Return the metrics of a wrapped trainer."""
+    data = tokenized(kind.tokenizer, texts(8))
+    more = {} if issubclass(cls, Trainer) and "trl" not in cls.__module__ else {"processing_class": kind.tokenizer}
+    made = dataflex.wrap(cls, {"selector": "all"}, domains="source")
+    held = tokenized(kind.tokenizer, rows).select_columns(["input_ids", "labels"])
+    return made(model=model, args=args, train_dataset=data, eval_dataset=held, data_collator=padded, **more).evaluate()
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.2}, {}])
+@pytest.mark.parametrize("cls", [Trainer, Longer, trl.SFTTrainer])
+def test_perplexity_is_that_of_the_plain_loss_whatever_is_minimized(kind, tmp_path, cls, changes):
+    """Of a mixture of experts, whose own loss has a term of the routers."""
+    if "loss_type" in changes and cls is not trl.SFTTrainer:
+        return
+    model, rows = Counted(kind).model, texts(7, seed=3)
+    torch.nn.init.normal_(model.lm_head.weight)  # so that predictions are far from even
+    make = trl.SFTConfig if cls is trl.SFTTrainer else TrainingArguments
+    args = make(**{**SETTINGS, **changes}, output_dir=str(tmp_path), per_device_eval_batch_size=3)
+    found = evaluated(kind, cls, model, args, rows)
+    true = token_loss(model, padded([*tokenized(kind.tokenizer, rows)]))
+    assert found["eval_token_loss"] == pytest.approx(true, rel=1e-5)
+    assert found["eval_perplexity"] == pytest.approx(np.exp(true), rel=1e-5)
+    assert abs(found["eval_loss"] - true) > 0.05
+
+
+def test_no_perplexity_where_the_outputs_tell_no_token_losses(kind, tmp_path):
+    class Bare(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs)
+            return (loss, {"loss": loss}) if return_outputs else loss
+
+    args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+    found = evaluated(kind, Bare, Counted(kind).model, args, texts(5))
+    assert "eval_loss" in found
+    assert not {"eval_token_loss", "eval_perplexity"} & set(found)
+
+
 def test_all_trainers_serve_the_same_rows(kind, tmp_path):
     found = {}
     for name in LANGUAGE:
@@ -267,6 +368,11 @@ for name, form in [(name, "") for name in tests.LANGUAGE] + [("SFTTrainer", "fre
         made.train()
         if dist.get_rank() == 0:
             print("LOSSES " + json.dumps([name, form, method, tests.losses(made)]))
+rows = tests.texts(5, seed=3)  # five rows in batches of two: one is repeated
+args = tests.TrainingArguments(**tests.SETTINGS, output_dir=sys.argv[2], per_device_eval_batch_size=2)
+found = tests.evaluated(kind, tests.Trainer, kind.model(), args, rows)
+if dist.get_rank() == 0:
+    print("EVALUATED " + json.dumps(found["eval_token_loss"]))
 if tests.loads("GRPOTrainer"):
     from tests.huggingface import test_prompts as prompts
 
@@ -291,6 +397,9 @@ def test_two_ranks_serve_the_rows_of_one(kind, tiny_model, tmp_path):
         one.train()
         np.testing.assert_array_equal(served(tmp_path / "two" / folder), served(tmp_path / "one" / folder))
         assert two == pytest.approx(losses(one), rel=1e-4), folder
+    (evaluation,) = [line[10:] for line in told.stdout.splitlines() if line.startswith("EVALUATED ")]
+    held = padded([*tokenized(kind.tokenizer, texts(5, seed=3))])
+    assert float(evaluation) == pytest.approx(token_loss(kind.model(), held), rel=1e-5)
     if loads("GRPOTrainer"):
         from tests.huggingface.test_prompts import two_ranks
 
@@ -390,6 +499,22 @@ def test_a_loss_of_its_own_is_refused_beside_weights(kind, tmp_path):
     args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=r"dynamic\.weighter: Own has a compute_loss of its own"):
         dataflex.wrap(Own, BLOCKS["focal"])(model=kind.model(), args=args, train_dataset=rows, data_collator=padded)
+
+
+@pytest.mark.skipif(not loads("DPOTrainer"), reason="TRL 0.24 takes it for a loss function; see make test-trl")
+@pytest.mark.parametrize("method", ["focal", "odm", "budget"])
+def test_another_loss_of_trl_is_refused_beside_what_takes_token_losses(kind, tmp_path, method):
+    blocks = {**BLOCKS, "budget": {**BLOCKS["loss"], "signals": {"budget": 0.5}}}
+    given = door(kind, "SFTTrainer", blocks[method])
+    with pytest.raises(ConfigError, match=r"loss_type: .* acts on the plain loss of each token, not on 'dft'; remove"):
+        kind.make("SFTTrainer", tmp_path, **given, loss_type="dft")
+
+
+def test_a_subclass_of_a_trainer_of_trl_is_taken_beside_weights(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(trl, "SFTTrainer", type("Mine", (trl.SFTTrainer,), {"__module__": "mine"}))
+    trainer = kind.make("SFTTrainer", tmp_path, BLOCKS["focal"], max_steps=1)
+    trainer.train()
+    assert len(losses(trainer)) == 1
 
 
 def test_data_that_cannot_be_planned_is_refused(kind, tmp_path):

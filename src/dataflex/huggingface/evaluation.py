@@ -1,8 +1,8 @@
 """Held-out losses by token: of each evaluation set, and over all of them.
 
-The Trainer's own loss is a mean over batches; sums of token losses give the true perplexity of a set. Upstream names
-relied upon, each asserted by ``tests/upstream``: the Trainer's methods overridden here, ``compute_loss_func``,
-``model_accepts_loss_kwargs``; ``save_predictions`` of LLaMA-Factory's trainers.
+The Trainer's own loss is a mean over batches, of whatever is minimized; sums of token losses give the true perplexity
+of a set. Upstream names relied upon, each asserted by ``tests/upstream``: the Trainer's methods overridden here,
+``compute_loss_func``, ``accelerator``; ``save_predictions`` of LLaMA-Factory's trainers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from datasets import concatenate_datasets
 
 from dataflex import comm
 from dataflex.errors import DataError
+from dataflex.huggingface.fused import Once, fuses
 from dataflex.huggingface.loop import replaced
-from dataflex.train.loss import balance_loss
+from dataflex.train.loss import token_losses
 from dataflex.train.session import Session
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
-
-_IGNORE = -100
 
 
 def _perplexity(loss: float) -> float:
@@ -70,36 +69,58 @@ def _totals(found: dict[str, tuple[float, float]], prefix: str) -> dict[str, flo
     }
 
 
+def row_losses(outputs: Any, labels: torch.Tensor) -> torch.Tensor | None:
+    """Return the sum of each row's token losses, whatever the loss of the outputs, and its tokens, float64 [R, 2].
+
+    From their logits, or from TRL's ``log_probs`` where they have none; None where they have neither of these labels.
+    """
+    given: Any = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
+    logits, log_p = given.get("logits"), given.get("log_probs")
+    if torch.is_tensor(logits) and logits.dim() == 3 and logits.shape[:2] == labels.shape:
+        with torch.no_grad():
+            found = token_losses(logits.detach(), labels)
+        loss, mask = found.loss_BT, found.mask_BT
+    elif torch.is_tensor(log_p) and len(log_p) == len(labels):
+        loss, mask = -log_p.detach(), given["label_mask"]
+    else:
+        return None
+    return torch.stack([loss.double().sum(dim=1), mask.sum(dim=1).double()], dim=1)
+
+
 class EvaluationMixin(_Trainer):
     """Evaluates as the Trainer class that follows it in the MRO, and adds losses by token."""
 
     dataflex: Session
     compute_loss_func: Any
+    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sums: torch.Tensor | None = None  # sum of token losses and number of tokens of the set, on this rank
-        self._evaluated: dict[str, tuple[float, float]] = {}  # the same over all ranks, by prefix of the set
+        self._sums: torch.Tensor | None = None  # sum of token losses and tokens of the set in progress, over all ranks
+        self._evaluated: dict[str, tuple[float, float]] = {}  # the same by prefix of the set
 
     def held_out_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the stock loss of a batch that is not trained on."""
         labels = inputs.get("labels")
         usual = None if self.dataflex.weighs else self.compute_loss_func  # LLaMA-Factory's own, not ours
+        once = Once(model, labels) if fuses(self) else None
         with replaced((self, "compute_loss_func", usual)):
-            found = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.dataflex.setup.stage in ("pt", "sft") and labels is not None:
-            loss, outputs = found if isinstance(found, tuple) else (found, None)
-            num_items = kwargs.get("num_items_in_batch") if self.model_accepts_loss_kwargs else None
-            if num_items is not None and self.args.average_tokens_across_devices:
-                loss = loss / comm.world()
-            balance = None if outputs is None else balance_loss(outputs, self.model.config)
-            if balance is not None:  # no part of a token's loss
-                loss = loss - balance.to(loss.device)
-            tokens = labels[:, 1:].ne(_IGNORE).sum().double()
-            divisor = tokens if num_items is None else torch.as_tensor(num_items, device=loss.device).double()
-            sums = torch.stack([loss.detach().double() * divisor, tokens.to(loss.device)])
-            self._sums = sums if self._sums is None else self._sums + sums
+            found = super().compute_loss(model if once is None else once, inputs, *args, **kwargs)
+        if self._sums is not None and labels is not None:
+            outputs = found[1] if isinstance(found, tuple) else None
+            self._take(outputs if once is None else once.outputs, labels)
         return found
+
+    def _take(self, outputs: Any, labels: torch.Tensor) -> None:
+        """Add a batch's token losses, without the rows that fill up the last batch of several ranks (collective)."""
+        assert self._sums is not None
+        rows = row_losses(outputs, labels)
+        if rows is None:
+            self._sums = None  # not to be told of this set
+        elif self.dataflex.setup.joined:  # one row of several ranks' each
+            self._sums = self._sums + comm.gather_sum(rows.sum(dim=0))
+        else:
+            self._sums = self._sums + self.accelerator.gather_for_metrics(rows).sum(dim=0)
 
     def refuse_unseen(self) -> None:
         """Raise DataError for an evaluation set of which ``dataloader_drop_last`` leaves no batch, so no loss."""
@@ -131,10 +152,13 @@ class EvaluationMixin(_Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one set as stock, and add its loss by token and its perplexity."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output = super().evaluation_loop(*args, **kwargs)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device) if self._sums is None else self._sums
-        self._sums = None
-        total, tokens = comm.gather_sum(sums).tolist()
+        if self.dataflex.setup.stage in ("pt", "sft"):
+            self._sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            total, tokens = (0.0, 0.0) if self._sums is None else self._sums.tolist()
+        finally:
+            self._sums = None
         if tokens > 0:
             self._evaluated[prefix] = (total, tokens)
             output.metrics[f"{prefix}_token_loss"] = total / tokens

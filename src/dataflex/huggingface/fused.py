@@ -1,7 +1,7 @@
 """TRL's SFTTrainer from 1.16 on, which trains and measures without logits (``fused_lm_head``).
 
-Where its loss is made from logits, by us or under label smoothing, it goes forward once more for its metrics: with other
-dropout, and in training for nothing. Upstream names relied upon: ``router_aux_loss_coef`` of the trainer, and of the
+Where its loss is made from logits, by us or under label smoothing, it goes forward once more for its metrics, with
+other dropout. Upstream names relied upon: ``router_aux_loss_coef`` of the trainer, and of the
 outputs ``log_probs``, ``label_mask``, ``entropy``, ``is_top1`` and ``aux_loss``.
 """
 
