@@ -305,6 +305,7 @@ def evaluated(kind, cls, model, args, rows):
     return made(model=model, args=args, train_dataset=data, eval_dataset=held, data_collator=padded, **more).evaluate()
 
 
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor.*:FutureWarning")
 @pytest.mark.parametrize("changes", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.2}, {}])
 @pytest.mark.parametrize("cls", [Trainer, Longer, trl.SFTTrainer])
 def test_perplexity_is_that_of_the_plain_loss_whatever_is_minimized(kind, tmp_path, cls, changes):
