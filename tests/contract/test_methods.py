@@ -321,6 +321,17 @@ def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
     assert "\n" not in mix.reason
 
 
+@pytest.mark.parametrize("name", [one for one in MIXERS if hasattr(find("mixer", one).Params, "initial")])
+def test_a_domain_written_as_0_is_never_served(name):
+    """At no decision, whatever is explored, smoothed or not known."""
+    params = {**MINIMAL["mixer", name](3), "initial": {"web": 0.5, "code": 0.5, "math": 0.0}}
+    mixer = read("mixer", name, params)[0].build()
+    for index, kind in enumerate(["warmup", "dynamic", "dynamic", "dynamic"]):
+        proportions, _ = decision(mixer, sizes=dict.fromkeys(("web", "code", "math"), 21), index=index, kind=kind)
+        assert proportions[2] == 0.0, kind
+        assert min(proportions[:2]) > 0.0, kind
+
+
 @every_weighter
 def test_columns_asked_for_are_names(name):
     assert all(isinstance(column, str) and column for column in build("weighter", name).requires().columns)

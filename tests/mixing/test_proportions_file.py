@@ -172,3 +172,13 @@ def test_a_file_that_does_not_fit_is_told_before_anything_is_loaded(project, con
     assert told[0].startswith("dynamic.mixer.from (m.json).c: no such domain")
     write(project / "m.json")
     assert problems() == []
+
+
+@pytest.mark.parametrize("floor", [0.1, {"b": 0.1}])
+def test_a_domain_that_the_file_says_0_for_has_no_floor(tmp_path, floor):
+    """As where the numbers are written in the configuration."""
+    file = write(tmp_path / "m.json", shares=(1.0, 0.0))
+    block = {"mixer": {"name": "static", "from": str(file)}, "min_proportion": floor}
+    with pytest.raises(ConfigError, match=r"dynamic.mixer.from \(.*m.json\) says 0 for b, which means never"):
+        parse_dynamic(block, tmp_path)
+    assert parse_dynamic({**block, "min_proportion": {"a": 0.1}}, tmp_path).mixer is not None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig, SignalsConfig, block_keys
+from dataflex.errors import ConfigError
 from dataflex.method import DomainWeighter, Mixer
-from dataflex.plan.proportions import Floors, Written, check_numbers
+from dataflex.plan.proportions import Floors, Written, check_numbers, read_proportions
 from dataflex.registry import KINDS
 
 _OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
@@ -251,10 +253,14 @@ def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
 
 
 def _written_proportions(params: object) -> Iterator[tuple[str, Written]]:
-    """Yield place and values of the proportions among a mixer's parameters."""
+    """Yield place and values of the proportions among a mixer's parameters, and of the file that they name."""
     for place in ("proportions", "initial"):
         written = getattr(params, place, None)
         if isinstance(written, dict | tuple):
             yield place, written
     for i, stage in enumerate(getattr(params, "stages", ())):
         yield f"stages[{i}].proportions", stage.proportions
+    file = getattr(params, "from_file", None)
+    if file is not None:
+        with suppress(ConfigError):  # one that cannot be read is told where it is needed
+            yield f"from ({file})", read_proportions(file).by_name

@@ -37,6 +37,11 @@ def equal(num_domains: int) -> Floats:
     return np.full(num_domains, 1.0 / num_domains)
 
 
+def even(prior: Floats) -> Floats:
+    """Return equal shares of the domains that ``prior`` [K] has above 0, and 0 for the others: 0 means never."""
+    return normalized((prior > 0).astype(np.float64))
+
+
 def sizes(ctx: Context, method: str) -> Floats:
     """Return the size of each domain in ``ctx.unit``, float64 [K]; DataError where all are 0."""
     sizes_K = ctx.domains.sizes(ctx.unit)

@@ -16,6 +16,7 @@ from dataflex.mixers._lib import (
     InitialParams,
     LearningMixer,
     equal,
+    even,
     first_proportions,
     mix_of,
 )
@@ -221,8 +222,8 @@ def between(values: Floats) -> Floats:
 
 
 def tilted(prior: Floats, value: Floats, beta: float, explore: float) -> Floats:
-    """Return (1 - e) p0 exp(beta Q) / sum + e / K [K]."""
-    return (1.0 - explore) * softmax(logs(prior) + beta * value) + explore / len(prior)
+    """Return (1 - e) p0 exp(beta Q) / sum + e / K [K], K the number of domains of p0 above 0; the others have 0."""
+    return (1.0 - explore) * softmax(logs(prior) + beta * value) + explore * even(prior)
 
 
 class DynamixSft(_ByGradients):
@@ -329,7 +330,7 @@ class RegroupBalance(_ByGradients):
         found = balanced(self._gradients(ctx).products, wanted, p.sharpness)
         if found is None:
             raise DataError("rnb: the gradients of the domains in the evaluation sum to 0; give other proportions")
-        return mix_of(names, found)
+        return mix_of(names, np.where(first_proportions(p.initial, ctx, self.name) > 0, found, 0.0))
 
 
 class Grape(_ByGradients):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
 from dataflex.method import Card, Context, Mix, Requires, param
-from dataflex.mixers._lib import NOTHING, ONLINE, ExponentiatedMixer, InitialParams, equal, mix_of
+from dataflex.mixers._lib import NOTHING, ONLINE, ExponentiatedMixer, InitialParams, even, mix_of
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized
 
@@ -44,25 +44,28 @@ class ByLedger(ExponentiatedMixer):
     def mix(self, ctx: Context) -> Mix:
         """Return (1 - e) max(b, 0) / sum max(b, 0) + e / K, b the average benefit per token, e ``explore``.
 
-        Domains that were never trained on count with the mean of the others. Without a benefit above 0 the proportions
-        are equal; before there is any account, those of ``initial``.
+        K counts the domains that ``initial`` serves, which alone are served. Domains that were never trained on count
+        with the mean of the others. Without a benefit above 0 the proportions are equal; before there is any account,
+        those of ``initial``.
         """
         names = ctx.domains.names
         if self.meet(names):
             self.benefit, self.known = np.zeros(len(names)), np.zeros(len(names))
+        first = self._initial(ctx)
         if ctx.interval.kind == "warmup" or (ctx.benefit is None and ctx.interval.start_step == 0):
-            return mix_of(names, self._initial(ctx), "before there is an account")
+            return mix_of(names, first, "before there is an account")
         if ctx.benefit is None:
             raise UnsupportedError("the ledger mixer looks at what training did, which is not known before it")
         self._learn(-ctx.benefit.changes_KT.mean(axis=1), ctx.benefit.tokens_K)
         known = self.known > 0
         gains = np.where(known, np.maximum(self.benefit, 0.0), 0.0)
         gains[~known] = gains[known].mean() if known.any() else 0.0
-        even = equal(len(names))
-        shares = normalized(gains) if gains.sum() > 0 else even
+        gains[first == 0] = 0.0
+        equal = even(first)
+        shares = normalized(gains) if gains.sum() > 0 else equal
         told = ", ".join(f"{name} {1e6 * gain:.3g}" for name, gain in zip(names, self.benefit, strict=True))
         explore = self.params.explore
-        return mix_of(names, (1 - explore) * shares + explore * even, f"fall of the loss per million tokens {told}")
+        return mix_of(names, (1 - explore) * shares + explore * equal, f"fall of the loss per million tokens {told}")
 
     def _learn(self, fall_K: Floats, tokens_K: NDArray[np.int64]) -> None:
         served = tokens_K > 0

@@ -60,17 +60,19 @@ class SoftmaxLoss(LearningMixer):
         if self.meet(names):
             self.loss, self.first = np.full(len(names), np.nan), np.full(len(names), np.nan)
             self.loss_sum, self.tokens = np.zeros(len(names)), np.zeros(len(names))
+        first = first_proportions(self.params.initial, ctx, self.name)
         if ctx.interval.kind == "warmup":
-            return mix_of(names, first_proportions(self.params.initial, ctx, self.name), "before a loss is known")
+            return mix_of(names, first, "before a loss is known")
         self.loss = np.divide(self.loss_sum, self.tokens, out=self.loss.copy(), where=self.tokens > 0)
         self.first = np.where(np.isnan(self.first), self.loss, self.first)
         self.loss_sum, self.tokens = np.zeros(len(names)), np.zeros(len(names))
         known = np.isfinite(self.loss)
         if not known.any():
-            return mix_of(names, first_proportions(self.params.initial, ctx, self.name), "before a loss is known")
+            return mix_of(names, first, "before a loss is known")
         scale = np.maximum(self.first, 1e-12) if self.params.relative else np.ones(len(names))
         score = np.divide(self.loss, scale, out=np.zeros(len(names)), where=known)
         score[~known] = score[known].mean()
+        score[first == 0] = -np.inf
         most = int(np.argmax(score))
         what = "share of its first loss" if self.params.relative else "loss"
         why = f"largest {what} {score[most]:.3g} ({names[most]})"
