@@ -292,6 +292,41 @@ def test_values_wait_for_enough_groups():
     assert sec.quality == pytest.approx([0.6, 0.0, 0.0])
 
 
+@pytest.mark.parametrize(("value", "expected"), [("advantage", [0.0, 0.433, 0.433, 0.649]), ("progress", [0.0] * 4)])
+def test_a_domain_that_waits_for_its_groups_does_not_decay(value, expected):
+    sec = build("mixer", "sec", value=value, min_groups=2, absent="decay")
+    sec.meet(("web", "code", "math"))
+    sec.quality[1] = 1.0
+    found = []
+    for step in range(4):
+        sec.observe_rollouts(example_rollouts([[1, 0, 0, 1]], domains=[0], step=step))
+        found.append(sec.quality[0])
+    assert found == pytest.approx(expected, abs=5e-4)
+    assert sec.quality[1] == 0.5**4
+
+
+def test_sec_by_progress_keeps_what_it_learned_while_a_domain_waits():
+    sec = build("mixer", "sec", value="progress", min_groups=2, absent="decay")
+    found = []
+    for step, reward in enumerate([0, 0, 1, 1, 1]):
+        sec.observe_rollouts(example_rollouts([[reward] * 4], domains=[0], step=step))
+        found.append(sec.quality[0])
+    assert found == [0.0, 0.0, 0.0, 0.5, 0.5]
+
+
+def test_dump_holds_answers_back_until_there_are_enough_groups():
+    dump = build("mixer", "dump_ucb", window=6, min_groups=2)
+    value = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    for step, (rows, seen) in enumerate([([[1, 0, 0, 1]], 0), ([[0, 0, 0, NAN]], 7), ([[1, 0, 0, 1]], 7)]):
+        dump.observe_rollouts(example_rollouts(rows, domains=[0], step=step))
+        assert dump.seen.tolist() == [seen, 0, 0]
+        answers = [value] * 3 + [0.0] * 3 if seen else [NAN] * 6
+        assert dump.recent[0] == pytest.approx(answers, nan_ok=True)
+        again = build("mixer", "dump_ucb", window=6, min_groups=2)
+        again.load_state_dict(dump.state_dict())
+        dump = again
+
+
 def test_dump_bounds_are_the_paper_s():
     dump = build("mixer", "dump_ucb", floor=0.0)
     dump.meet(("web", "code", "math"))

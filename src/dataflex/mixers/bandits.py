@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Requires, param
@@ -60,8 +61,8 @@ class Bandit(LearningMixer):
         """Make the memory of ``num_domains`` domains."""
         raise NotImplementedError
 
-    def learn(self, values_K: Floats, present: Any) -> None:
-        """Take in one generation's values [K] of the domains ``present`` [K]; NaN of the others."""
+    def learn(self, values_K: Floats, held_K: NDArray[np.bool_]) -> None:
+        """Take in the domains' new values [K], NaN for none; a generation held the domains ``held_K`` [K]."""
         raise NotImplementedError
 
     def scores(self) -> Floats:
@@ -105,7 +106,7 @@ class Bandit(LearningMixer):
         present = self.groups >= self.params.min_groups
         found = np.divide(self.sums, self.counts, out=np.full(size, np.nan), where=present)
         self.note(stats, values)
-        self.learn(found, present)
+        self.learn(found, np.bincount(stats.domains_P, minlength=size) > 0)
         for each in (self.groups, self.sums, self.counts):
             each[present] = 0.0
 
@@ -117,8 +118,8 @@ class Sec(Bandit):
     """Follow a running mean of each domain's mean absolute advantage, the self-evolving curriculum.
 
     Q <- (1 - rate) Q + rate v for the domains of a generation, with v the mean over answers of the absolute advantage,
-    and proportions softmax(Q / temperature). An absent domain keeps its Q; with ``absent: decay`` its value counts as
-    0, as in the authors' code.
+    and proportions softmax(Q / temperature). A domain that a generation did not hold keeps its Q; with ``absent: decay``
+    its value counts as 0, as in the authors' code. One that waits for ``min_groups`` groups keeps it in any case.
     """
 
     name = "sec"
@@ -150,15 +151,14 @@ class Sec(Bandit):
     def begin(self, num_domains: int) -> None:
         self.quality, self.before = np.zeros(num_domains), np.full(num_domains, np.nan)
 
-    def learn(self, values_K: Floats, present: Any) -> None:
+    def learn(self, values_K: Floats, held_K: NDArray[np.bool_]) -> None:
         if self.params.value == "progress":
             change = values_K - self.before
-            self.before = np.where(present, values_K, self.before)
-            present, values_K = np.isfinite(change), change
-        a = self.params.rate
-        values = np.where(present, values_K, 0.0)
-        moves = present if self.params.absent == "skip" else np.ones(len(present), dtype=np.bool_)
-        self.quality = np.where(moves, (1.0 - a) * self.quality + a * values, self.quality)
+            self.before = np.where(np.isfinite(values_K), values_K, self.before)
+            values_K = change
+        known, a = np.isfinite(values_K), self.params.rate
+        moves = known | ~held_K if self.params.absent == "decay" else known  # one that waits for a value stays
+        self.quality = np.where(moves, (1.0 - a) * self.quality + a * np.where(known, values_K, 0.0), self.quality)
 
     def scores(self) -> Floats:
         return np.asarray(self.quality / self.params.temperature)
@@ -176,7 +176,7 @@ class DumpUcb(Bandit):
     """
 
     name = "dump_ucb"
-    saved: ClassVar[tuple[str, ...]] = (*Bandit.saved, "seen", "recent")
+    saved: ClassVar[tuple[str, ...]] = (*Bandit.saved, "seen", "recent", "waiting")
     card = Card(
         summary="Serves domains by an upper confidence bound of their answers' absolute advantages.",
         paper="DUMP: Automated Distribution-Level Curriculum Learning for RL-based LLM Post-training (Wang et al.), "
@@ -192,21 +192,27 @@ class DumpUcb(Bandit):
         temperature: float = param(0.1, "temperature of the softmax", above=0.0)
 
     params: Params
-    seen = recent = NOTHING
-    """Answers of each domain so far [K], and the newest ones' absolute advantages [K, window], NaN for none."""
+    seen = recent = waiting = NOTHING
+    """Answers of each domain so far [K]; the newest ones' absolute advantages, and those of the newest answers that
+    wait for ``min_groups`` groups [K, window], NaN for none."""
 
     def begin(self, num_domains: int) -> None:
-        self.seen, self.recent = np.zeros(num_domains), np.full((num_domains, self.params.window), np.nan)
+        self.seen = np.zeros(num_domains)
+        self.recent, self.waiting = (np.full((num_domains, self.params.window), np.nan) for _ in range(2))
 
     def note(self, stats: RolloutStats, values_PG: Floats) -> None:
         for k in range(len(self.names)):
-            values = values_PG[stats.domains_P == k]
-            values = values[np.isfinite(values)]
-            self.seen[k] += len(values)
-            self.recent[k] = np.concatenate([self.recent[k], values])[-self.params.window :]
+            self.waiting[k] = self._newest(self.waiting[k], values_PG[stats.domains_P == k])
 
-    def learn(self, values_K: Floats, present: Any) -> None:
-        """Do nothing: ``note`` has taken in the answers."""
+    def learn(self, values_K: Floats, held_K: NDArray[np.bool_]) -> None:
+        for k in np.flatnonzero(np.isfinite(values_K)):
+            self.seen[k] += self.counts[k]
+            self.recent[k] = self._newest(self.recent[k], self.waiting[k])
+            self.waiting[k] = np.nan
+
+    def _newest(self, before: Floats, values: Floats) -> Floats:
+        """Return the newest values [window] of those before and the finite ones of ``values``, the last at the end."""
+        return np.concatenate([before, values[np.isfinite(values)]])[-self.params.window :]
 
     @staticmethod
     def bonus(seen_K: Floats) -> Floats:
@@ -268,8 +274,8 @@ class Tscl(Bandit):
     def begin(self, num_domains: int) -> None:
         self.recent = np.full((num_domains, self.params.window), np.nan)
 
-    def learn(self, values_K: Floats, present: Any) -> None:
-        for k in np.flatnonzero(present):
+    def learn(self, values_K: Floats, held_K: NDArray[np.bool_]) -> None:
+        for k in np.flatnonzero(np.isfinite(values_K)):
             self.recent[k] = np.append(self.recent[k][1:], values_K[k])
 
     def told(self) -> Floats:
