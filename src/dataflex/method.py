@@ -517,8 +517,9 @@ class Weighter(Method):
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Ask the signals for what the coming step needs (collective; ``due`` says when).
 
-        ``ctx.interval`` is the one step, ``ctx.targets`` are the weighter's targets, and ``rows`` the row ids of the
-        whole step, over all ranks and micro-batches, in the plan's order.
+        ``ctx.interval`` is the one step, its ``index`` the step's, so that ``ctx.rng`` differs from step to step;
+        ``ctx.targets`` are the weighter's targets, and ``rows`` the row ids of the whole step, over all ranks and
+        micro-batches, in the plan's order.
         """
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:

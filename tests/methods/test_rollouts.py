@@ -98,6 +98,42 @@ def test_saved_answers_are_counted_over_time():
     assert (again.saved_answers, again.counts, again.line) == (account.saved_answers, account.counts, account.line)
 
 
+def test_groups_of_one_prompt_are_joined():
+    stats = example_rollouts([[1, 0], [NAN, 1], [0, 0], [1, 1]], rows=[7, 3, 7, 7], domains=[1, 0, 1, 1])
+    joined = stats.by_prompt
+    assert joined.rows.tolist() == [3, 7]
+    assert joined.domains_P.tolist() == [0, 1]
+    np.testing.assert_array_equal(joined.rewards_PG, [[NAN, 1, NAN, NAN, NAN, NAN], [1, 0, 0, 0, 1, 1]])
+    assert joined.pass_rate(0.5).tolist() == [1.0, 0.5]
+    assert joined.lengths_PG.sum() == stats.lengths_PG.sum()
+    once = example_rollouts([[1, 0], [0, 0]], rows=[7, 3])
+    assert once.by_prompt is once
+
+
+def test_a_prompt_that_is_answered_twice_in_a_generation_counts_with_all_its_answers():
+    twice = example_rollouts([[1, 1, 1, 1], [0, 0, 0, 0]], rows=[3, 3])
+    mopps = build("selector", "mopps", discount=1.0)
+    mopps.observe_rollouts(twice)
+    assert (mopps.alpha[3], mopps.beta[3]) == (5.0, 5.0)
+    for name in ("pass_band", "pass_schedule"):
+        selector = build("selector", name)
+        selector.observe_rollouts(twice)
+        assert selector.rates[3] == 0.5
+    greso = build("selector", "greso")
+    greso.observe_rollouts(twice)
+    assert (greso.easy_runs[3], greso.hard_runs[3]) == (0, 0)
+    account = RolloutAccount(4)
+    account.take(example_rollouts([[1, 0], [1, 1]], rows=[3, 3], num_rows=4), np.ones(2, dtype=np.bool_))
+    assert account.uniform_share == 0.5  # one of the prompt's two groups was informative
+    assert account.counts["groups"] == 2
+
+
+def test_the_chance_of_greso_is_one():
+    problems = []
+    assert method_block("selector", {"name": "greso", "chance": 1.5}, "dynamic.selector", problems) is None
+    assert "chance: must be at most 1" in problems[0]
+
+
 # ---------------------------------------------------------------- selectors
 
 

@@ -131,6 +131,19 @@ def test_a_decision_takes_effect_at_its_own_step():
         assert len(plan.rows) == 6 * BATCH
 
 
+def test_a_weighter_has_other_random_numbers_at_each_step():
+    one, drawn = controller(staged()), []
+    weighter = SimpleNamespace(
+        due=lambda step: True,
+        prepare=lambda ctx, rows: drawn.append((ctx.interval.start_step, ctx.rng("own").random())),
+    )
+    for step in range(8):
+        one.plan_for(step)
+        one.prepare(weighter, step)
+    assert [step for step, _ in drawn] == list(range(8))
+    assert len({number for _, number in drawn}) == 8
+
+
 def test_floors_are_held_and_told():
     one = controller(("static", {"proportions": (97, 2, 1)}), min_proportion={"code": 0.25, "papers": 0.125})
     plan = one.plan_for(0)

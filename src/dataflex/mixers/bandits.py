@@ -118,8 +118,8 @@ class Sec(Bandit):
     """Follow a running mean of each domain's mean absolute advantage, the self-evolving curriculum.
 
     Q <- (1 - rate) Q + rate v for the domains of a generation, with v the mean over answers of the absolute advantage,
-    and proportions softmax(Q / temperature). A domain that a generation did not hold keeps its Q; with ``absent: decay``
-    its value counts as 0, as in the authors' code. One that waits for ``min_groups`` groups keeps it in any case.
+    and proportions softmax(Q / temperature). An absent domain keeps its Q; with ``absent: decay`` its value counts as
+    0, as in the authors' code. A domain that is there but waits for ``min_groups`` groups keeps its Q in any case.
     """
 
     name = "sec"

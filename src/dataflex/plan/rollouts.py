@@ -6,7 +6,7 @@ equal rewards are 0, so that it was generated for nothing (DAPO, arXiv 2503.1447
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -67,6 +67,32 @@ class RolloutStats:
         """Mean reward of the scored answers of each group [P]; NaN where none was scored."""
         return self._mean(self.rewards_PG)
 
+    @cached_property
+    def by_prompt(self) -> RolloutStats:
+        """The same with one group for each prompt, of all its answers, in the order of rows; NaN fills up groups.
+
+        A generation that holds each prompt once is returned as it is.
+        """
+        rows, first, which, counts = np.unique(self.rows, return_index=True, return_inverse=True, return_counts=True)
+        if len(rows) == len(self.rows):
+            return self
+        order = np.argsort(which, kind="stable")
+        place = np.arange(len(order)) - (np.cumsum(counts) - counts)[which[order]]
+
+        def joined(values_PG: NDArray[Any], nothing: float) -> NDArray[Any]:
+            whole = np.full((len(rows), counts.max(), values_PG.shape[1]), nothing, dtype=values_PG.dtype)
+            whole[which[order], place] = values_PG[order]
+            return whole.reshape(len(rows), -1)
+
+        return replace(
+            self,
+            rows=rows,
+            rewards_PG=joined(self.rewards_PG, np.nan),
+            lengths_PG=joined(self.lengths_PG, 0),
+            truncated_PG=joined(self.truncated_PG, False),
+            domains_P=self.domains_P[first],
+        )
+
     def pass_rate(self, threshold: float | None) -> Floats:
         """Return the share of scored answers whose reward is above ``threshold`` [P]; None: the mean reward, in [0, 1].
 
@@ -93,7 +119,7 @@ class RolloutAccount:
     """
 
     def __init__(self, num_rows: int) -> None:
-        self.newest = np.full(num_rows, -1, dtype=np.int8)  # whether a prompt's newest group was informative; -1 unseen
+        self.newest = np.full(num_rows, -1.0)  # share of a prompt's newest groups that was informative; -1: unseen
         self.at = np.zeros(num_rows, dtype=np.int64)  # generation of that, counted from 1
         self.area = np.zeros(num_rows)  # generations up to it in which the prompt was informative
         self.counts = dict.fromkeys(("groups", "answers", "tokens", "informative", "dropped", "unscored"), 0)
@@ -104,16 +130,17 @@ class RolloutAccount:
 
     def take(self, stats: RolloutStats, kept: NDArray[np.bool_]) -> None:
         """Count one generation, of which the groups ``kept`` [P] are trained on."""
-        rows, now, informative = stats.rows, stats.step + 1, stats.informative.astype(np.int8)
-        before = np.where(self.newest[rows] < 0, informative, self.newest[rows])
-        self.area[rows] += (before + informative) / 2.0 * (now - self.at[rows])
-        self.newest[rows], self.at[rows], self.next_step = informative, now, now
+        rows, which, counts = np.unique(stats.rows, return_inverse=True, return_counts=True)
+        now, share = stats.step + 1, np.bincount(which, weights=stats.informative) / counts
+        before = np.where(self.newest[rows] < 0, share, self.newest[rows])
+        self.area[rows] += (before + share) / 2.0 * (now - self.at[rows])
+        self.newest[rows], self.at[rows], self.next_step = share, now, now
         groups, answers = stats.rewards_PG.shape
         found = {
             "groups": groups,
             "answers": groups * answers,
             "tokens": int(stats.lengths_PG.sum()),
-            "informative": int(informative.sum()),
+            "informative": int(stats.informative.sum()),
             "dropped": int((~kept).sum()),
             "unscored": int((~stats.scored_PG).sum()),
         }

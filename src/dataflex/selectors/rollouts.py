@@ -61,7 +61,7 @@ class RateSelector(Selector):
     saved: ClassVar[tuple[str, ...]] = ("rates", "seen")
     Params: ClassVar[type[Params]] = RateParams
     rates: Floats = _NONE
-    """Newest pass rate of each row [N], NaN where no answer was scored yet."""
+    """Newest pass rate of each row [N], over all its groups of a generation; NaN where no answer was scored yet."""
     seen: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
     """Generation of each row's newest group [N]; -1 before the first."""
 
@@ -76,6 +76,7 @@ class RateSelector(Selector):
 
     def observe_rollouts(self, stats: RolloutStats) -> None:
         """Note the pass rates of one generation."""
+        stats = stats.by_prompt
         if not self.rates.size:
             self.rates = np.full(stats.num_rows, np.nan)
             self.seen = np.full(stats.num_rows, -1, dtype=np.int64)
@@ -139,7 +140,7 @@ class PassBand(RateSelector):
 
     params: Params
     outside: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
-    """Whether each row's newest group was dropped [N]."""
+    """Whether the newest answers of each row, together, would be dropped [N]."""
 
     def inside(self, rates: Floats) -> NDArray[np.bool_]:
         """Return which pass rates lie in the band [n]; 0 and 1, whose groups teach nothing, never do."""
@@ -152,6 +153,7 @@ class PassBand(RateSelector):
 
     def observe_rollouts(self, stats: RolloutStats) -> None:
         """Note the pass rates of one generation, and which groups are dropped."""
+        stats = stats.by_prompt
         super().observe_rollouts(stats)
         if not self.outside.size:
             self.outside = np.zeros(stats.num_rows, dtype=np.bool_)
@@ -321,7 +323,7 @@ class Mopps(Selector):
 
     def observe_rollouts(self, stats: RolloutStats) -> None:
         """Update the posteriors of one generation's prompts; answers without a reward are left out."""
-        p = self.params
+        p, stats = self.params, stats.by_prompt
         if not self.alpha.size:
             self.alpha, self.beta = np.full(stats.num_rows, p.alpha), np.full(stats.num_rows, p.beta)
             self.updated = np.full(stats.num_rows, -1, dtype=np.int64)
@@ -386,7 +388,9 @@ class Greso(Selector):
     class Params(Params):
         easy: float = param(0.98, "least pass rate of an easy group", minimum=0.0, maximum=1.0)
         hard: float = param(0.0, "largest pass rate of a hard group", minimum=0.0, maximum=1.0)
-        chance: float = param(0.5, "p at first: chance that a prompt is read after one easy or hard group", above=0.0)
+        chance: float = param(
+            0.5, "p at first: chance that a prompt is read after one easy or hard group", above=0.0, maximum=1.0
+        )
         waste: float = param(0.25, "share of uninformative groups that is aimed at", above=0.0, maximum=1.0)
         threshold: float | None = param(0.5, _THRESHOLD)
 
@@ -414,13 +418,15 @@ class Greso(Selector):
         if not self.easy_runs.size:
             self.easy_runs = np.zeros(stats.num_rows, dtype=np.int64)
             self.hard_runs = np.zeros(stats.num_rows, dtype=np.int64)
-        rates = stats.pass_rate(p.threshold)
+        rates = stats.by_prompt.pass_rate(p.threshold)
         known = np.isfinite(rates)
-        rows, rates = stats.rows[known], rates[known]
+        rows, rates = stats.by_prompt.rows[known], rates[known]
         self.easy_runs[rows] = np.where(rates >= p.easy, self.easy_runs[rows] + 1, 0)
         self.hard_runs[rows] = np.where(rates <= p.hard, self.hard_runs[rows] + 1, 0)
         if not self.chances.size:
             self.chances = np.full(2, p.chance)
+        rates = stats.pass_rate(p.threshold)  # the shares are of groups
+        rates = rates[np.isfinite(rates)]
         if self.epoch >= 1 and len(rates):
             shares = np.array([(rates == 1.0).mean(), (rates == 0.0).mean()])
             aims = p.waste * np.array([1.0, 2.0]) / 3.0

@@ -315,7 +315,8 @@ class Controller:
         if self.plan is None or not weighter.due(step):
             return
         batch = self.shape.global_batch
-        interval = replace(self.plan.interval, start_step=step, stop_step=step + 1)
+        # An interval of its own for each step, so that each has its own random numbers.
+        interval = replace(self.plan.interval, index=step, start_step=step, stop_step=step + 1)
         first = (step - self.plan.interval.start_step) * batch
         rows = self.plan.rows[first : first + batch]
         with self.clock.phase("decide"), preserve_state(self.signals.access.model):
