@@ -14,7 +14,7 @@ import yaml
 
 from dataflex.cli import main
 from dataflex.compare import running
-from dataflex.compare.suite import patched, read_suite
+from dataflex.compare.suite import _constant, patched, read_suite, trained_model
 from dataflex.errors import ConfigError
 from tests.integration.conftest import base_settings
 
@@ -336,3 +336,77 @@ def test_runs_and_evaluations_of_other_inputs_are_others(copies, suite, change, 
         assert (folder != job.folder) == runs[job.run.arm]
         assert (evaluation.name.rpartition(".eval-")[2] != job.evaluation.name.rpartition(".eval-")[2]) == evaluations
         assert (job.run.title in told) == (runs[job.run.arm] or evaluations)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"max_samples": 3},
+        {"stage": "pt"},
+        {"enable_thinking": False},
+        {"tool_format": "qwen"},
+        {"tokenized_path": "copy"},
+        {"val_size": 0.5},
+    ],
+)
+def test_arms_that_change_what_is_measured_are_refused(suite, tmp_path, patch):
+    (key,) = patch
+    with pytest.raises(ConfigError, match=f"arms.other.{key}: decides what is measured, which must be equal"):
+        read_suite(Path(suite(arms={"plain": {}, "other": patch})), work=tmp_path)
+
+
+def test_an_arm_has_other_data_only_where_none_of_it_is_held_out(suite, tmp_path, tiny_model, data_dir):
+    arms = {"plain": {}, "other": {"dataset": "alpha"}}
+    assert read_suite(Path(suite(arms=arms)), work=tmp_path).runs
+    base = base_settings(tiny_model, data_dir) | {"val_size": 0.2}
+    del base["num_train_epochs"], base["seed"]
+    with pytest.raises(ConfigError, match=r"arms.other.dataset: decides what is measured, since the base's val_size"):
+        read_suite(Path(suite(base=base, arms=arms)), work=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "constant"),
+    [
+        ({"lr_scheduler_type": "constant"}, True),
+        ({"lr_scheduler_type": "constant_with_warmup"}, True),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, True),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1}, False),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, False),
+        ({"lr_scheduler_type": "linear"}, False),
+    ],
+)
+def test_a_learning_rate_that_depends_on_the_number_of_steps_is_not_constant(schedule, constant):
+    assert _constant(schedule) == constant
+
+
+RUN = {"model_name_or_path": "base", "template": "default"}
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        ({"finetuning_type": "full"}, ["model_name_or_path=out"]),
+        ({"finetuning_type": "freeze"}, ["model_name_or_path=out", "finetuning_type=full", "use_llama_pro=false"]),
+        ({}, ["adapter_name_or_path=out"]),
+        ({"finetuning_type": "oft"}, ["adapter_name_or_path=out"]),
+        ({"adapter_name_or_path": "a"}, ["adapter_name_or_path=out"]),
+        ({"adapter_name_or_path": "a,b"}, ["adapter_name_or_path=a,out"]),
+        (
+            {"adapter_name_or_path": "a", "create_new_adapter": True},
+            ["adapter_name_or_path=a,out", "create_new_adapter=false"],
+        ),
+    ],
+)
+def test_the_model_that_is_evaluated_is_the_one_that_was_trained(run, told):
+    assert trained_model({**RUN, **run}, Path("out")) == told
+
+
+def test_evaluations_are_checked_as_they_will_be_asked(suite, tmp_path, tiny_model, data_dir):
+    """A run with freeze leaves a model; none of its keys are of adapters."""
+    base = base_settings(tiny_model, data_dir) | {"finetuning_type": "freeze", "eval_dataset": "goal"}
+    del base["num_train_epochs"], base["seed"]
+    read = read_suite(Path(suite(base=base, evaluate={"data": "goal"})), work=tmp_path)
+    job = running.jobs_of(read)[0]
+    (_, command) = job.commands
+    assert f"model_name_or_path={job.folder}" in command
+    assert "finetuning_type=full" in command

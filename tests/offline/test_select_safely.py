@@ -126,6 +126,20 @@ def test_other_data_sets_stay_and_an_earlier_subset_is_replaced(tmp_path, capsys
     assert (out / "pool.jsonl").read_text().count("\n") == 2
 
 
+def test_what_an_earlier_subset_wrote_and_this_one_does_not_is_removed(tmp_path, capsys):
+    """Nothing is left without provenance, which the third command would take for the user's own."""
+    out = tmp_path / "subset"
+    for name in ("first", "second", "first", "third"):
+        scores(tmp_path, name)
+        if name == "third":
+            (out / "first.jsonl").write_text("edited by hand\n")
+        assert main([*COMMAND, "--out", "subset"]) == 0, capsys.readouterr().err
+        left = {"first.jsonl"} if name == "third" else set()
+        assert {path.name for path in out.glob("*.jsonl")} == {f"{name}.jsonl", *left}
+        assert list(json.loads((out / "dataset_info.json").read_text())) == [name]
+    assert (out / "first.jsonl").read_text() == "edited by hand\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

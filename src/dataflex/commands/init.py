@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, Field, dataclass, fields
@@ -72,7 +73,8 @@ _COLUMNS: tuple[tuple[frozenset[str], dict[str, Any]], ...] = (
     (frozenset({"text"}), {"columns": {"prompt": "text"}}),
 )
 """Columns that tell a format, the special ones first, and LLaMA-Factory's entry for it."""
-_ALSO = {"input": "query", "system": "system", "history": "history", "tools": "tools"}
+_ALSO = {name: name for name in ("system", "tools", "images", "videos", "audios")}
+_OF_PROMPTS = {"input": "query", "history": "history"}  # not of conversations, which hold them
 _SINCE = {"chosen": "chosen", "rejected": "rejected"}
 _NEEDED = {"name": "METHOD", "data": "--data", "model": "--model", "targets": "--targets"}
 _DECISIONS = 10  # of a run, if the data is not tiny
@@ -183,9 +185,15 @@ def _ask(given: dict[str, Any], questions: Mapping[str, str]) -> None:
 
 
 def _words(value: Any) -> list[str]:
-    """Return names given as a list or as text with commas or spaces."""
-    texts = [value] if isinstance(value, str) else list(value or ())
-    return [word for text in texts for word in text.replace(",", " ").split()]
+    """Return names given as a list, or as a text that was typed, as in a shell; commas part names that are no files."""
+    words = list(value or ())
+    if isinstance(value, str):
+        try:
+            words = [value] if _is_file(value) else shlex.split(value)
+        except ValueError:  # a quote that is not closed
+            words = value.split()
+    parts = [[word] if _is_file(word) else word.split(",") for word in words]
+    return [word.strip() for part in parts for word in part if word.strip()]
 
 
 def _block_of(name: str) -> tuple[str, str, dict[str, Any], list[type[Method]]]:
@@ -283,8 +291,9 @@ def _entry(file: Path, flag: str, problems: list[str]) -> dict[str, Any]:
     for needed, entry in _COLUMNS:
         if needed <= columns:
             also = _SINCE if entry.get("ranking") else {}
-            if entry.get("formatting") is None and needed != {"text"}:
-                also = {**also, **{role: column for column, role in _ALSO.items() if column in columns}}
+            if needed != {"text"}:
+                known = _ALSO if entry.get("formatting") else {**_OF_PROMPTS, **_ALSO}
+                also = {**also, **{role: column for column, role in known.items() if column in columns}}
             return {**entry, "columns": {**entry["columns"], **also}}
     listed = ", ".join(sorted(columns)) or "none"
     problems.append(f"{flag}: the columns of {file} ({listed}) are of no known format; describe it in {INFO_FILE}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.costs import costs, passes_by_label
-from dataflex.config.data import find_sources
+from dataflex.config.data import find_sources, target_data_sets
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
 from dataflex.config.mappings import as_mapping, as_yaml
@@ -53,7 +53,8 @@ def plan(config: Path, overrides: Sequence[str] = (), tokens_per_second: float |
             return Answer(told, {**values, "trains": False})
     sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)
     dynamic = parts.dynamic or DynamicConfig()
-    targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
+    named = dict.fromkeys(name for target in dynamic.targets for name in target_data_sets(target))
+    targets, _ = find_sources(list(named), parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
     size = _size(view, parts.lf, tokens_per_second)
     step_seconds = seconds_per_step(parts.lf.output_dir, view)

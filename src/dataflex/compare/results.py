@@ -232,7 +232,7 @@ class Results:
 
 
 _WAYS = ("forward", "backward")
-_OF_ROWS = ("dataset", "max_samples", "model_name_or_path", "streaming", "mix_strategy", "interleave_probs")
+_OF_ROWS = ("dataset", "model_name_or_path", "streaming", "mix_strategy", "interleave_probs")
 _FACTS: dict[str, Callable[[Run], Any]] = {
     "rows": lambda run: (run.started.get("row_space") or {}).get("fingerprint"),
     "versions": lambda run: run.started.get("versions"),

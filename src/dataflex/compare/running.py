@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dataflex.compare.suite import Evaluation, Run, Suite
+from dataflex.compare.suite import Evaluation, Run, Suite, trained_model
 from dataflex.config.args import data_set_names
 from dataflex.config.data import target_data_sets
 from dataflex.config.inputs import hash_of, inputs_of
@@ -58,9 +58,7 @@ class Job:
         """The commands that are still to be run, without the program."""
         left = [] if self.trained else [["train", str(self.config)]]
         if self.evaluation is not None and not self.evaluation.is_file():
-            adapts = self.run.mapping.get("finetuning_type", "lora") != "full"
-            key = "adapter_name_or_path" if adapts else "model_name_or_path"
-            told = [f"{key}={self.folder}", "--out", str(self.evaluation)]
+            told = [*trained_model(self.run.mapping, self.folder), "--out", str(self.evaluation)]
             left.append(["eval", str(self.config), *self.options, *told])
         return left
 

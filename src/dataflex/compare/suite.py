@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import data_set_names
+from dataflex.config.copies import SETTINGS
 from dataflex.config.load import load_mapping
 from dataflex.config.mappings import shown, values
+from dataflex.config.resuming import TOKENIZES
 from dataflex.config.split import Split, resolve
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import param
@@ -25,11 +27,21 @@ AT = ("steps", "compute")
 BETTER = ("less", "more")
 _OURS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "max_steps", "num_train_epochs")
 _SAME = (
-    "eval_dataset val_size dataset_dir eval_on_start eval_strategy eval_steps do_eval template cutoff_len "
-    "tokenizer_path tokenizer_name add_tokens add_special_tokens resize_vocab use_fast_tokenizer logging_steps "
-    "train_on_prompt mask_history packing neat_packing default_system per_device_eval_batch_size"
-).split()
+    *SETTINGS,
+    *TOKENIZES,
+    *(
+        "eval_dataset dataset_dir media_dir tokenized_path eval_on_start eval_strategy eval_steps do_eval "
+        "eval_on_each_dataset per_device_eval_batch_size compute_accuracy predict_with_generate logging_steps "
+        "tokenizer_path tokenizer_name add_tokens add_special_tokens resize_vocab use_fast_tokenizer "
+        "split_special_tokens"
+    ).split(),
+)
 """Keys that decide what is measured, or what a token is: no arm may have others than the base."""
+_OF_THE_SPLIT = "dataset mix_strategy interleave_probs streaming buffer_size".split()
+"""Keys that decide which rows ``val_size`` holds out."""
+
+
+_SCHEDULE = ("lr_scheduler_type", "warmup_ratio", "warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +178,6 @@ def read_suite(path: Path, overrides: Sequence[str] = (), *, work: Path) -> Suit
         problems += _evaluation_problems(runs[0], evaluation, work)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    schedule = str(base.get("lr_scheduler_type", "cosine"))
     return Suite(
         settings=settings,
         path=path,
@@ -179,9 +190,16 @@ def read_suite(path: Path, overrides: Sequence[str] = (), *, work: Path) -> Suit
         evaluation=evaluation,
         claims=claims,
         runs=tuple(runs),
-        constant=schedule.startswith("constant") and not any("lr_scheduler_type" in patch for patch in arms.values()),
+        constant=_constant(base) and not any(key in patch for patch in arms.values() for key in _SCHEDULE),
         notes=tuple(_stated(arms, runs)),
     )
+
+
+def _constant(base: Mapping[str, Any]) -> bool:
+    """Whether the learning rate at a step does not depend on the number of steps."""
+    schedule, steps = base.get("lr_scheduler_type", "cosine"), base.get("warmup_steps") or 0
+    whole = not base.get("warmup_ratio") and isinstance(steps, int | float) and float(steps).is_integer()
+    return schedule == "constant" or (schedule == "constant_with_warmup" and whole)
 
 
 def base_of(found: Any, path: Path, problems: list[str]) -> tuple[dict[str, Any], Path]:
@@ -286,6 +304,11 @@ def _comparable(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) 
                 yield f"arms.{arm}.{key}: set by the suite for every arm (seeds, steps, out); remove it"
             elif key in _SAME:
                 yield f"arms.{arm}.{key}: decides what is measured, which must be equal in all arms; set it in the base"
+            elif key in _OF_THE_SPLIT and base.get("val_size"):
+                yield (
+                    f"arms.{arm}.{key}: decides what is measured, since the base's val_size holds out a part of the "
+                    "training data; give the base an eval_dataset in its place"
+                )
 
 
 def _stated(arms: Mapping[str, Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
@@ -352,12 +375,34 @@ def _resolved(
         yield Run(arm=arm, seed=seed, steps=mapping["max_steps"], mapping=whole, parts=parts)
 
 
+ADAPTS = ("lora", "oft")
+
+
+def trained_model(mapping: Mapping[str, Any], folder: Path | str) -> list[str]:
+    """Return the ``key=value`` texts by which the model that a run left in ``folder`` is loaded.
+
+    LLaMA-Factory trains the last adapter of ``adapter_name_or_path`` further, or with ``create_new_adapter`` a new one;
+    the others are part of the model that it is trained on, and are no part of what it saves.
+    """
+    kind = mapping.get("finetuning_type", "lora")
+    if kind in ADAPTS:
+        before = data_set_names(mapping.get("adapter_name_or_path"))
+        kept = before if mapping.get("create_new_adapter") else before[:-1]
+        new = ["create_new_adapter=false"] if mapping.get("create_new_adapter") else []
+        return [f"adapter_name_or_path={','.join([*kept, str(folder)])}", *new]
+    # All parameters are saved, of those that were frozen too.
+    whole = ["finetuning_type=full", "use_llama_pro=false"] if kind == "freeze" else []
+    return [f"model_name_or_path={folder}", *whole]
+
+
 def _evaluation_problems(run: Run, evaluation: Evaluation, work: Path) -> list[str]:
     """Return what is wrong with the evaluation of the runs' models."""
-    file = work / "run.json"
+    file, model = work / "run.json", work / "adapter"
     file.write_text(json.dumps({**run.mapping, "output_dir": str(work / "never")}), encoding="utf-8")
+    if run.mapping.get("finetuning_type", "lora") not in ADAPTS:
+        model = run.mapping.get("model_name_or_path") or model
     try:
-        eval_request(str(file), [], work=work, **vars(evaluation))
+        eval_request(str(file), trained_model(run.mapping, model), work=work, **vars(evaluation))
     except ConfigError as error:
         return [f"evaluate.{problem.removeprefix('--')}" for problem in error.problems]
     return []

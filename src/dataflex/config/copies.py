@@ -18,11 +18,12 @@ from dataflex.config.data import files_of, find_sources
 from dataflex.config.mappings import shown
 
 SIDECAR = "dataflex/copy.json"
-_SETTINGS = (
+SETTINGS = (
     "stage template cutoff_len packing neat_packing train_on_prompt mask_history ignore_pad_token_for_loss "
     "default_system enable_thinking tool_format max_samples val_size image_max_pixels image_min_pixels "
     "video_max_pixels video_min_pixels video_fps video_maxlen"
 ).split()
+"""Keys that decide which rows of the data there are, held-out ones too, and what tokens they become."""
 
 
 def described(lf: LlamaFactoryArgs) -> dict[str, Any] | None:
@@ -41,7 +42,7 @@ def made_of(lf: LlamaFactoryArgs, base_dir: Path) -> dict[str, Any]:
 
     A data set that is not in local files, or whose files are gone, has no files.
     """
-    settings = {key: getattr(lf, key, None) for key in _SETTINGS}
+    settings = {key: getattr(lf, key, None) for key in SETTINGS}
     settings["packing"] = lf.packed
     settings["seed"] = lf.seed if lf.val_size > 1e-6 else None
     sources, _ = find_sources(lf.train_sets, lf, "dataset", base_dir)

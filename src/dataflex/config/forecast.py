@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
-from dataflex.config.data import Source, count_rows, train_rows
+from dataflex.config.data import Source, count_rows, target_data_sets, train_rows
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import UnsupportedError
 from dataflex.method import Context, Mixer, Signals
@@ -97,7 +97,7 @@ class Forecast:
     packs: bool  # whether several samples share a row, so that rows are not known
     rows: int | None  # rows to train on, val_size set aside
     steps: int | None  # optimizer steps of the run
-    targets: Mapping[str, int | None] = field(default_factory=dict)  # rows that each target data set gives at most
+    targets: Mapping[str, int | None] = field(default_factory=dict)  # rows that each target gives at most
     row_passes: tuple[float, float] = (1.0, 1.0)  # F and B of a row in training, or for its gradient
 
     @property
@@ -242,6 +242,17 @@ def row_passes(stage: str, *, compares: bool = True) -> tuple[float, float]:
     return (4.0 if compares else 2.0, 2.0) if stage == "dpo" else (1.0, 1.0)
 
 
+def _rows_of_targets(targets: Sequence[str], lf: LlamaFactoryArgs, sources: Sequence[Source]) -> dict[str, int | None]:
+    """Return the rows of each target, of all its data sets; None where one of them is not known."""
+    whole = LlamaFactoryArgs.read({key: value for key, value in lf.items() if key != "max_samples"})
+    rows = {source.name: count_rows(source, whole) for source in sources}
+    counts = {target: [rows.get(name) for name in target_data_sets(target)] for target in targets}
+    return {
+        target: None if None in found else sum(each for each in found if each is not None)
+        for target, found in counts.items()
+    }
+
+
 def forecast(
     dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], targets: Sequence[Source] = ()
 ) -> Forecast:
@@ -255,6 +266,6 @@ def forecast(
         packs=lf.packed,
         rows=rows,
         steps=total_steps(lf, rows),
-        targets={source.name: count_rows(source, lf) for source in targets},
+        targets=_rows_of_targets(dynamic.targets, lf, targets),
         row_passes=row_passes(lf.stage, compares=lf.pref_loss not in ("orpo", "simpo")),
     )

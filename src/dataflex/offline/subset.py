@@ -214,7 +214,10 @@ def write_subset(
     parts = [_part(table, place, rows[table.dataset_of[rows] == place], out, in_folder) for place in used]
     info, told = (out / name if in_folder else out.with_name(f"{out.stem}.{name}") for name in (INFO_FILE, _PROVENANCE))
     entries = {part.name if in_folder else out.stem: part.entry for part in parts}
-    entries = _with_earlier(entries, [part.path for part in parts], info, told, overwrite=overwrite)
+    paths = [part.path for part in parts]
+    before = _listed(told)
+    entries = _with_earlier(entries, paths, info, before, told, overwrite=overwrite)
+    left = [path for path in _left_over(table, before, out) if path not in paths] if in_folder else []
     temporaries: list[Path] = []
     try:
         (out if in_folder else out.parent).mkdir(parents=True, exist_ok=True)
@@ -230,6 +233,8 @@ def write_subset(
                 beside.write((json.dumps(content, indent=indent) + "\n").encode())
         for temporary, part in zip(temporaries, parts, strict=True):
             os.replace(temporary, part.path)
+        for path in left:
+            path.unlink()  # of an earlier subset, whose provenance is gone
     except OSError as error:
         raise DataError(f"--out: cannot write {out}: {error.strerror or error}") from error
     finally:
@@ -286,16 +291,18 @@ def _source(table: ScoreTable, place: int, record: Mapping[str, Any]) -> SourceR
 
 
 def _with_earlier(
-    ours: Mapping[str, Any], files: Sequence[Path], info: Path, told: Path, *, overwrite: bool
+    ours: Mapping[str, Any],
+    files: Sequence[Path],
+    info: Path,
+    before: Mapping[str, tuple[Any, Any]],
+    told: Path,
+    *,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Return what the file of entries is to hold: ``ours``, and those of other data sets that are in it.
 
-    Refuses to replace files and entries that no earlier subset wrote, unless ``overwrite``.
+    Refuses to replace files and entries that no earlier subset wrote (``before``: what it did), unless ``overwrite``.
     """
-    content = _mapping(told) or {}
-    listed = content.get("files") if "dataflex" in content else None
-    found = [file for file in listed if isinstance(file, Mapping)] if isinstance(listed, list) else []
-    before = {str(file.get("path")): (file.get("size"), file.get("blake2b")) for file in found}
     ours_before = [path for path in files if path.name in before and _identity(path) == before[path.name]]
     foreign = [str(path) for path in files if os.path.lexists(path) and path not in ours_before]
     if os.path.lexists(told) and not before:
@@ -318,6 +325,21 @@ def _with_earlier(
             + ["--out: name another place, or add --overwrite to replace them"]
         )
     return {**kept, **ours}
+
+
+def _left_over(table: ScoreTable, before: Mapping[str, tuple[Any, Any]], folder: Path) -> list[Path]:
+    """Return the files of an earlier subset that are as it wrote them, and that no row is read from now."""
+    named = [folder / name for name in before if not file_name_problem(name)]
+    read = {Path(file["path"]).absolute() for one in table.provenance["data"]["sources"] for file in one["files"]}
+    return [path for path in named if path.absolute() not in read and _identity(path) == before[path.name]]
+
+
+def _listed(told: Path) -> dict[str, tuple[Any, Any]]:
+    """Return size and hash of each file that an earlier subset's provenance lists, by name."""
+    content = _mapping(told) or {}
+    listed = content.get("files") if "dataflex" in content else None
+    found = [file for file in listed if isinstance(file, Mapping)] if isinstance(listed, list) else []
+    return {str(file.get("path")): (file.get("size"), file.get("blake2b")) for file in found}
 
 
 def _identity(path: Path) -> tuple[int, str] | None:
