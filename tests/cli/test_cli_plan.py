@@ -386,6 +386,19 @@ def test_hours_of_methods_go_by_their_passes(plan: Plan) -> None:
     ]
 
 
+def test_joined_targets_are_counted_whole(plan: Plan) -> None:
+    """The target "t + b" has 10 + 50 rows, which max_samples does not cut; the hub's rows are not known."""
+    block = {"selector": {"name": "less", "targets": ["t + b", "t", "t + hub"]}, "interval_steps": 10}
+    told = json.loads(plan("--json", max_samples=20, dynamic=block))
+    assert told["targets"] == {"t + b": 60, "t": 10, "t + hub": None}
+
+
+@pytest.mark.parametrize("given", ["0", "-3", "inf", "many"])
+def test_tokens_per_second_are_above_zero(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.json", f"--tokens-per-second={given}"]) == 2
+    assert f"expected a number above 0, found {given!r}" in capsys.readouterr().err
+
+
 def test_proportions_of_tokens_are_not_guessed(plan: Plan) -> None:
     text = plan(dynamic={"mixer": "uniform", "unit": "tokens"})
     assert "  epochs per domain    known after tokenizing (proportions are of tokens)" in text

@@ -134,6 +134,19 @@ def test_mistakes(arguments, message, my, capsys):
             "sft",
             {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
         ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "system": "s", "tools": "[]", "images": ["a.png"]},
+            "sft",
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "conversations", "system": "system", "tools": "tools", "images": "images"},
+            },
+        ),
+        (
+            {"instruction": "a", "input": "b", "output": "c", "images": ["a.png"]},
+            "sft",
+            {"columns": {"prompt": "instruction", "response": "output", "query": "input", "images": "images"}},
+        ),
     ],
 )
 def test_formats(row, stage, entry, my):
@@ -144,11 +157,26 @@ def test_formats(row, stage, entry, my):
     assert json.loads((my / "dataset_info.json").read_text())["own"] == {"file_name": "own.jsonl", **entry}
 
 
-def test_questions_on_a_terminal(my, monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_names_with_spaces_are_one_file(my, monkeypatch):
+    (my / "pool.jsonl").rename(my / "my pool.jsonl")
+    assert start("baseline", data=["my/my pool.jsonl", "my/more.jsonl"]) == 0
+    assert yaml.safe_load((my / "baseline.yaml").read_text())["dataset"] == "my pool, more"
+    for at, typed in enumerate(
+        ("my/my pool.jsonl", '"my/my pool.jsonl", my/more.jsonl', "my/more.jsonl,my/goal.jsonl")
+    ):
+        monkeypatch.setattr("sys.stdin", Terminal(f"{typed}\n"))
+        monkeypatch.setattr("sys.stderr", Terminal())
+        assert main(["init", "baseline", "--model", MODEL, "--out", f"my/{at}.yaml"]) == 0
+        names = ["my pool", "my pool, more", "more, goal"]
+        assert yaml.safe_load((my / f"{at}.yaml").read_text())["dataset"] == names[at]
+
+
+def test_questions_on_a_terminal(my, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Terminal(f"words\nmy/pool.jsonl\n{MODEL}\nmy/goal.jsonl\n"))
     monkeypatch.setattr("sys.stderr", Terminal())
     assert main(["init"]) == 0
