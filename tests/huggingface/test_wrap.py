@@ -6,6 +6,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,12 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 import dataflex
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from dataflex.huggingface.loop import loop_of
 from dataflex.record.read import load_plan, read_events
 from dataflex.signals.losses import row_sums
@@ -221,6 +223,59 @@ def test_methods_run_and_go_on_from_a_checkpoint(kind, tmp_path, name, method):
     assert losses(rest) == losses(whole)
     for before, after in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(before, after)
+
+
+def test_a_second_training_begins_anew(kind, tmp_path):
+    """Its decisions, checkpoints and averages are its own, not those of the training before."""
+    block = {**BLOCKS["odm"], "average_weights": {"last_steps": 2}}
+    given = {"domains": "source"}
+    rows = tokenized(kind.tokenizer, texts(4, seed=3)).select_columns(["input_ids", "labels"])
+    first = kind.make("Trainer", tmp_path, block, **given)
+    first.train()
+    second = kind.make("Trainer", tmp_path, block, **given)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "eval_averaged_loss" in second.evaluate(rows)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    second.model.load_state_dict(kind.model().state_dict())
+    second.optimizer = second.lr_scheduler = None
+    second.add_callback(EvaluatesAt(2, second, rows))
+    second.train()
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert second.dataflex.mixer.turn == first.dataflex.mixer.turn == 6
+    assert (tmp_path / "checkpoint-4").is_dir()
+    assert [entry for entry in second.state.log_history if "eval_averaged_loss" in entry] == []
+
+
+class EvaluatesAt(TrainerCallback):
+    """Evaluates after a step."""
+
+    def __init__(self, step, trainer, rows):
+        self.step, self.trainer, self.rows = step, trainer, rows
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.trainer.evaluate(self.rows)
+
+
+def test_a_broken_checkpoint_is_never_resumed(kind, tmp_path, caplog):
+    settings = {"domains": "source", "save_steps": 2}
+    whole = kind.make("Trainer", tmp_path, BLOCKS["odm"], **settings)
+    whole.train()
+    file = tmp_path / "checkpoint-6" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0x40
+    file.write_bytes(content)
+    rest = kind.make("Trainer", tmp_path, BLOCKS["odm"], **settings)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 cannot be resumed from: model\.safetensors is broken"):
+        rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    rest.train(resume_from_checkpoint=True)
+    assert "not resuming from checkpoint-6: model.safetensors is broken" in caplog.text
+    assert rest.dataflex.mixer.turn == 6
+    assert losses(rest) == losses(whole)
+    empty = kind.make("Trainer", tmp_path / "empty", BLOCKS["odm"], **settings)
+    with pytest.raises(CheckpointError, match="empty holds no complete checkpoint of this run"):
+        empty.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

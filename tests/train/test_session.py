@@ -204,3 +204,24 @@ def test_a_checkpoint_that_was_not_written_to_the_end_is_refused(rows, tmp_path)
     (folder / "model.bin").write_bytes(b"wei")
     with pytest.raises(CheckpointError, match=r"model\.bin is broken"):
         Session.open({"selector": "all"}, rows, loop(tmp_path)).start(folder)
+
+
+def test_a_resumed_loop_keeps_the_losses_since_its_last_log(rows, tmp_path):
+    def trained(session, steps):
+        for index in steps:
+            for batch in session.step(index).batches:
+                session.loss(batch, logits[batch[ROWS]])
+            session.end_step()
+
+    logits, block = torch.randn(16, 3, 8), {"weighter": {"name": "focal", "warmup_steps": 0}}
+    whole = Session.open(block, rows, loop(tmp_path))
+    whole.start()
+    trained(whole, [0])
+    with whole.checkpoint(tmp_path / "checkpoint-1", 1):
+        pass
+    trained(whole, [1])
+    rest = Session.open(block, rows, loop(tmp_path))
+    trained(rest, range(rest.start(tmp_path / "checkpoint-1"), 2))
+    found = {name: value for name, value in whole.log(2, {}).items() if "loss" in name or "weight" in name}
+    assert {"dataflex/loss/a", "dataflex/plain_loss", "dataflex/weight_max"} <= found.keys()
+    assert rest.log(2, {}).items() >= found.items()

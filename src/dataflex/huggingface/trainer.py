@@ -106,7 +106,8 @@ class TrainerMixin(EvaluationMixin):
     # -- the end of training ---------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; SIGTERM is handled by ``StopOnTerm`` meanwhile."""
+        """Train from the beginning, or a checkpoint; SIGTERM is handled by ``StopOnTerm`` meanwhile."""
+        self._dataflex_resumed = self._dataflex_saved_at = self._dataflex_average = None  # of a training before
         with ExitStack() as over:
             over.enter_context(shown_apart())
             over.enter_context(self.dataflex_setup.clock.phase("prepare"))

@@ -25,6 +25,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import DataCollatorWithFlattening, Trainer
 
+from dataflex import checkpoints, comm
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import parse_dynamic
 from dataflex.config.check import setting_problems, takes_token_losses
@@ -33,7 +34,7 @@ from dataflex.config.mappings import as_mapping, shown
 from dataflex.config.needs import elsewhere
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.table import table
-from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.huggingface.loop import preference_loss
 from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_space
 from dataflex.huggingface.trainer import TrainerMixin
@@ -171,6 +172,32 @@ class _Door(Trainer):
         if asked.stage == "dpo":
             self.dataflex_setup.score_collator = lambda _: partial(self._dataflex_answers, ("chosen",))
             self.dataflex_setup.pair_collator = lambda _: partial(self._dataflex_answers, ("chosen", "rejected"))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``True`` goes on from the newest complete checkpoint of this run.
+
+        Raises:
+            CheckpointError: The named checkpoint is not complete, or there is none.
+        """
+        found = self._dataflex_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(found, *args, **kwargs)
+
+    def _dataflex_checkpoint(self, asked: str | bool) -> str:
+        """Return the checkpoint that is asked for, the same on every rank (collective)."""
+        problem, newest = "", None
+        if comm.rank() == 0 and asked is True:
+            newest, passed_over = checkpoints.find_resumable(Path(self.args.output_dir))
+            for line in passed_over:
+                logger.warning("not resuming from %s", line)
+            if newest is None:
+                told = "".join(f"\n  {line}" for line in passed_over)
+                problem = f"{self.args.output_dir} holds no complete checkpoint of this run{told}"
+        elif comm.rank() == 0 and (reason := checkpoints.broken_reason(Path(str(asked)))) is not None:
+            problem = f"{asked} cannot be resumed from: {reason}"
+        problem, newest = comm.broadcast_object((problem, newest))
+        if problem:
+            raise CheckpointError(f"resume_from_checkpoint: {problem}")
+        return str(asked if newest is None else newest)
 
     @property
     def _dataflex_joins(self) -> bool:

@@ -212,7 +212,6 @@ class DynamicTrainer(base_trainer.BaseTrainer):
         try:
             session.prepare(self._loop())
             session.start(resumed, self.global_step if resumed is None or session.config.stock else None)
-            session.restore_since_log()
             self.callback_handler.callbacks.insert(0, _Callback(session))  # before that which writes the log
             super().fit()
             session.finish(self.global_step, {})

@@ -150,14 +150,8 @@ class Session:
         if problems := [*unmet(config, RunFacts(stage=setup.stage))]:
             raise ConfigError(problems)
         self.setup, self.config, self.clock = setup, config, setup.clock
-        built: list[Any] = [
-            None if method is None else method.build() for method in (getattr(config, k) for k in KINDS)
-        ]
-        self.selector, self.mixer, self.orderer, weighter = built
-        self.weighter = self._with_row_weights(None if weighter is None or weighter.neutral else weighter)
-        told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
-        self._told_mixer: Mixer | None = self.mixer if told else None
-        self.weighs = self.weighter is not None or told or config.watches is not None
+        self._build()
+        self.weighs = self.weighter is not None or self._told_mixer is not None or config.watches is not None
         """Whether the training loss must come from ``loss``: it is weighed, or its rows or domains are observed."""
         self.tells_losses = setup.stage in ("pt", "sft")
         """Whether training has token losses, which are logged by domain."""
@@ -181,6 +175,15 @@ class Session:
         self._moved: tuple[str, Rows] | None = None  # the pool before, and the row there of each row
         self._passes: PassCounter
         self._rows: Path | None = None  # file of what rows are known by, for checkpoints
+
+    def _build(self) -> None:
+        """Make the methods, as they are before a training."""
+        chosen = [getattr(self.config, kind) for kind in KINDS]
+        built: list[Any] = [None if method is None else method.build() for method in chosen]
+        self.selector, self.mixer, self.orderer, weighter = built
+        self.weighter = self._with_row_weights(None if weighter is None or weighter.neutral else weighter)
+        told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
+        self._told_mixer: Mixer | None = self.mixer if told else None
 
     def _with_row_weights(self, weighter: Weighter | None) -> Weighter | None:
         """Return the weighter, times the weights that the selector gives rows where it does."""
@@ -236,13 +239,16 @@ class Session:
         return shape.micro_batches_per_epoch(num_rows)
 
     def prepare(self, loop: Loop) -> None:
-        """Check the loop and build controller, loader and loss (collective).
+        """Check the loop and build controller, loader and loss (collective); a second training begins anew.
 
         Raises:
             UnsupportedError: A kind of parallelism or a batch shape that cannot be served.
             ConfigError: The block asks for what these rows and steps do not give.
         """
         setup, config, shape = self.setup, self.config, loop.shape
+        if self.began:
+            self._build()
+            self.since_log, self._step, self._extended, self._moved, self._unsealed = None, None, {}, None, None
         setup.space = space = with_scores(setup.rows, config)
         lacking = [
             f"{key}: there is no target {name!r}{did_you_mean(name, [*space.targets])}"
@@ -368,7 +374,9 @@ class Session:
         self._passes.before = {key: float(value) for key, value in state.get("passes", {}).items()}
         if self.average is not None:
             self.average.load_state_dict(state.get("average", {}))
-        self.since_log = state["since_log"] if "sums" in kept else {**state["since_log"], "reweighter": {}}
+        self.since_log = state["since_log"]
+        if "sums" in kept and self.since_log["reweighter"]:
+            loss.restore_since_log(self.since_log["reweighter"], self.loop.device)
 
     def _open_record(self, resumed: Path | None, step: int) -> None:
         """Open the record under the run's id, which is that of the checkpoint or new, and equal on all ranks."""
@@ -635,10 +643,8 @@ class Session:
         comm.barrier()  # trainer_state.json tells other tools that a checkpoint is complete: every rank is done by then
 
     def restore_since_log(self) -> Mapping[str, Any] | None:
-        """Take back what was summed up since the last log, once, and return the loop's part of it."""
+        """Return the loop's sums since the last log, as it gave them to ``save``, once; ours are taken back already."""
         found, self.since_log = self.since_log, None
-        if found and found["reweighter"]:
-            self._loss.restore_since_log(found["reweighter"], self.loop.device)
         return found
 
     def seal_checkpoint(self, step: int, rotate: Callable[[Path], None] | None = None) -> bool:
