@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -27,6 +27,13 @@ def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     expression), and marks such as ``model``.
     """
     return field(default=default, metadata={"help": help, **limits})
+
+
+def refuse_idle(params: Params, keys: Iterable[str], where: str) -> None:
+    """Raise ValueError for the first of ``keys`` that is given other than by default, as it has no effect ``where``."""
+    for key in keys:
+        if getattr(params, key) != getattr(type(params), key):
+            raise ValueError(f"{key}: has no effect {where}; remove it")
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,13 @@ def test_each_model_scores_the_half_that_it_was_not_trained_on():
     assert sorted(asked["c"]) == sorted(halves["first"])
 
 
+def test_the_share_that_is_kept_is_the_written_one():
+    """0.29 x 100 is 28.999999999999996."""
+    ctx = example_context({"a": 100}, columns={"c": np.arange(100.0)}, targets=())
+    chosen = selector("selective_dpo", columns=("c",), keep_share=0.29).select(np.arange(100), 100, ctx)
+    assert chosen.rows.tolist() == list(range(29))
+
+
 @pytest.mark.parametrize(
     ("params", "told"),
     [
@@ -207,6 +214,13 @@ def test_each_model_scores_the_half_that_it_was_not_trained_on():
         ({"name": "bees", "column": "m", "fuse": "add", "quantiles": [0.1, 0.9]}, "no bounds"),
         ({"name": "selective_dpo"}, "columns: missing; give one of these"),
         ({"name": "selective_dpo", "first": ["a"]}, "first: give one of these"),
+        ({"name": "selective_dpo", "half": "first", "keep_share": 0.6}, "keep_share: has no effect with 'half'"),
+        ({"name": "selective_dpo", "half": "first", "beta": 0.2}, "beta: has no effect with 'half'"),
+        ({"name": "selective_dpo", "columns": ["a"], "reference": "r"}, "reference: has no effect with 'columns'"),
+        ({"name": "selective_dpo", "columns": ["a"], "split_seed": 1}, "split_seed: has no effect with 'columns'"),
+        ({"name": "s2l", "proxies": ["a"], "min_points": 3}, "min_points: has no effect beside proxies"),
+        ({"name": "mopps", "low": 0.2}, "low: has no effect under 'by: nearest'"),
+        ({"name": "mopps", "by": "band", "target": 0.4}, "target: has no effect under 'by: band'"),
         ({"name": "bees", "column": "m", "lower": 0.0, "quantiles": [0.1, 0.9]}, "no effect beside quantiles"),
     ],
 )

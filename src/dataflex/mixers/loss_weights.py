@@ -15,6 +15,7 @@ from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, ReferenceParams, Requires, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import NOTHING, LearningMixer, equal, mix_of
+from dataflex.parts import refuse_idle
 from dataflex.plan.domains import DomainStats, Floats
 from dataflex.plan.proportions import (
     ProportionsFile,
@@ -160,6 +161,11 @@ class DoReMi(_LossWeighter):
         initial_score: float | None = param(
             None, "score of a domain not yet seen, nats; null: ln(vocabulary)", minimum=0.0
         )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.variant == "levanter":
+                refuse_idle(self, ("initial_score",), "under 'variant: levanter', where it is 0")
 
     params: Params
     scores = mean = NOTHING  # scores of the domains [K], NaN where not yet seen, and the mean of alpha [K]

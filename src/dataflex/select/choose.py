@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,7 @@ from dataflex.plan.domains import Rows
 from dataflex.plan.proportions import largest_remainder
 from dataflex.rng import uniforms
 
+NO_MORE: Final = 1e-9  # 0.29 x 100 is 29 rows, whatever the last bit of the product says
 _WINDOW = 256  # positions of a query turned into Python numbers at a time
 
 

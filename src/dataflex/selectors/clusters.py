@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.method import Params as BaseParams
+from dataflex.parts import refuse_idle
 from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, members, require_kmeans, spherical_kmeans
 from dataflex.select.scoring import Found, PoolSelector
@@ -231,6 +232,10 @@ class S2l(PoolSelector):
         clusters: int = param(100, "largest number of clusters in a domain", minimum=1)
         iterations: int = param(20, "largest number of rounds of k-means", minimum=1)
         min_points: int = param(2, "number of points of the model under training before it clusters", minimum=1)
+
+        def __post_init__(self) -> None:
+            if self.proxies:
+                refuse_idle(self, ("min_points",), "beside proxies, whose points are all there")
 
     params: Params
 

@@ -8,9 +8,8 @@ import numpy as np
 
 from dataflex.method import Card, Context, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
+from dataflex.select.choose import NO_MORE
 from dataflex.signals.kinds import InRun
-
-_NO_MORE = 1e-9  # 0.7 x 10 is 7 rows, whatever the last bit of the product says
 
 
 class InfoBatch(Selector):
@@ -64,7 +63,7 @@ class InfoBatch(Selector):
         mean = losses[known].mean() if known.any() else -np.inf
         well = np.flatnonzero(known & (losses < mean))
         least = max(min(len(well), 1), len(well) + budget - len(pool))
-        kept = rng.permutation(well)[: max(int((1.0 - self.params.prune_ratio) * len(well) + _NO_MORE), least)]
+        kept = rng.permutation(well)[: max(int((1.0 - self.params.prune_ratio) * len(well) + NO_MORE), least)]
         weights = np.ones(len(pool))
         weights[kept] = len(well) / max(len(kept), 1)
         places = rng.permutation(np.setdiff1d(np.arange(len(pool)), np.setdiff1d(well, kept)))[:budget]

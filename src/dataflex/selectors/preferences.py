@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, param
 from dataflex.method import Params as BaseParams
+from dataflex.parts import refuse_idle
 from dataflex.rng import uniforms
-from dataflex.select.choose import top_k
+from dataflex.select.choose import NO_MORE, top_k
 from dataflex.select.scoring import Found, PoolSelector, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import PreferenceLogps
 
@@ -389,6 +390,8 @@ class SelectiveDpo(PoolSelector):
         def __post_init__(self) -> None:
             given = [name for name in ("half", "first", "second", "columns") if getattr(self, name)]
             if given in (["half"], ["first", "second"], ["columns"]):
+                idle = {"half": ("reference", "keep_share", "beta"), "columns": ("reference", "beta", "split_seed")}
+                refuse_idle(self, idle.get(given[0], ()), f"with '{given[0]}'")
                 return
             ways = "'half' (a run on a half), 'first' and 'second' (models trained on halves), or 'columns' (losses)"
             if not given:
@@ -436,7 +439,7 @@ class SelectiveDpo(PoolSelector):
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
         """Return the easiest rows, easiest first, or the drawn ones of the half."""
-        count = len(rows) if self.params.half is not None else int(self.params.keep_share * len(rows))
+        count = len(rows) if self.params.half is not None else int(self.params.keep_share * len(rows) + NO_MORE)
         return top_k(-found.scores, min(budget, max(1, count)))
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Params, Requires, Rows, Selection, Selector, param
+from dataflex.parts import refuse_idle
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import largest_remainder, softmax
 from dataflex.plan.rollouts import RolloutStats
@@ -301,6 +302,7 @@ class Mopps(Selector):
         def __post_init__(self) -> None:
             if self.low > self.high:
                 raise ValueError(f"low: {self.low:g} is above high: {self.high:g}")
+            refuse_idle(self, ("low", "high") if self.by == "nearest" else ("target",), f"under 'by: {self.by}'")
 
     params: Params
     alpha: Floats = _NONE
