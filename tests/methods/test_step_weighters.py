@@ -64,6 +64,18 @@ def test_group_dro_is_that_of_the_specification():
     assert weighter.normalizer == "num_sequences"
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_group_dro_goes_on_after_a_step_without_a_finite_loss(bad):
+    """It is one without the domain; a loss scaler skips such steps."""
+    broken, absent = dro(), dro()
+    broken.weigh(in_domains([2.0, bad], [0, 1]))
+    absent.weigh(in_domains([2.0], [0]))
+    for weighter in (broken, absent):
+        weighter.weigh(in_domains([2.0, 1.0], [0, 1]))
+    assert np.isfinite(broken.log_weights).all()
+    assert broken.log_weights.tolist() == absent.log_weights.tolist()
+
+
 def test_group_dro_takes_token_means_and_leaves_absent_domains_out():
     weighter, q = dro(eta=0.5, adjustment=0.2), [0.5, 0.5]
     for losses, domains, tokens in (
