@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from dataflex.cli import main
+from dataflex.config.inputs import hash_of
 from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
 from dataflex.mixing import fit as fit_module
@@ -126,7 +127,17 @@ def test_the_same_command_takes_a_swarm_up_and_more_runs_extend_it(base, project
     told = run("swarm", base, "--runs", 4, "--out", "swarm", code=2, capsys=capsys)
     assert "holds a swarm with 7 runs, more than the 4 asked for" in told
     told = run("swarm", base, "--runs", 7, "--seed", 1, "--out", "swarm", "seed=3", code=2, capsys=capsys)
-    assert "another configuration (or other overrides), other settings of the draws" in told
+    assert "another configuration (or other overrides, data or models), other settings of the draws" in told
+
+
+def test_a_swarm_of_other_data_is_not_extended(base, project, capsys):
+    """The same number of rows under the same names, and another text in one."""
+    run("swarm", base, "--runs", 4, "--out", "swarm", capsys=capsys)
+    file = project / "data/a.jsonl"
+    file.write_text(file.read_text().replace("question 3", "question x", 1))
+    hash_of.cache_clear()
+    told = run("swarm", base, "--runs", 5, "--out", "swarm", code=2, capsys=capsys)
+    assert "holds a swarm with another configuration (or other overrides, data or models); name another folder" in told
 
 
 def test_a_selector_and_plugins_are_kept(base, project, config, capsys):

@@ -30,6 +30,7 @@ from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.mixing.runs import (
     configuration,
+    digest_of_runs,
     finished,
     refuse_another,
     say,
@@ -37,14 +38,7 @@ from dataflex.mixing.runs import (
     without_mixer,
     write_configurations,
 )
-from dataflex.plan.proportions import (
-    ProportionsFile,
-    digest_of,
-    file_digest,
-    provenance,
-    read_proportions,
-    write_proportions,
-)
+from dataflex.plan.proportions import ProportionsFile, file_digest, provenance, read_proportions, write_proportions
 from dataflex.printable import Answer, left_out_note, passing_on, redacted
 from dataflex.record.text import table
 from dataflex.state import write_json
@@ -114,17 +108,13 @@ class Doremi:
             reference = here / "reference" if given is None else Path(given)
             mix = str(self.rounds[-1].proportions) if self.rounds else settings.reference_mix
             self.rounds.append(Round(number, here, reference, given is None, mix))
-        self.config_digest = digest_of(
-            {
-                "config": {key: value for key, value in mapping.items() if key != "output_dir"},
-                "small": dict(small),
-                "reference": settings.reference,
-                "reference_mix": settings.reference_mix,
-            }
+        self.config_digest = digest_of_runs(
+            mapping, small=dict(small), reference=settings.reference, reference_mix=settings.reference_mix
         )
         configs = self._configurations(mapping, small, base_dir, params)
         self._check(configs, base_dir)
-        refuse_another(folder / _RECORD, self.config_digest, "runs of another configuration, reference or overrides")
+        what = "runs of another configuration, reference or overrides, or of other data or models"
+        refuse_another(folder / _RECORD, self.config_digest, what)
         write_configurations(folder, configs)
         record = {"format": _FORMAT, "config_digest": self.config_digest, **asdict(settings)}
         write_json(folder / _RECORD, redacted(record))

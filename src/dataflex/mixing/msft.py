@@ -34,6 +34,7 @@ from dataflex.config.split import resolve
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.runs import (
     configuration,
+    digest_of_runs,
     finished,
     losses_by_step,
     refuse_another,
@@ -43,7 +44,6 @@ from dataflex.mixing.runs import (
     write_configurations,
 )
 from dataflex.mixing.swarm import natural_of
-from dataflex.plan.proportions import digest_of
 from dataflex.printable import Answer, passing_on, plain, redacted
 from dataflex.record.text import table
 from dataflex.state import write_json
@@ -104,9 +104,10 @@ class Msft:
         self.held_out = {name: name for name in self.shares}  # names of their held-out losses
         if dynamic.domains_are_sources and lf.eval_sets:
             self.held_out = dict(zip(lf.train_sets, lf.eval_sets, strict=True))
-        told = {key: value for key, value in mapping.items() if key != "output_dir"}
-        self.config_digest = digest_of({"config": told, "natural": natural})
-        refuse_another(folder / _RECORD, self.config_digest, "stages of another configuration or other overrides")
+        self.config_digest = digest_of_runs(mapping, dynamic.plugins, natural=natural)
+        refuse_another(
+            folder / _RECORD, self.config_digest, "stages of another configuration or other overrides, data or models"
+        )
         self.configure(1, 0, self.served)
 
     def config(self, number: int) -> Path:

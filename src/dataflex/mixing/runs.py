@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.inputs import inputs_of
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.split import split
 from dataflex.console import child_stdout
@@ -22,7 +23,7 @@ from dataflex.ending import run_child
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.options import numbers_by_name
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import read_proportions
+from dataflex.plan.proportions import digest_of, read_proportions
 from dataflex.printable import shown, without_secrets
 from dataflex.record.read import read_events
 from dataflex.state import replacing
@@ -71,6 +72,14 @@ def write_configurations(folder: Path, configs: Mapping[Path, Mapping[str, Any]]
                 file.write(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True).encode())
     except OSError as error:
         raise ConfigError(f"--out: {folder} cannot be written: {error.strerror or error}") from error
+
+
+def digest_of_runs(mapping: Mapping[str, Any], plugins: Sequence[str] = (), **more: Any) -> str:
+    """Return a hash of a configuration, of the data, models and files that it names, and of JSON values beside it."""
+    told = {key: value for key, value in mapping.items() if key != "output_dir"}
+    lf = LlamaFactoryArgs.read(told)
+    inputs = inputs_of({"config": told, "plugins": list(plugins), **more}, [*lf.train_sets, *lf.eval_sets], lf)
+    return digest_of({"config": told, "inputs": inputs, **more})
 
 
 def refuse_another(record: Path, config_digest: str, what: str) -> None:

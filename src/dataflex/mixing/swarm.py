@@ -30,6 +30,7 @@ from dataflex.mixing.runs import (
     Natural,
     Table,
     configuration,
+    digest_of_runs,
     finished,
     given_sizes,
     say,
@@ -39,7 +40,7 @@ from dataflex.mixing.runs import (
     write_table,
 )
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import digest_of, provenance
+from dataflex.plan.proportions import provenance
 from dataflex.printable import Answer, file_name_problem, left_out_note, passing_on, plain, redacted
 from dataflex.record.text import columns
 from dataflex.rng import stream
@@ -197,7 +198,7 @@ class Swarm:
     runs: tuple[str, ...]  # names of the runs [R]
     mixtures: Floats  # [R, K]
     held_out: tuple[str, ...]  # held-out sets that the runs evaluate; "eval" is an unnamed one
-    config_digest: str  # of the user's configuration
+    config_digest: str  # of the user's configuration, and of the data and models that it names
     provenance: Mapping[str, Any]
     kept: Mapping[str, float] = field(default_factory=dict)  # shares of the domains in the virtual one of 'mix reuse'
 
@@ -332,7 +333,7 @@ def write_swarm(
         runs=tuple(f"run-{number:04d}" for number in range(1, len(mixtures) + 1)),
         mixtures=mixtures,
         held_out=lf.eval_sets or (("eval",) if lf.val_size > 0 else ()),
-        config_digest=digest_of({key: value for key, value in mapping.items() if key != "output_dir"}),
+        config_digest=digest_of_runs(mapping, dynamic.plugins),
         provenance=provenance("dataflex mix swarm", settings={"natural": natural, **dataclasses.asdict(settings)}),
         kept=kept,
     )
@@ -359,7 +360,7 @@ def _check_earlier(swarm: Swarm) -> None:
     old = read_swarm(swarm.folder)
     other_sizes = old.names != swarm.names or not np.array_equal(old.sizes, swarm.sizes)
     differences = (
-        (old.config_digest != swarm.config_digest, "another configuration (or other overrides)"),
+        (old.config_digest != swarm.config_digest, "another configuration (or other overrides, data or models)"),
         (other_sizes, "other natural sizes"),
         (dict(old.kept) != dict(swarm.kept), "other shares of the domains that are kept"),
         (replace(old.settings, runs=swarm.settings.runs) != swarm.settings, "other settings of the draws"),
