@@ -536,6 +536,7 @@ def test_signals_of_rows_without_an_answer_are_refused(kind, tmp_path, name):
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: the plan decides"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: a plan is made for one batch size"),
         ({"domains": "sauce"}, "no column 'sauce' .*; did you mean 'source'"),
+        ({"accelerator_config": {"split_batches": True}}, r"accelerator_config\.split_batches: per_device"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: smoothing replaces the loss"),
         ({"optim": "adafactor", "block": BLOCKS["less"]}, "Adam's moments .*adafactor"),
     ],
@@ -571,6 +572,44 @@ def test_a_subclass_of_a_trainer_of_trl_is_taken_beside_weights(kind, tmp_path, 
     trainer = kind.make("SFTTrainer", tmp_path, BLOCKS["focal"], max_steps=1)
     trainer.train()
     assert len(losses(trainer)) == 1
+
+
+@pytest.mark.parametrize("method", ["get_train_dataloader", "_get_train_sampler", "get_batch_samples"])
+def test_batches_of_its_own_are_refused_but_in_a_stock_run(kind, tmp_path, method):
+    def served(self, *args):
+        return getattr(Trainer, method)(self, *args)
+
+    own, rows = type("Own", (Trainer,), {method: served}), tokenized(kind.tokenizer, texts(8))
+    args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+    given = {"model": kind.model(), "args": args, "train_dataset": rows, "data_collator": padded}
+    with pytest.raises(ConfigError, match=f"Own: has a {method} of its own, which would have no part"):
+        dataflex.wrap(own, {"selector": "all"})(**given)
+    dataflex.wrap(own, {"record": True})(**given)
+
+
+def test_what_has_no_effect_is_told(kind, tmp_path, caplog):
+    idle = {"data_seed": 7, "accelerator_config": {"even_batches": False}}
+    trainer = kind.make("Trainer", tmp_path, {"orderer": {"name": "sorting", "by": "length"}}, **idle)
+    for told in ("data_seed: no effect", "accelerator_config.even_batches: no effect", "the last quarter of the steps"):
+        assert told in caplog.text
+        assert told in trainer.plan()
+    assert "note" not in kind.make("Trainer", tmp_path, {"selector": "all"}).plan()
+
+
+def test_losses_by_domain_are_not_those_of_another_cross_entropy(kind, tmp_path):
+    """The loss of ``Longer`` has two, of which one is the tokens'."""
+    found = []
+    for cls in (Trainer, Longer):
+        trainer = dataflex.wrap(cls, {"selector": "all"}, domains="source")(
+            model=kind.model(),
+            args=TrainingArguments(**{**SETTINGS, "max_steps": 1}, output_dir=str(tmp_path)),
+            train_dataset=tokenized(kind.tokenizer, texts(8)),
+            data_collator=padded,
+        )
+        trainer.train()
+        (logs,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append({name: value for name, value in logs.items() if name.startswith("dataflex/loss/")})
+    assert found[1] == found[0] != {}
 
 
 def test_data_that_cannot_be_planned_is_refused(kind, tmp_path):

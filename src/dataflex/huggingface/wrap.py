@@ -28,7 +28,7 @@ from transformers import DataCollatorWithFlattening, Trainer
 from dataflex import checkpoints, comm
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import parse_dynamic
-from dataflex.config.check import setting_problems, takes_token_losses
+from dataflex.config.check import notes, setting_problems, takes_token_losses
 from dataflex.config.forecast import Forecast, row_passes
 from dataflex.config.mappings import as_mapping, shown
 from dataflex.config.needs import elsewhere
@@ -172,6 +172,14 @@ class _Door(Trainer):
         if asked.stage == "dpo":
             self.dataflex_setup.score_collator = lambda _: partial(self._dataflex_answers, ("chosen",))
             self.dataflex_setup.pair_collator = lambda _: partial(self._dataflex_answers, ("chosen", "rejected"))
+        for note in self._dataflex_notes() if comm.rank() == 0 else ():
+            logger.warning("%s", note)
+
+    def _dataflex_notes(self) -> list[str]:
+        """Return what has no effect, or another one than it seems."""
+        setup = self.dataflex_setup
+        found = notes(setup.config, LlamaFactoryArgs.read(setup.resolved), Path())
+        return [note for note in found if not (setup.packed and note.startswith("dynamic.unit"))]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; ``True`` goes on from the newest complete checkpoint of this run.
@@ -224,7 +232,8 @@ class _Door(Trainer):
             row_passes=row_passes(setup.stage),
         )
         lf = LlamaFactoryArgs.read(setup.resolved)
-        return foretold(view, lf, seconds_per_step(lf.output_dir, view))
+        told = foretold(view, lf, seconds_per_step(lf.output_dir, view))
+        return "\n".join([*(f"note: {note}" for note in self._dataflex_notes()), told])
 
     def _dataflex_problems(self) -> Iterator[str]:
         """Yield what of the trainer, its arguments and its data cannot be served."""
@@ -246,6 +255,11 @@ class _Door(Trainer):
                     f"dynamic.{method.kind}: {method.name} asks for {', '.join(signals)}, which the rows of "
                     f"{base.__name__} do not give"
                 )
+        for name in () if asked.config.stock else ("get_train_dataloader", "_get_train_sampler", "get_batch_samples"):
+            if _maker(base, name) not in ("transformers", "trl"):
+                yield f"{base.__name__}: has a {name} of its own, which would have no part in what is served; remove it"
+        if self.args.accelerator_config.split_batches:
+            yield "accelerator_config.split_batches: per_device_train_batch_size rows are those of one rank; remove it"
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             yield "model: is an encoder-decoder; rows are those of a causal language model"
         if asked.stage != "sft" and self._dataflex_joins:
@@ -427,4 +441,7 @@ def _keys(args: Any, stage: str) -> dict[str, Any]:
     if found.get("train_sampling_strategy") == "sequential":
         del found["train_sampling_strategy"]
         found["disable_shuffling"] = True
+    dealt = {name: getattr(args.accelerator_config, name) for name in ("dispatch_batches", "even_batches")}
+    if dealt != {"dispatch_batches": None, "even_batches": True}:
+        found["accelerator_config"] = dealt
     return {**found, "stage": stage, "do_train": True}

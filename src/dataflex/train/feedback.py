@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from dataflex import comm
@@ -30,29 +31,38 @@ _PENDING = 64
 _GRAPH_NODES = 64  # the loss is a few operations behind what the loop is given
 
 
-def losses_in_graph(loss: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def losses_in_graph(loss: torch.Tensor, labels_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the token losses that a loss was made of, fp32 [R, T] without gradient, and which count, bool [R, T].
 
     Nothing is computed anew: the node of ``nll_loss`` in the graph of ``loss`` keeps log-probabilities and targets for
-    the backward pass. None where there is none (a fused kernel, label smoothing, a compiled model), or where its
-    positions do not belong to ``num_rows`` rows of equal length.
+    the backward pass. None where not exactly one such node has the labels, shifted, as its targets: a fused kernel,
+    label smoothing, a compiled model, or a loss of one's own.
     """
-    pending, seen = [loss.grad_fn], 0
+    pending, seen, found = [loss.grad_fn], 0, []
     while pending and seen < _GRAPH_NODES:
         node, seen = pending.pop(0), seen + 1
         if node is None:
             continue
-        if node.name() != "NllLossBackward0":
+        if node.name() == "NllLossBackward0":
+            found += [] if (losses := _of_labels(node, labels_RT)) is None else [losses]
+        else:
             pending += [before for before, _ in node.next_functions]
-            continue
-        log_p_NV, targets_N = node._saved_self.detach(), node._saved_target
-        if log_p_NV.dim() != 2 or len(targets_N) % max(num_rows, 1):
-            return None
-        counts_N = targets_N.ne(node._saved_ignore_index)
-        loss_N = -log_p_NV.gather(1, torch.where(counts_N, targets_N, 0)[:, None]).squeeze(1).float()
-        loss_N = torch.where(counts_N, loss_N, 0.0)
-        return loss_N.view(num_rows, -1), counts_N.view(num_rows, -1)
-    return None
+    return found[0] if len(found) == 1 else None
+
+
+def _of_labels(node: Any, labels_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the losses of a node of ``nll_loss`` as ``losses_in_graph`` does; None if its targets are other ones."""
+    log_p_NV, targets_N = node._saved_self.detach(), node._saved_target
+    rows, width = labels_RT.shape
+    if log_p_NV.dim() != 2 or len(targets_N) not in (rows * width, rows * (width - 1)):
+        return None
+    counts_N = targets_N.ne(node._saved_ignore_index)
+    targets_RT = torch.where(counts_N, targets_N, -100).view(rows, -1)
+    next_RT = F.pad(labels_RT[:, 1:], (0, 1), value=-100).to(targets_RT)
+    if not torch.equal(targets_RT, next_RT[:, : targets_RT.shape[1]]):
+        return None
+    loss_N = -log_p_NV.gather(1, torch.where(counts_N, targets_N, 0)[:, None]).squeeze(1).float()
+    return torch.where(counts_N, loss_N, 0.0).view(targets_RT.shape), counts_N.view(targets_RT.shape)
 
 
 class DomainSums:

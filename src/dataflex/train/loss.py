@@ -480,7 +480,7 @@ class Reweighter:
 
         Where they cannot be told from it, ``missing`` says so, once and for all.
         """
-        found = losses_in_graph(loss, len(batch[ROWS]))
+        found = losses_in_graph(loss, batch["labels"])
         if found is None:
             self.missing = "the training loss does not keep token losses (a fused kernel, or a loss of its own)"
             return
