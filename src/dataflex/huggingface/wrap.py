@@ -3,8 +3,8 @@
 The block, the trainer's arguments and its data are checked when it is made; rows are measured once, when it trains.
 Upstream names relied upon: of the Trainer ``train_dataset``, ``data_collator``, ``_remove_unused_columns``,
 ``_set_signature_columns_if_needed``; of TRL's trainers their names and modules, ``_prepare_dataset``, ``padding_free``,
-``completion_only_loss`` of their collators, ``precompute_ref_log_probs``, and ``seq_lengths`` of packed rows; of joined
-batches ``input_ids``, ``labels`` and ``position_ids``.
+``completion_only_loss`` of their collators, ``precompute_ref_log_probs``, ``loss_type`` of SFT, and ``seq_lengths``
+of packed rows; of joined batches ``input_ids``, ``labels`` and ``position_ids``.
 """
 
 from __future__ import annotations
