@@ -185,7 +185,6 @@ class Dsir(ScoringSelector):
     """
 
     name = "dsir"
-    decides = ("aggregate", "rule", "target_proportions")
     lacking = "too few n-grams"
     card = Card(
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
