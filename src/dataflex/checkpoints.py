@@ -32,7 +32,8 @@ _HASH = "xxh3_128"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-def _hash(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """Return the XXH3 hash of a file's bytes, 32 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
@@ -68,7 +69,7 @@ def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
             if path.is_file():
                 entry: dict[str, Any] = {"size": path.stat().st_size}
                 if every_hash or entry["size"] <= HASHED_BYTES:
-                    entry[_HASH] = _hash(path)
+                    entry[_HASH] = hash_of(path)
                 files[path.relative_to(checkpoint).as_posix()] = entry
         manifest = {"format": _FORMAT, "run": run, "files": files}
         with replacing(checkpoint / _MANIFEST, None) as file:
@@ -131,7 +132,7 @@ def manifest_reason(checkpoint: Path) -> str | None:
             size = path.stat().st_size
             if size != entry["size"]:
                 return f"{name} is broken: {size:,} bytes, {entry['size']:,} were written"
-            if _HASH in entry and _hash(path) != entry[_HASH]:
+            if _HASH in entry and hash_of(path) != entry[_HASH]:
                 return f"{name} is broken: its content is not what was written"
     except FileNotFoundError:
         why = "it was not written to the end" if name == _MANIFEST else "it was removed"

@@ -53,8 +53,8 @@ def plan(config: Path, overrides: Sequence[str] = (), tokens_per_second: float |
             return Answer(told, {**values, "trains": False})
     sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)
     dynamic = parts.dynamic or DynamicConfig()
-    named = dict.fromkeys(name for target in dynamic.targets for name in target_data_sets(target))
-    targets, _ = find_sources(list(named), parts.lf, "targets", base_dir)
+    named = [*dict.fromkeys(target_data_sets(*dynamic.targets))]
+    targets, _ = find_sources(named, parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
     size = _size(view, parts.lf, tokens_per_second)
     step_seconds = seconds_per_step(parts.lf.output_dir, view)

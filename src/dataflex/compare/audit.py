@@ -214,7 +214,7 @@ def _request(
 
 def _inputs(method: MethodConfig, lf: LlamaFactoryArgs) -> dict[str, Any]:
     """Return hashes of what a selector reads beside what the runs are made of: its targets, models and files."""
-    return inputs_of(plain(method), [name for target in method.targets for name in target_data_sets(target)], lf)
+    return inputs_of(plain(method), target_data_sets(*method.targets), lf)
 
 
 def _column(block: Mapping[str, Any], at: str, problems: list[str]) -> Floats:

@@ -102,8 +102,7 @@ def fingerprint(run: Run) -> str:
     """Return a hash of all that a run is made of, eight hexadecimal digits."""
     lf, dynamic = run.parts.lf, run.parts.dynamic
     assert dynamic is not None
-    targets = [name for target in dynamic.targets for name in target_data_sets(target)]
-    inputs = inputs_of(run.mapping, [*lf.train_sets, *lf.eval_sets, *targets], lf)
+    inputs = inputs_of(run.mapping, [*lf.train_sets, *lf.eval_sets, *target_data_sets(*dynamic.targets)], lf)
     return _digest([redacted(run.mapping), inputs, _code(_NOT_TRAINING), versions()])
 
 

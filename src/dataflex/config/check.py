@@ -322,7 +322,7 @@ def _shard_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path
 
 def _all_sources(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> list[Source]:
     """Return the data sets to train on, those to evaluate and the targets, without bad shards."""
-    targets = [name for target in dynamic.targets for name in target_data_sets(target)]
+    targets = target_data_sets(*dynamic.targets)
     names = list(dict.fromkeys([*lf.train_sets, *lf.eval_sets, *targets]))
     return find_sources(names, lf, "dataset", base_dir, skip=True)[0]
 
@@ -479,7 +479,7 @@ def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path
 def _data_sets_of(key: str, targets: Iterable[str], dynamic: DynamicConfig) -> list[str]:
     """Return the data sets of a key's targets; those of the ledger that a method has too are told once."""
     told = {name for method in dynamic.methods for name in method.targets} if key == "dynamic.ledger.targets" else ()
-    return [name for target in targets if target not in told for name in target_data_sets(target)]
+    return [*target_data_sets(*(target for target in targets if target not in told))]
 
 
 def _targets_in_training(

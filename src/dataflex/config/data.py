@@ -338,9 +338,9 @@ class Source:
     bad: tuple[str, ...] = ()  # what is wrong with shards that are left out
 
 
-def target_data_sets(target: str) -> tuple[str, ...]:
-    """Return the data sets of one target: ``"a"`` is one, ``"a + b"`` the rows of both as one target."""
-    return tuple(name.strip() for name in target.split(" + "))
+def target_data_sets(*targets: str) -> tuple[str, ...]:
+    """Return the data sets of targets: ``"a"`` is one, ``"a + b"`` the rows of both as one target."""
+    return tuple(name.strip() for target in targets for name in target.split(" + "))
 
 
 def find_sources(

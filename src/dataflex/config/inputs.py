@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from dataflex.checkpoints import HASHED_BYTES
+from dataflex import checkpoints
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.data import files_of, find_entries, find_sources
 
@@ -75,12 +75,12 @@ def _files(text: str) -> list[Path]:
 @cache
 def hash_of(file: Path) -> str:
     """Return a hash of a file; above ``HASHED_BYTES`` of its size, time of change and both ends. Kept until cleared."""
-    digest, state = xxhash.xxh3_128(), file.stat()
+    state = file.stat()
+    if state.st_size <= checkpoints.HASHED_BYTES:
+        return checkpoints.hash_of(file)
+    digest = xxhash.xxh3_128(f"{state.st_size} {state.st_mtime_ns}".encode())
     with file.open("rb") as opened:
-        if state.st_size > HASHED_BYTES:
-            digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())
-            digest.update(opened.read(_ENDS))
-            opened.seek(-_ENDS, os.SEEK_END)
-        while block := opened.read(1 << 22):
-            digest.update(block)
+        digest.update(opened.read(_ENDS))
+        opened.seek(-_ENDS, os.SEEK_END)
+        digest.update(opened.read())
     return digest.hexdigest()

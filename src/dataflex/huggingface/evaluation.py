@@ -69,7 +69,7 @@ def _totals(found: dict[str, tuple[float, float]], prefix: str) -> dict[str, flo
     }
 
 
-def row_losses(outputs: Any, labels: torch.Tensor) -> torch.Tensor | None:
+def _sums_by_row(outputs: Any, labels: torch.Tensor) -> torch.Tensor | None:
     """Return the sum of each row's token losses, whatever the loss of the outputs, and its tokens, float64 [R, 2].
 
     From their logits, or from TRL's ``log_probs`` where they have none; None where they have neither of these labels.
@@ -114,7 +114,7 @@ class EvaluationMixin(_Trainer):
     def _take(self, outputs: Any, labels: torch.Tensor) -> None:
         """Add a batch's token losses, without the rows that fill up the last batch of several ranks (collective)."""
         assert self._sums is not None
-        rows = row_losses(outputs, labels)
+        rows = _sums_by_row(outputs, labels)
         if rows is None:
             self._sums = None  # not to be told of this set
         elif self.dataflex.setup.joined:  # one row of several ranks' each

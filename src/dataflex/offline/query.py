@@ -65,7 +65,7 @@ def query_request(
         lf.pop(key, None)
     work = out.with_name(f"{out.name}.work")
     lf.update(FIXED, output_dir=str(work / "run"))
-    lf["dataset"] = ",".join(dict.fromkeys(name for aim in aims for name in target_data_sets(aim)))
+    lf["dataset"] = ",".join(dict.fromkeys(target_data_sets(*aims)))
     view = LlamaFactoryArgs.read(lf)
     problems += told_once(view, ())
     problems += model_problems(view)
