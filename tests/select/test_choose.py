@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from dataflex.errors import ComponentError
 from dataflex.plan.proportions import largest_remainder
 from dataflex.rng import uniforms
-from dataflex.select.choose import gumbel_top_k, round_robin, top_k
+from dataflex.select.choose import gumbel_top_k, round_robin, top_k, worn
 
 # Few distinct values, so that ties, NaN and infinities are common.
 SCORE = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, float("nan"), float("-inf"), float("inf"), 1e-300])
@@ -167,3 +167,24 @@ def test_largest_remainder_keeps_a_share_of_zero_at_zero_whatever_rounding_does(
 def test_largest_remainder_refuses(shares):
     with pytest.raises(ComponentError, match="finite, >= 0 and not all 0"):
         largest_remainder(3, shares)
+
+
+def test_a_lead_counts_less_each_time_that_a_row_was_served():
+    """Mean 5: leads 5, 3, 1 and what is below; served 2, 1 and 3 times they are 3.2, 2.4 and .512."""
+    scores = np.array([10.0, np.nan, 8.0, 6.0, 0.0, 1.0])
+    found = worn(scores, np.array([2, 5, 1, 3, 4, 4]))
+    np.testing.assert_allclose(found, [8.2, np.nan, 7.4, 5.512, 0.0, 1.0], rtol=1e-12)
+    assert top_k(worn(scores, np.array([3, 0, 1, 0, 0, 0])), 2).tolist() == [0, 2]
+    assert top_k(worn(scores, np.array([4, 0, 1, 0, 0, 0])), 1).tolist() == [2]
+    assert top_k(worn(scores, np.array([9, 0, 9, 0, 0, 0])), 2).tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_worn_scores_keep_their_type_and_rows_that_lead_go_on_leading(dtype):
+    scores = np.array([3.0, -1.0, np.inf, -np.inf, np.nan, -2.0], dtype=dtype)
+    found = worn(scores, np.full(6, 60_000, dtype=np.uint16))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found[1:], scores[1:])
+    assert found[0] == 0  # the mean of what is finite
+    nothing = np.full(3, np.nan, dtype=dtype)
+    np.testing.assert_array_equal(worn(nothing, np.arange(3)), nothing)

@@ -11,6 +11,7 @@ import torch
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError
+from dataflex.method import Selection
 from dataflex.mixers.fixed import Stage
 from dataflex.plan.domains import Domains
 from dataflex.plan.plan import BatchShape, DataPlan
@@ -172,3 +173,23 @@ def test_a_step_is_told_what_it_was_drawn_under():
     assert one.proportions_at(3).tolist() == [0.5, 0.5, 0.0]
     one.plan_for(12)
     assert one.proportions_at(12).tolist() == [0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "times", "expected"),
+    [
+        ([10, 13], [0, 0, 0, 0], [10, 13]),  # scores 5, 1, nothing, 4: of mean 10 / 3
+        ([10, 13], [9, 0, 0, 0], [13, 10]),  # what is below the mean does not come in
+        ([10], [1, 0, 0, 9], [10]),  # 3.3 + 1.7 * .8 is ahead of 3.3 + .7 * .8 ** 9
+        ([10], [5, 0, 0, 0], [13]),  # 3.3 + 1.7 * .8 ** 5 is not ahead of 4
+        ([11, 10], [9, 0, 0, 0], [11, 10]),  # not the largest: something else decides
+    ],
+)
+def test_within_a_budget_rows_that_lead_take_turns(kept, times, expected):
+    repeats = SimpleNamespace(times=lambda rows: np.array(times)[rows - 10])
+    pool, scores = np.arange(10, 14), np.array([5.0, 1.0, np.nan, 4.0], dtype=np.float32)
+    selection = Selection(rows=np.array(kept), scores=scores)
+    self = SimpleNamespace(repeats=repeats)
+    assert Controller._in_turns(self, selection, pool).rows.tolist() == expected
+    weighed = Selection(rows=np.array(kept), scores=scores, weights=np.ones(len(kept)))
+    assert Controller._in_turns(self, weighed, pool) is weighed

@@ -19,6 +19,7 @@ from dataflex.plan.domains import Rows
 from dataflex.plan.proportions import largest_remainder
 from dataflex.rng import uniforms
 
+WEAR: Final = 0.8  # what a row that leads is worth after it was served, beside before
 NO_MORE: Final = 1e-9  # 0.29 x 100 is 29 rows, whatever the last bit of the product says
 _WINDOW = 256  # positions of a query turned into Python numbers at a time
 
@@ -40,6 +41,20 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
     tied = np.flatnonzero(clean == threshold)[: k - above.size]
     order = np.argsort(-clean[above], kind="stable")
     return np.concatenate([above[order], tied]).astype(np.int64, copy=False)
+
+
+def worn(scores: NDArray[np.floating], times: NDArray[np.integer]) -> NDArray[np.floating]:
+    """Return scores [n] whose lead over their mean counts 0.8 for each time that the row was served, of the same type.
+
+    ``times`` [n] is how often each was. What is below the mean stays; NaN is no score and remains one.
+    """
+    known = np.flatnonzero(np.isfinite(scores))
+    if not len(known):
+        return scores
+    mean = float(scores[known].mean(dtype=np.float64))
+    leading, found = known[scores[known] > mean], scores.copy()
+    found[leading] = mean + (scores[leading] - mean) * WEAR ** times[leading].astype(np.float64)
+    return found
 
 
 def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -43,6 +43,7 @@ from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.record.text import middle
 from dataflex.rng import stream
+from dataflex.select.choose import top_k, worn
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
@@ -340,9 +341,23 @@ class Controller:
         if chosen:
             selection = self.selector.select(pool, chosen, ctx)
             check_selection(self.selector, selection, pool, chosen)
+            selection = self._in_turns(selection, pool)
         drawn = in_run.drawn(pool, selection.rows, wanted - len(selection.rows), ctx.interval)
         reason = "; ".join(filter(None, [selection.reason, f"{len(drawn)} rows drawn uniformly", in_run.reason]))
         return replace(selection, rows=np.concatenate([selection.rows, drawn]), reason=reason)
+
+    def _in_turns(self, selection: Selection, pool: Rows) -> Selection:
+        """Let rows that are nearly as good as the best take turns, where those of the largest scores were selected.
+
+        A few rows served again and again are learnt by heart, long before all of their kind.
+        """
+        scores, count = selection.scores, len(selection.rows)
+        if scores is None or self.repeats is None or selection.weights is not None:
+            return selection
+        if not np.array_equal(np.sort(pool[top_k(scores, count)]), np.sort(selection.rows)):
+            return selection
+        scores = worn(scores, self.repeats.times(pool))
+        return replace(selection, rows=pool[top_k(scores, count)], scores=scores)
 
     def _wanted(self, interval: Interval, pool_size: int) -> int:
         """Return how many rows a selector is asked for."""

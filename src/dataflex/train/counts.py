@@ -58,6 +58,10 @@ class Repeats:
             )
         return told
 
+    def times(self, rows: Rows) -> NDArray[np.integer]:
+        """Return how often each of ``rows`` [n] was served by the plans so far, int [n]."""
+        return self._times[rows]
+
     def state_dict(self) -> State:
         """Return the counts."""
         return {"times": self._times.copy(), "told": self._told}

@@ -67,14 +67,14 @@ Floats = NDArray[np.float64]
 
 _LEAST_WEIGHT = 0.01
 _JUDGED_INTERVALS, _JUDGED_ROWS = 3, 32  # the least of what was drawn uniformly, by which predictions are judged
-_FEWEST_COMPARED = 4  # target rows whose losses are compared with earlier ones
 _PARTS = 10
 _SKETCH = 16
 _GRAM = 64  # numbers that stand for a row's sketch where products of rows are predicted
 _SERVED = 0.3  # what a row that was served counts beside pilots, which count 1
 _ENOUGH = 16  # pilots beside which training steps are not listened to; half of what is left is for so many
+_SURE = 0.5  # trust below which training steps are listened to again: most of what they serve is drawn uniformly then
 _FEWEST_PILOTS = 4
-_SAVED = tuple("aims aimed explored trust share deaf _heard _interval _looked _spent _target_losses".split())
+_SAVED = tuple("aims aimed explored trust deaf _heard _interval _looked _spent".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class InRun:
     total_steps: int  # of the run
     explore: float = 0.2  # share of a plan that is drawn uniformly
     thompson: bool = False  # predictions that choose are drawn from their posterior, but for the last interval
-    forgetting: float = 0.7  # weight of an observation from one interval to the next
+    forgetting: float = 0.9  # weight of an observation from one interval to the next
     smoothing: float = 0.7  # what earlier target rows count in a direction, where not all were looked at again
     rank: int = 8  # of the directions of ``scores`` where more than adapters is trained
     weighs_documents: bool = False  # rows hold several documents, which a weighter may weigh differently
@@ -155,8 +155,6 @@ class InRun:
         self._heard = 0  # number of steps that were listened to
         sizes = [len(self.signals.access.corpus(name).lengths) for name in self.targets]
         self._firsts = self.space.num_rows + np.cumsum([0, *sizes])  # first row of each target, among all [K + 1]
-        self._target_losses = np.full(int(sum(sizes)), np.nan)  # of target rows when they were last looked at
-        self.share = 1.0  # of what predictions are trusted with; less where the targets' losses fall no more
         self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
         self._spent = 0.0  # on targets and pilots, in tokens times passes
         self._capture: StepCapture | None = None
@@ -357,7 +355,7 @@ class InRun:
                 draw = (stream(self.seed, "in_run thompson", interval.index),) if explores else ()
                 self._predicted = self._scores(self.seen, self.space.all_rows(), *draw)
                 self._predicted[self.space.supervised == 0] = np.nan
-        self.deaf = self._last(interval) or (not self._asks_steps and self._pilots_that_count(interval) >= _ENOUGH)
+        self.deaf = self._last(interval) or self._knows_enough(interval)
         self._heard += 0 if self.deaf else interval.steps
         self._interval = interval.index
         self.told |= {"trust": self.trust, "spent": self._spent / (tokens / interval.steps * self.total_steps * both)}
@@ -365,6 +363,10 @@ class InRun:
     def _last(self, interval: Interval) -> bool:
         """Return whether no decision follows that could use what steps show, and nothing else does."""
         return not self._asks_steps and interval.stop_step >= self.total_steps
+
+    def _knows_enough(self, interval: Interval) -> bool:
+        """Return whether pilots alone do: there are enough, and predictions are trusted."""
+        return not self._asks_steps and self.trust >= _SURE and self._pilots_that_count(interval) >= _ENOUGH
 
     def _pilots_that_count(self, interval: Interval) -> float:
         """Return the number of pilots, each counting less from decision to decision."""
@@ -404,10 +406,7 @@ class InRun:
             rows = self._firsts[k] + sweeps[k].rows[turn.positions]
             return self._sketching(rows, turn, found) if self._sketches else nullcontext()
 
-        builder = targets_seen(scorers.engine, sweeps, normalize_rows=False, around=sketching)
-        gradients = builder.finish()
-        if self._sketches:
-            self._compare([(self._firsts[k] + sweeps[k].rows[at], losses) for k, at, losses in builder.row_losses])
+        gradients = targets_seen(scorers.engine, sweeps, normalize_rows=False, around=sketching).finish()
         capture.end()
         moments = scorers.moments() if self.spec.precondition == "true_adam" else None
         self._direct(gradients, moments)
@@ -439,25 +438,6 @@ class InRun:
         self.told["coverage"] = float((inside / np.maximum(total, 1e-300)).min())
         self._note_goals(found, interval, own)
         return spent
-
-    def _compare(self, found: list[tuple[Rows, Floats]]) -> None:
-        """Compare target rows' losses with those of the last time that each was looked at (collective).
-
-        Where their mean does not fall, the rows that pay have been learnt: half as many are chosen from here on, and
-        twice as many again where it falls.
-        """
-        everyone = [part for parts in comm.gather_objects(found) for part in parts]
-        if not everyone:
-            return
-        rows, losses = (np.concatenate(column) for column in zip(*everyone, strict=True))
-        order = np.argsort(rows)
-        rows, losses = rows[order] - self.space.num_rows, losses[order]
-        change = losses - self._target_losses[rows]
-        self._target_losses[rows] = losses
-        change = change[np.isfinite(change)]
-        if len(change) >= _FEWEST_COMPARED:
-            self.share = self.share / 2 if change.mean() >= 0 else min(2 * self.share, 1.0)
-            self.told |= {"target change": float(change.mean()), "share": self.share}
 
     def _direct(self, gradients: TargetVectors, moments: Mapping[str, OptimizerState] | None) -> None:
         """Compare the rows of the next steps with the targets of ``scores``, if there are any (collective)."""
@@ -759,7 +739,7 @@ class InRun:
         if self._predicted is None:
             return 0
         explore = self.explore if interval.stop_step < self.total_steps else 0.0
-        return round(wanted * (1 - explore) * self.trust * self.share)
+        return round(wanted * (1 - explore) * self.trust)
 
     def drawn(self, pool: Rows, taken: Rows, count: int, interval: Interval) -> Rows:
         """Return ``count`` rows of the pool beside ``taken``, uniformly, rows that were never looked at first."""

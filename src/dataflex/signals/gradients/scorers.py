@@ -188,11 +188,9 @@ class TargetBuilder:
         self._sums = WeightedSums(TargetVectors.zeros(num_targets, engine.shapes, engine.device))
         self._counts = torch.zeros(num_targets, dtype=torch.float64, device=engine.device)
         self._losses = torch.zeros_like(self._counts)
-        self.row_losses: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = []
-        """Number of a target, positions of rows in its sweep, and their losses, of what this rank has seen."""
 
-    def add(self, batch: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
-        """Add a batch whose rows belong to ``targets`` [b], -1 for one that does not count; return their losses [b]."""
+    def add(self, batch: dict[str, Any], targets: torch.Tensor) -> None:
+        """Add a batch whose rows belong to ``targets`` [b], -1 for one that does not count."""
         weights = (targets.cpu().unsqueeze(0) == torch.arange(len(self._counts)).unsqueeze(1)).float()
         counts = weights.double()
         if self.normalize_rows:
@@ -203,7 +201,6 @@ class TargetBuilder:
         supervised = torch.isfinite(losses)
         self._counts += (counts * supervised).sum(dim=1).to(self._counts.device)
         self._losses += (counts * losses.masked_fill(~supervised, 0.0)).sum(dim=1).to(self._counts.device)
-        return losses
 
     def losses(self) -> torch.Tensor:
         """Return the mean of the losses of each target's rows, float64 [num_targets] (collective)."""
@@ -241,9 +238,7 @@ def targets_seen(
             for turn in sweep.turns():
                 # A rank that only keeps step with the others adds nothing.
                 with around(number, turn):
-                    losses = builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
-                if turn.mine:
-                    builder.row_losses.append((number, turn.positions, losses.numpy()))
+                    builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
     return builder
 
 
