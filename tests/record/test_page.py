@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from dataflex.cli import main
 from dataflex.record import report as report_module
 from dataflex.record.chart import thin
+from dataflex.record.curves import tokens_at
+from dataflex.record.recorded import recorded
 from dataflex.record.recorder import RunRecorder
 from dataflex.record.report import report
 from dataflex.record.text import middle, without_prefix
@@ -435,6 +437,28 @@ def test_five_thousand_intervals_fit(tmp_path):
     mixture = next(chart for chart in told["sections"][1]["charts"] if chart["key"] == "mixture")
     assert mixture["panels"][0]["title"] == "2"
     assert len(mixture["panels"]) == 24
+
+
+def test_tokens_of_a_domain_that_a_log_lacks_are_those_it_had(tmp_path):
+    """Of many domains a log has those trained on since the last one, and a data set may leave the run."""
+    start = line("run_started", config={}, row_space={"domains": {"a": 9, "b": 9}})
+    counts = [{"a": 20}, {"b": 10, "gone": 10}]
+    logs = [
+        line("stepped", step=step, **{f"dataflex/tokens/{name}": tokens for name, tokens in of.items()})
+        for step, of in ((10, {"a": 60}), (20, {"gone": 10}), (30, {"b": 30}), (40, {"a": 100}))
+    ]
+    folder = lines_of(tmp_path, start, plan(0, counts[0]), plan(1, counts[1]), *logs)
+    assert tokens_at(recorded(folder).run) == [(10, 60.0), (20, 70.0), (30, 100.0), (40, 140.0)]
+    _, told = page_of(folder)
+    mixture, composition = (
+        next(chart for chart in told["sections"][1]["charts"] if chart["key"] == key)
+        for key in ("mixture", "composition")
+    )
+    shares = [next(each for each in panel["series"] if each["name"] == "tokens") for panel in mixture["panels"]]
+    assert [each["y"] for each in shares] == [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert composition["panels"][0]["series"][1]["y"] == pytest.approx([100 / 140, 30 / 140, 10 / 140], abs=1e-5)
+    rows = told["sections"][1]["tables"][0]["rows"]
+    assert [row[3] for row in rows] == [100, 30, 10]
 
 
 @given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=300), most=st.integers(2, 50))

@@ -31,6 +31,7 @@ def planted(folder):
     wrong = np.arange(SIZE) >= SIZE // 2
     domains = Domains.from_labels(["right"] * 20 + ["wrong"] * 20, np.arange(1, SIZE + 1))
     columns = {"checked": np.where(wrong, "no", "yes"), "grade": np.arange(SIZE) / 4}
+    columns["rewards"] = np.array([[0.5], [0.5, 1.0]] * (SIZE // 2), dtype=object)
     recorder = RunRecorder(folder / "run" / "dataflex")
     told = {"fingerprint": "f" * 16, "domains": {"right": 20, "wrong": 20}}
     config = {"dynamic": {"selector": {"name": "longest"}}}
@@ -71,6 +72,7 @@ def test_rows_are_told_with_text_reason_and_scores(tmp_path):
     assert cells(most, "percentile")[6] == pytest.approx(1 / 40)
     assert cells(most, "scores over time")[3] == [38.0, 37.0]
     assert cells(most, "checked")[0] == "no"
+    assert cells(most, "rewards")[:2] == ["[0.5]", "[0.5, 1.0]"]
     assert cells(found["Just above the cut"], "row") == [36, 37, 38, 39]
     assert cells(found["Just below the cut"], "row")[:2] == [35, 34]
     assert len(found["Never served (32)"]["rows"]) == 30

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,12 +129,21 @@ def seconds_at(run: Run) -> Curve:
 
 def tokens_at(run: Run) -> Curve:
     """Return the tokens served up to each log; empty where the record does not have them."""
-    curve = {}
-    for event in run.stepped:
-        counts = [value for key, value in event.items() if key.startswith("dataflex/tokens/")]
-        if counts:
-            curve[event["step"]] = float(sum(value or 0.0 for value in counts))
-    return sorted(curve.items())
+    curves = run.by_domain("tokens")
+    steps = sorted({step for curve in curves.values() for step, _ in curve})
+    return list(zip(steps, tokens_of(run, curves, steps).tolist(), strict=True))
+
+
+def tokens_of(run: Run, domains: Iterable[str], steps: Sequence[int]) -> NDArray[np.float64]:
+    """Return the tokens of domains together, served up to each step [n].
+
+    A domain counts with its last known number, since a log may hold those alone that were trained on since the last.
+    """
+    curves, total = run.by_domain("tokens"), np.zeros(len(steps))
+    for curve in (curves[name] for name in domains if name in curves):
+        known = np.searchsorted([step for step, _ in curve], steps, side="right")
+        total += np.array([0.0, *(tokens for _, tokens in curve)])[known]
+    return total
 
 
 def compared_chart(runs: Sequence[Recorded]) -> Chart | None:
@@ -278,21 +287,13 @@ def labels_of(groups: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
 
 
 def _token_shares(run: Run, groups: Sequence[tuple[str, Sequence[str]]]) -> dict[int, Curve]:
-    """Return each group's share of the tokens served between two logs, where all of its domains are logged."""
+    """Return each group's share of the tokens served between two logs."""
     found: dict[int, Curve] = {}
-    logs = [event for event in run.stepped if any(key.startswith("dataflex/tokens/") for key in event)]
-    logs = spaced(logs, _BLOCKS)
-    totals = [sum(v or 0.0 for k, v in event.items() if k.startswith("dataflex/tokens/")) for event in logs]
+    logs = spaced(tokens_at(run), _BLOCKS)
+    steps, spent = [step for step, _ in logs], np.diff([tokens for _, tokens in logs])
     for at, (_, members) in enumerate(groups):
-        keys = [f"dataflex/tokens/{name}" for name in members]
-        if not logs or not all(key in logs[-1] for key in keys):
-            continue
-        own = [sum(event.get(key) or 0.0 for key in keys) for event in logs]
-        curve = [
-            (event["step"], (mine - mine_before) / (total - before))
-            for event, mine, mine_before, total, before in zip(logs[1:], own[1:], own, totals[1:], totals, strict=False)
-            if total > before
-        ]
+        own = np.diff(tokens_of(run, members, steps))
+        curve = [(step, mine / all_) for step, mine, all_ in zip(steps[1:], own, spent, strict=True) if all_ > 0]
         if curve:
             found[at] = curve
     return found
@@ -338,10 +339,10 @@ def composition_chart(runs: Sequence[Recorded]) -> Chart | None:
     shares, fair = [rows / all_served for _, rows, _ in groups], [rows / all_pool for _, _, rows in groups]
     names = labels_of(domain_groups(run, _BARS))
     series = [Series(name="served rows", y=shares)]
-    tokens = {key: value for event in run.stepped[-1:] for key, value in event.items() if key.startswith(_TOKENS)}
-    if tokens and sum(tokens.values()):
-        alone = [sum(tokens.get(f"{_TOKENS}{name}", 0.0) for name in group) for _, group in domain_groups(run, _BARS)]
-        series.append(Series(name="served tokens", y=[each / sum(tokens.values()) for each in alone], colour=4))
+    step, total = (tokens_at(run) or [(0, 0.0)])[-1]
+    if total:
+        alone = [float(tokens_of(run, group, [step])[0]) / total for _, group in domain_groups(run, _BARS)]
+        series.append(Series(name="served tokens", y=alone, colour=4))
     series.append(Series(name="pool rows", y=fair, colour=-1))
     ratios = [(share / base, name) for share, base, name in zip(shares, fair, names, strict=True) if base]
     ratios = sorted(ratios, reverse=True)
@@ -351,6 +352,3 @@ def composition_chart(runs: Sequence[Recorded]) -> Chart | None:
     if most < 1.02 and least > 0.98:
         told = "Domains are served in the proportions of the pool"
     return Chart(headline=told, kind="bars", x="share", percent=True, names=names, panels=[Panel(series=series)])
-
-
-_TOKENS = "dataflex/tokens/"

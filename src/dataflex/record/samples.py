@@ -148,6 +148,8 @@ def _by_value(found: pa.Table) -> Iterator[Json]:
     if np.isnan(times).any() or not times.sum():
         return
     for name in _raw(found):
+        if pa.types.is_nested(found.column(name).type):  # lists have no few values
+            continue
         coded = found.column(name).combine_chunks().dictionary_encode()
         if not 1 < len(coded.dictionary) <= _VALUES:
             continue

@@ -16,7 +16,15 @@ from dataflex.config.mappings import as_yaml
 from dataflex.printable import printable, redacted
 from dataflex.record.chart import LISTED, Chart, Json, table
 from dataflex.record.cost import cost_section, cost_sentence
-from dataflex.record.curves import AGGREGATES, at_equal_compute, held_out, not_yet_measured, seconds_at, tokens_at
+from dataflex.record.curves import (
+    AGGREGATES,
+    at_equal_compute,
+    held_out,
+    not_yet_measured,
+    seconds_at,
+    tokens_at,
+    tokens_of,
+)
 from dataflex.record.digest import Run, domain_groups, domain_rows, higher_is_better
 from dataflex.record.recorded import Recorded
 from dataflex.record.text import duration, middle, number, percent, signed, without_prefix
@@ -226,14 +234,12 @@ def _domains(view: Recorded) -> Json:
     served, pool = sum(run.served.values()), sum(run.pool.values())
     if not served:
         return {}
-    logged = run.stepped[-1] if run.stepped else {}
-    all_tokens = sum(value or 0.0 for key, value in logged.items() if key.startswith("dataflex/tokens/"))
+    step, all_tokens = (tokens_at(run) or [(0, 0.0)])[-1]
     rows = []
     for (name, count, size), (_, members) in zip(domain_rows(run, LISTED), domain_groups(run, LISTED), strict=True):
         share, fair = count / served, size / pool if pool else None
-        tokens = [logged.get(f"dataflex/tokens/{each}") for each in members]
-        known = sum(tokens) if tokens and None not in tokens else None  # type: ignore[arg-type]
-        rows.append([name, round(count), share, known, known / all_tokens if known and all_tokens else None])
+        tokens = float(tokens_of(run, members, [step])[0]) if all_tokens else None
+        rows.append([name, round(count), share, tokens, tokens / all_tokens if tokens else None])
         rows[-1] += [size, fair, share / fair if fair else None, count / size if size else None]
     columns = [("domain", "text"), ("rows served", "count"), ("of rows", "share"), ("tokens", "count")]
     columns += [("of tokens", "share"), ("pool rows", "count"), ("of pool", "share"), ("times its share", "number")]
