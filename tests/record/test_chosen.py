@@ -29,6 +29,7 @@ from dataflex.record.chosen import (
     raw_rows,
 )
 from dataflex.record.read import LEDGER
+from dataflex.record.recorded import recorded
 from dataflex.record.recorder import RunRecorder
 from tests.record.synthetic import Plan, space_of
 
@@ -253,7 +254,7 @@ def test_plans_of_an_earlier_pool_are_those_of_rows_that_are_still_there(tmp_pat
     found = np.array([*range(11, 6, -1), *range(1, 6), -1])
     now = space(tmp_path, size=11, fingerprint="0" * 16)
     recorder = RunRecorder(folder, 5, plan_in_progress=2)
-    recorder.run_started(config={}, row_space={"fingerprint": now.fingerprint})
+    recorder.run_started(config={}, row_space={"fingerprint": now.fingerprint, "domains": {"a": 11}})
     recorder.rows_known(now, ("f" * 16, found))
     table = chosen_table(folder)
     assert chosen_notes(table)["notes"] == []
@@ -262,6 +263,11 @@ def test_plans_of_an_earlier_pool_are_those_of_rows_that_are_still_there(tmp_pat
         values = [column(before, name)[row] for row in found[old]]
         assert [column(table, name)[row] for row in old] == values, name
     assert (column(table, "times_served")[10], column(table, "decision")[10]) == (0, None)
+    view = recorded(folder)
+    scores = {k: SCORES[row] for k, row in enumerate(found) if row >= 0 and np.isfinite(SCORES[row])}
+    assert dict(zip(view.scored[0][1].tolist(), view.scored[0][2], strict=True)) == scores
+    assert [ids.tolist() for _, ids in view.plans] == [[5, 6], [6, 4, 1], [3, 8, 3]]
+    assert view.left_out == []
     # Once more: the new row leaves, and row 1 of the first pool comes first.
     plan(recorder, 3, (5, 6), [0, 10])
     recorder.stepped(6, {})

@@ -300,23 +300,19 @@ def chosen_table(run_dir: Path | str, read: tuple[Sequence[Event], Sequence[str]
     if not events:
         raise DataError(f"{folder} holds no event that can be read; the run had not begun to train")
     run = digest(events)
-    steps, pools, fingerprint = dict[int, int](), dict[int, Any](), None
-    for event in events:
-        if event["event"] == "run_started":
-            fingerprint = (event.get("row_space") or {}).get("fingerprint")
-        elif event["event"] == "planned":
-            steps[event["interval"]] = event["stop_step"] - event["start_step"]
-            pools[event["interval"]] = fingerprint
-    known, told = _known(folder, fingerprint)
+    steps = {
+        event["interval"]: event["stop_step"] - event["start_step"] for event in events if event["event"] == "planned"
+    }
+    plans = Plans(folder, events, run.planned)
+    known, told = _known(folder, plans.fingerprint)
     size = known.num_rows
     served, decided = _Served(size), _Decided(size, _targets(run.config))
     stock = not run.planned
-    moves = _Moves(folder, [pools[event["interval"]] for event in run.planned], fingerprint)
-    for number, event in enumerate(run.planned):
+    for event in run.planned:
         try:
-            plan = _checked(moves.of(number, _stored(folder, event)), event, size)
+            plan = plans.of(event, size)
         except DataError as error:
-            notes.append(f"{str(error).removeprefix(f'{folder}/')}; its rows are not counted")
+            notes.append(str(error))
             continue
         first, stop = event["start_step"], min(event["stop_step"], run.steps_done)
         served.add(plan.rows, first, stop, steps[event["interval"]])
@@ -435,20 +431,41 @@ def _checked(plan: StoredPlan, event: Mapping[str, Any], size: int) -> StoredPla
     return plan
 
 
-class _Moves:
-    """Takes plans of earlier pools to the rows of the present one, where a resumed run had another pool."""
+class Plans:
+    """Reads the plans of a run as ones of its present pool, which is another one where a resumed run had other rows."""
 
-    def __init__(self, folder: Path, pools: Sequence[str | None], now: str | None) -> None:
-        """``pools`` are the fingerprints of the pools that plans were of, in order; ``now`` is the present one."""
-        self._place: list[int] = []  # of each plan's pool in the chain of pools
+    def __init__(self, folder: Path, events: Sequence[Event], planned: Sequence[Event]) -> None:
+        """``events`` are all of the record; ``planned`` are those in force, in order."""
+        self._folder = folder
+        self.fingerprint: str | None = None
+        """Of the present pool."""
+        pools: dict[int, str | None] = {}
+        for event in events:
+            if event["event"] == "run_started":
+                self.fingerprint = (event.get("row_space") or {}).get("fingerprint")
+            elif event["event"] == "planned":
+                pools[event["interval"]] = self.fingerprint
+        self._place: dict[int, int] = {}  # of each interval's pool in the chain of pools
         chain: list[str | None] = []
-        for pool in pools:
-            chain += [pool] if not chain or chain[-1] != pool else []
-            self._place.append(len(chain) - 1)
-        chain += [now] if chain and chain[-1] != now else []
+        for interval in (event["interval"] for event in planned):
+            chain += [pools[interval]] if not chain or chain[-1] != pools[interval] else []
+            self._place[interval] = len(chain) - 1
+        chain += [self.fingerprint] if chain and chain[-1] != self.fingerprint else []
         self._to_now: list[Rows | str | None] = [None] * len(chain)  # None: its rows are those of now; or what is wrong
         for place in reversed(range(len(chain) - 1)):
             self._to_now[place] = self._step(folder, chain[place], chain[place + 1], self._to_now[place + 1])
+
+    def of(self, event: Event, size: int) -> StoredPlan:
+        """Return the plan of an interval, in rows of the present pool of ``size``; rows that left it are left out.
+
+        Raises:
+            DataError: The plan is missing or damaged, or of another pool whose rows are not known in this one.
+        """
+        try:
+            return _checked(self._moved(event["interval"], _stored(self._folder, event)), event, size)
+        except DataError as error:
+            told = str(error).removeprefix(f"{self._folder}/")
+            raise DataError(f"{told}; its rows are not counted") from error
 
     @staticmethod
     def _step(folder: Path, before: str | None, after: str | None, onwards: Rows | str | None) -> Rows | str:
@@ -467,9 +484,8 @@ class _Moves:
         to_now[found[there]] = there if onwards is None else _looked_up(onwards, there)
         return to_now
 
-    def of(self, number: int, plan: StoredPlan) -> StoredPlan:
-        """Return the ``number``-th plan as one of the present pool; rows that left it are left out."""
-        to_now = self._to_now[self._place[number]]
+    def _moved(self, interval: int, plan: StoredPlan) -> StoredPlan:
+        to_now = self._to_now[self._place[interval]]
         if to_now is None:
             return plan
         if isinstance(to_now, str):

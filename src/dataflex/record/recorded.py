@@ -21,7 +21,7 @@ from dataflex.plan.proportions import ProportionsFile
 from dataflex.record.digest import Event, Run, digest
 from dataflex.record.read import (
     EVENTS,
-    load_plan,
+    StoredPlan,
     read_ending,
     read_found,
     read_record,
@@ -32,6 +32,8 @@ from dataflex.record.read import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from dataflex.record.chosen import Plans
 
 TRAINER_STATE, RESULTS = "trainer_state.json", "eval_results.json"
 _PLANS = 2048
@@ -66,8 +68,8 @@ class Recorded:
 
     def served(self, event: Event) -> Rows | None:
         """Return the ids of the rows served in an interval [m]; None where they are not stored, or cannot be read."""
-        rows = self._array(event, "rows") if event.get("plan") else None
-        return None if rows is None else rows[rows >= 0]
+        plan = self._plan(event) if event.get("plan") else None
+        return None if plan is None else plan.rows[plan.rows >= 0]
 
     @cached_property
     def scored(self) -> list[tuple[Event, Rows, NDArray[np.float64]]]:
@@ -75,10 +77,11 @@ class Recorded:
         events = [event for event in self.run.planned if event.get("plan") and event.get("scores")]
         found = []
         for event in spaced(events, _SCORED):
-            scores, pool = self._array(event, "scores"), self._array(event, "pool", optional=True)
-            if scores is None or (pool is not None and len(pool) != len(scores)):
+            plan = self._plan(event)
+            if plan is None or plan.scores is None:
                 continue
-            rows = np.arange(len(scores)) if pool is None else pool
+            scores = np.asarray(plan.scores, np.float64)
+            rows = np.arange(len(scores)) if plan.pool is None else plan.pool
             finite = np.isfinite(scores)
             found.append((event, rows[finite], scores[finite]))
         return found
@@ -96,25 +99,21 @@ class Recorded:
         self.left_out.extend(note for note in chosen_notes(found)["notes"] if note not in self.left_out)
         return found
 
-    def _array(self, event: Event, name: str, optional: bool = False) -> NDArray[Any] | None:
-        """Return one array of an interval's plan; None where it is not there, and told where it should be."""
+    @cached_property
+    def _plans(self) -> Plans:
+        from dataflex.record.chosen import Plans
+
+        return Plans(self.folder, self.read[0] if self.read else [], self.run.planned)
+
+    def _plan(self, event: Event) -> StoredPlan | None:
+        """Return an interval's plan in rows of the present pool; None where it cannot be read, which is told."""
+        size = sum(self.run.pool.values())
         try:
-            array = getattr(load_plan(self.folder, event["interval"]), name)
+            return self._plans.of(event, size) if size else None
         except DataError as error:
-            told = str(error).removeprefix(f"{self.folder}/")
-        else:
-            rows = sum(self.run.pool.values()) or np.iinfo(np.int64).max
-            if array is None and optional:
-                return None
-            told = f"{event['plan']} has no {name} that are numbers of rows of the pool"
-            if array is not None and array.ndim == 1:
-                if name == "scores" and array.dtype.kind == "f":
-                    return np.asarray(array, np.float64)
-                if name != "scores" and array.dtype.kind == "i" and (not len(array) or array.max() < rows):
-                    return np.asarray(array, np.int64)
-        if told not in self.left_out:
-            self.left_out.append(told)
-        return None
+            if str(error) not in self.left_out:
+                self.left_out.append(str(error))
+            return None
 
 
 def spaced(items: Sequence[Any], most: int) -> list[Any]:
