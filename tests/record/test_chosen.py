@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dataflex.commands.rows import rows
 from dataflex.errors import DataError
 from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
@@ -142,6 +143,20 @@ def test_a_row_tells_where_it_is_from_when_it_was_served_and_why(tmp_path):
     assert {key: notes["decisions"][0][key] for key in wanted} == wanted
     wanted = {"interval": 2, "pool": 6, "kept": 2, "scored": 6, "cut": 1.0, "prefers": "low", "exceptions": 0}
     assert {key: notes["decisions"][1][key] for key in wanted} == wanted
+
+
+def test_rows_of_a_run_that_was_resumed_into_another_folder_are_those_since_then(tmp_path):
+    recorder = begun(tmp_path / "run" / "dataflex", space(tmp_path))
+    recorder.resumed(2, "elsewhere/checkpoint-2")
+    record(recorder, first=2)
+    table = chosen_table(tmp_path / "run")
+    assert chosen_notes(table)["since"] == 2
+    assert chosen_notes(table)["notes"] == [
+        "rows that were served before are not known: plans are recorded since step 2"
+    ]
+    told = rows(tmp_path / "run", by="never")
+    assert "rows were served (41.7%) since step 2, " in told
+    assert "of 7 rows that were never served since step 2:" in told
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from dataflex.cli import main
 from dataflex.record import report as report_module
 from dataflex.record.chart import thin
-from dataflex.record.curves import tokens_at
+from dataflex.record.curves import seconds_at, tokens_at
+from dataflex.record.digest import digest
+from dataflex.record.read import read_events
 from dataflex.record.recorded import recorded
 from dataflex.record.recorder import RunRecorder
 from dataflex.record.report import report
@@ -177,7 +179,10 @@ def test_several_runs_are_compared_and_one_without_a_record_has_its_losses(tmp_p
     assert [panel["title"] for panel in compared["panels"]] == ["at equal steps", "at equal compute"]
     named = [[series["name"] for series in panel["series"]] for panel in compared["panels"]]
     assert named == [["a", "b", "c"], ["a", "b"]]
-    assert "c has no seconds in its record, so that it is not compared at equal seconds." in sections["loss"]["notes"]
+    assert (
+        "c has no seconds of all its steps in its record, so that it is not compared at equal seconds."
+        in sections["loss"]["notes"]
+    )
     assert compared["panels"][0]["series"][2] == {
         **compared["panels"][0]["series"][2],
         "x": [40, 80, 90],
@@ -255,6 +260,42 @@ def test_phases_add_up_and_tell_the_steps_they_would_have_bought(tmp_path):
     assert sum(row[1] for row in phases) == pytest.approx(whole[1])
     bought = 10 * (3.2 + 0.25) / 0.8  # decisions of 3.2 s of signals and 0.25 s, at 0.8 s a step
     assert cost["notes"][0].startswith(f"Deciding would have bought {bought:.1f} training steps")
+
+
+def test_a_resumed_run_has_cost_what_all_of_its_processes_took(tmp_path):
+    """The second process has more seconds at its first log than the first one had at its last."""
+
+    def of(event, step, train, **more):
+        return line(event, step=step, spent={"train": float(train), "decide": 0.5, "startup": 9.0}, **more)
+
+    lines = [of("run_started", 0, 0), of("evaluated", 0, 0, metrics={"eval_loss": 4.0}), of("stepped", 10, 10)]
+    lines += [of("checkpointed", 10, 11), of("run_started", 10, 0), of("resumed", 10, 0, checkpoint="checkpoint-10")]
+    lines += [of("stepped", 30, 20), of("evaluated", 40, 29, metrics={"eval_loss": 2.0}), of("finished", 40, 30)]
+    run = recorded(lines_of(tmp_path, *lines)).run
+    assert seconds_at(run) == [(0, 0.5), (10, 10.5), (30, 11.5 + 20.5), (40, 11.5 + 30.5)]
+    assert seconds_at(run)[-1][1] == run.spent["train"] + run.spent["decide"]
+
+
+def test_a_record_that_begins_at_a_resume_says_so_and_claims_nothing_of_before(tmp_path):
+    start = line("run_started", step=0, config={}, row_space={"domains": {"a": 60, "b": 60}})
+    lines = [line("resumed", step=20, checkpoint="elsewhere/checkpoint-20"), plan(2, {"a": 10}, step=20)]
+    lines += [line("evaluated", step=step, metrics={"eval_loss": 50 / step}, spent={"train": 1.0}) for step in (20, 30)]
+    lines += [line("stepped", step=30, loss=1.0, spent={"train": 5.0, "decide": 2.0}, **{"dataflex/tokens/a": 90})]
+    lines_of(tmp_path / "part", start, *lines)
+    simulate(tmp_path / "whole" / "dataflex", **SELECTION)
+    _, told = page_of(tmp_path / "part", tmp_path / "whole")
+    missing, sections = "\n".join(told["missing"]), {each["id"]: each for each in told["sections"]}
+    assert "part: events.jsonl begins at step 20, where the run was resumed into this folder; losses and" in missing
+    assert told["sentences"][0].startswith("What was decided since step 20: no rows; 10 sequences were served")
+    assert "since step 20" in told["sentences"][1]
+    assert "bought 4 more training steps beside the 10 done" in told["sentences"][1]
+    assert "at 0.5 s each, 40.0 % of the 10 that were done since step 20" in sections["cost"]["notes"][0]
+    assert sections["mixture"]["tables"][0]["note"].startswith("Rows are those served since step 20")
+    headlines = [chart["headline"] for each in told["sections"] for chart in each["charts"]]
+    assert any(each.endswith("times over since step 20") for each in headlines)
+    assert "part has no seconds of all its steps in its record" in "\n".join(sections["loss"]["notes"])
+    assert all("equal compute" not in each for each in (*told["sentences"], *headlines))
+    assert digest(read_events(tmp_path / "whole")).first_step == 0
 
 
 def plan(index, counts, **more):

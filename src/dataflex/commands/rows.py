@@ -14,6 +14,7 @@ from dataflex.method import Rows
 from dataflex.offline.subset import write_subset
 from dataflex.printable import Answer, on_one_line
 from dataflex.record.chosen import chosen_notes, chosen_table, places_of, row_texts
+from dataflex.record.digest import since
 from dataflex.record.order import By, floats, order
 from dataflex.record.text import WIDTH, cut, number, table, width
 from dataflex.record.where import where as fulfil
@@ -72,7 +73,7 @@ def rows(
         return _exported(found, about, chosen, export, {"by": by, "where": where, "limit": limit}, overwrite)
     texts = row_texts(found, chosen) if text else None
     that = [f"fulfil {on_one_line(where)}"] if where else []
-    that += ["were never served"] if by == "never" else []
+    that += [f"were never served{since(about['since'])}"] if by == "never" else []
     told = f"{len(chosen):,} of {len(ordered):,} rows{' that ' * bool(that)}{' and '.join(that)}{_TOLD[by or 'most']}:"
     lines = [*_head(found, about), told, *_lines(found, chosen, texts)]
     values = _values(found, about, run_dir, chosen, len(ordered), texts)
@@ -89,6 +90,7 @@ def _head(found: pa.Table, about: dict[str, Any]) -> list[str]:
     if not np.isnan(times).any():
         size, served, again = len(times), int((times > 0).sum()), int((times > 1).sum())
         told = f"after step {about['step']:,}: {served:,} of {size:,} rows were served ({served / max(size, 1):.1%})"
+        told += since(about["since"])
         lines = [f"{told}, {again:,} of them more than once, up to {int(times.max(initial=0)):,} times"]
     for last in about["decisions"][-1:]:
         told = f"interval {last['interval']}: {last['kept']:,} of {last['pool']:,} rows were kept, "

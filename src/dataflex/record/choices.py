@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from dataflex.record.chart import Chart, Panel, Series, corners, line, over_steps
-from dataflex.record.digest import Curve, Event, Run
+from dataflex.record.digest import Curve, Event, Run, since
 from dataflex.record.recorded import Recorded, spaced
 from dataflex.record.recorder import scores_of
 from dataflex.record.text import cut, middle, number, percent, without_prefix
@@ -154,7 +154,7 @@ def coverage_chart(runs: Sequence[Recorded]) -> Chart | None:
     stops = [event["stop_step"] for event in view.run.planned]
     seen = np.searchsorted(np.sort(first), stops) / pool
     curve = [(view.run.planned[0]["start_step"], 0.0), *zip(stops, seen.tolist(), strict=True)]
-    told = f"{percent(curve[-1][1])} of the pool has been served at least once"
+    told = f"{percent(curve[-1][1])} of the pool has been served at least once{since(view.run.served_since)}"
     by_plans = view.rows is None and len(view.plans) < len(view.run.planned)
     told += " in the intervals whose rows are kept" if by_plans else ""
     series = [line("served at least once", curve, 0)]
@@ -193,7 +193,7 @@ def repeats_chart(runs: Sequence[Recorded]) -> Chart | None:
     names = ["never", "once", *(f"{at} times" for at in range(2, 10)), "10 or more"]
     last = int(np.flatnonzero(counts)[-1]) + 1
     share = float(times[times > 1].sum()) / float(times.sum())
-    told = f"{percent(counts[0] / len(times), 0)} of the pool was never served; "
+    told = f"{percent(counts[0] / len(times), 0)} of the pool was never served{since(runs[0].run.served_since)}; "
     told += f"{percent(share, 0)} of what was served were rows served more than once"
     series = [Series(name="rows of the pool", y=(counts[:last] / len(times)).tolist())]
     return Chart(

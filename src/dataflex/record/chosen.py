@@ -23,7 +23,7 @@ from dataflex.config.files import MOST_READ_BYTES, FileRecord, row_lines
 from dataflex.errors import DataError
 from dataflex.plan.domains import Domains, Rows
 from dataflex.printable import on_one_line, plain
-from dataflex.record.digest import Event, digest
+from dataflex.record.digest import Event, digest, since
 from dataflex.record.read import LEDGER, ROW_WEIGHTS, THINNED, StoredPlan, load_plan, read_record, record_dir
 from dataflex.state import blake2b, replacing
 
@@ -300,6 +300,8 @@ def chosen_table(run_dir: Path | str, read: tuple[Sequence[Event], Sequence[str]
     if not events:
         raise DataError(f"{folder} holds no event that can be read; the run had not begun to train")
     run = digest(events)
+    if run.served_since:
+        notes.append(f"rows that were served before are not known: plans are recorded{since(run.served_since)}")
     steps = {
         event["interval"]: event["stop_step"] - event["start_step"] for event in events if event["event"] == "planned"
     }
@@ -331,6 +333,7 @@ def chosen_table(run_dir: Path | str, read: tuple[Sequence[Event], Sequence[str]
         "format": _FORMAT,
         "fingerprint": told["fingerprint"],
         "step": run.steps_done,
+        "since": run.served_since,
         "sources": told["sources"],
         "decisions": decided.told,
         "notes": [on_one_line(note)[:400] for note in notes[:_NOTES]],

@@ -8,7 +8,7 @@ from typing import Any
 from dataflex.clock import PHASES
 from dataflex.config.build import method_block
 from dataflex.record.chart import Json, table
-from dataflex.record.digest import DECIDING, Run
+from dataflex.record.digest import DECIDING, Run, since
 from dataflex.record.text import duration, percent
 
 _ASIDE = ("ledger", "reference")  # phases that are neither training nor a decision
@@ -23,8 +23,8 @@ def beside_training(run: Run) -> float:
 
 def steps_bought(run: Run) -> float | None:
     """Return the training steps that the seconds beside training would have bought; None where that is not known."""
-    training = run.phase_seconds().get("training", 0.0)
-    return beside_training(run) * run.steps_done / training if training and run.steps_done else None
+    training, steps = run.phase_seconds().get("training", 0.0), run.steps_done - run.first_step
+    return beside_training(run) * steps / training if training and steps else None
 
 
 def cost_sentence(run: Run) -> str:
@@ -33,11 +33,13 @@ def cost_sentence(run: Run) -> str:
     if not spent:
         return "What it cost: the record has no times."
     deciding, bought = sum(spent.get(phase, 0.0) for phase in DECIDING), steps_bought(run)
-    told = f"What it cost: deciding took {duration(deciding)}, {percent(deciding / run.wall_seconds)} of the run's "
+    told = f"What it cost{since(run.first_step)}: deciding took {duration(deciding)}, "
+    told += f"{percent(deciding / run.wall_seconds)} of the run's "
     told += duration(run.wall_seconds)
     told += "".join(f", the {phase} {duration(spent[phase])}" for phase in _ASIDE if phase in spent)
     if bought is not None:
-        told += f"; that would have bought {bought:.0f} more training steps beside the {run.steps_done} done"
+        steps = run.steps_done - run.first_step
+        told += f"; that would have bought {bought:.0f} more training steps beside the {steps} done"
     return told + "."
 
 
@@ -53,12 +55,13 @@ def cost_section(run: Run) -> Json:
     ]
     rows.append(["all", run.wall_seconds, 1.0, "the phases add up to it"])
     columns = [("phase", "text"), ("seconds", "seconds"), ("share", "share"), ("what it is", "text")]
-    tables, notes = [table("Seconds by phase", columns, rows)], []
+    tables, notes = [table(f"Seconds by phase{since(run.first_step)}", columns, rows)], []
     if (bought := steps_bought(run)) is not None:
-        each = spent["training"] / run.steps_done
+        steps = run.steps_done - run.first_step
+        each = spent["training"] / steps
         notes.append(
             f"Deciding would have bought {bought:.1f} training steps at {each:.3g} s each, "
-            f"{percent(bought / run.steps_done)} of the {run.steps_done} that were done."
+            f"{percent(bought / steps)} of the {steps} that were done{since(run.first_step)}."
         )
     forecast = _forecast(run)
     if told := _compared(run, forecast):
@@ -66,7 +69,8 @@ def cost_section(run: Run) -> Json:
     if passes := _passes(run, forecast):
         columns = [("passes over", "text"), ("F forecast", "count"), ("B forecast", "count"), ("F", "count")]
         columns += [("B", "count"), ("how counted", "text")]
-        of = f"The forecast is of all {run.total_steps} steps, {run.steps_done} are done." if forecast else ""
+        done = f"{run.steps_done - run.first_step} are done{since(run.first_step)}"
+        of = f"The forecast is of all {run.total_steps} steps, {done}." if forecast else ""
         tables.append(table("Passes of single sequences (F forward, B backward)", columns, passes, of))
     return {"notes": notes, "tables": tables}
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.record.chart import PANELS, Chart, Panel, Series, corners, line, lines, over_steps
-from dataflex.record.digest import DECIDING, Curve, Run, domain_groups, domain_rows, running_mean
+from dataflex.record.digest import DECIDING, Curve, Run, domain_groups, domain_rows, running_mean, since
 from dataflex.record.recorded import Recorded, spaced
 from dataflex.record.text import duration, middle, number, percent, without_prefix
 
@@ -115,15 +115,22 @@ def most_served(run: Run, most: int) -> list[tuple[str, float]]:
 
 
 def seconds_at(run: Run) -> Curve:
-    """Return the seconds of training and of deciding up to each log: what a run has cost by then."""
+    """Return the seconds of training and of deciding up to each log: what a run has cost by then.
+
+    Empty where the record does not have them from the first step on.
+    """
+    if run.first_step:
+        return []
     curve: dict[int, float] = {}
-    before = offset = 0.0
-    for event in sorted([*run.stepped, *run.evaluated], key=lambda event: event["time"]):
-        spent = event.get("spent") or {}
-        now = sum(spent.get(phase, 0.0) for phase in ("train", "reference", "ledger", *DECIDING))
-        offset += before if now < before else 0.0  # another process, whose clock began anew
-        before = now
-        curve[event["step"]] = offset + now
+    before = 0.0  # of the processes that have ended, each of which has a clock of its own
+    for process in run.processes:
+        now = 0.0
+        for event in process:
+            spent = event.get("spent") or {}
+            now = sum(spent.get(phase, 0.0) for phase in ("train", "reference", "ledger", *DECIDING)) if spent else now
+            if event["event"] in ("stepped", "evaluated", "finished"):
+                curve[event["step"]] = before + now
+        before += now
     return sorted(curve.items()) if any(curve.values()) else []
 
 
@@ -326,6 +333,7 @@ def epochs_chart(runs: Sequence[Recorded]) -> Chart | None:
     level = ("cap", float(cap)) if isinstance(cap, int | float) and not isinstance(cap, bool) else None
     at = int(total[-1].argmax())
     told = f"{middle(labels_of(groups)[at], 28)} was served most often: {total[-1, at]:.2f} times over"
+    told += since(run.served_since)
     return Chart(headline=told, y="epochs", panels=lines([("", curves)]), level=level, **over_steps(run))
 
 

@@ -35,9 +35,13 @@ class Run:
     """The latest "run_started", which says what runs now; empty when the record begins with a resume."""
     started_times: list[float]
     """Unix seconds at which each process that is still part of the record began."""
+    processes: list[list[Event]]
+    """All events, in the order of the record, by the process that wrote them."""
     spent: dict[str, float]
     """Seconds by phase over all processes, by their own clocks."""
     steps_done: int
+    first_step: int
+    """Steps done where the record begins: above 0 for a run that was resumed into another folder."""
     planned: list[Event]
     stepped: list[Event]
     evaluated: list[Event]
@@ -102,6 +106,11 @@ class Run:
             for name, rows in (event.get("domain_counts") or {}).items():
                 total[name] = total.get(name, 0.0) + (rows * done / steps if steps else 0.0)
         return total
+
+    @property
+    def served_since(self) -> int:
+        """Steps done where it begins to be known which rows were served."""
+        return int(self.planned[0]["start_step"]) if self.planned else 0
 
     @property
     def wall_seconds(self) -> float:
@@ -211,8 +220,10 @@ def digest(events: Sequence[Event]) -> Run:
     return Run(
         started=kinds.get("run_started", [{}])[-1],
         started_times=[process[0]["time"] - sum((process[0].get("spent") or {}).values()) for process in processes],
+        processes=processes,
         spent=spent,
         steps_done=max(int(event["step"]) for event in events),
+        first_step=_first_step(events),
         planned=_in_force(kinds.get("planned", [])),
         stepped=kinds.get("stepped", []),
         evaluated=kinds.get("evaluated", []),
@@ -220,6 +231,16 @@ def digest(events: Sequence[Event]) -> Run:
         resumed=kinds.get("resumed", []),
         finished=kinds.get("finished", [None])[-1],
     )
+
+
+def _first_step(events: Sequence[Event]) -> int:
+    first = next((event for event in events if event["event"] != "run_started"), None)
+    return int(first["step"]) if first is not None and first["event"] == "resumed" else 0
+
+
+def since(step: int) -> str:
+    """Return " since step N", where a record tells what happened from there on; "" where that is all there was."""
+    return f" since step {step}" if step else ""
 
 
 def _in_force(planned: Sequence[Event]) -> list[Event]:

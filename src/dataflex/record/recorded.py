@@ -152,6 +152,9 @@ def recorded(run_dir: Path | str) -> Recorded:
             return None
 
     run = digest([*events, *(readable(read_ending) or [])])
+    if run.first_step:
+        told = f"{EVENTS} begins at step {run.first_step}, where the run was resumed into this folder"
+        left_out.append(f"{told}; losses and seconds of the steps before are not in it")
     return Recorded(
         title=str(folder.parent if folder.name == "dataflex" else folder),
         folder=folder,

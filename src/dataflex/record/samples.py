@@ -12,6 +12,7 @@ from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
 from dataflex.record.chart import Json, table
 from dataflex.record.chosen import FIXED, chosen_notes, row_texts
+from dataflex.record.digest import since
 from dataflex.record.order import By, floats, order
 from dataflex.record.recorded import Recorded, spaced
 from dataflex.record.text import number
@@ -49,9 +50,9 @@ def _tabs(found: pa.Table) -> Iterator[tuple[str, Rows]]:
 
     near = ordered("near-cut")
     above = floats(found, "score")[near] >= floats(found, "cut")[near]
-    never = ordered("never")
+    never, from_then = ordered("never"), since(chosen_notes(found)["since"])
     yield "Most served", ordered("most")[:_ROWS]
-    yield f"Never served ({len(never):,})", np.array(spaced(never.tolist(), _ROWS), np.int64)
+    yield f"Never served{from_then} ({len(never):,})", np.array(spaced(never.tolist(), _ROWS), np.int64)
     yield "Just above the cut", near[above][:_ROWS]
     yield "Just below the cut", near[~above][:_ROWS]
     yield "Heaviest", ordered("heaviest")[:_ROWS]
@@ -165,4 +166,4 @@ def _by_value(found: pa.Table) -> Iterator[Json]:
                 )
         columns = [("value", "text"), ("served", "count"), ("of served", "share"), ("rows", "count")]
         columns += [("of pool", "share"), ("times its share", "number"), ("never served", "share")]
-        yield table(f"By {name}", columns, rows)
+        yield table(f"By {name}{since(chosen_notes(found)['since'])}", columns, rows)

@@ -25,7 +25,7 @@ from dataflex.record.curves import (
     tokens_at,
     tokens_of,
 )
-from dataflex.record.digest import Run, domain_groups, domain_rows, higher_is_better
+from dataflex.record.digest import Run, domain_groups, domain_rows, higher_is_better, since
 from dataflex.record.recorded import Recorded
 from dataflex.record.text import duration, middle, number, percent, signed, without_prefix
 from dataflex.record.warnings import warnings
@@ -118,7 +118,8 @@ def _decided(view: Recorded) -> str:
     if not run.planned:
         return "What was decided: nothing is recorded of what was served."
     served, pool = sum(run.served.values()), sum(run.pool.values())
-    told = f"What was decided: {names} decided {len(decisions)} times, and" if names else "What was decided: no rows;"
+    told = f"What was decided{since(run.served_since)}: "
+    told += f"{names} decided {len(decisions)} times, and" if names else "no rows;"
     told += f" {served:,.0f} sequences"
     told += f" were served out of {pool:,} rows" if pool else " were served"
     domains = domain_rows(run, 10**9) if served and pool else []
@@ -208,7 +209,8 @@ def _losses(runs: Sequence[Recorded]) -> Json:
     for view in runs if len(runs) > 1 else ():
         for what, known in (("tokens", tokens_at(view.run)), ("seconds", seconds_at(view.run))):
             if not known:
-                notes.append(f"{view.title} has no {what} in its record, so that it is not compared at equal {what}.")
+                told = f"has no {what} of all its steps in its record"
+                notes.append(f"{view.title} {told}, so that it is not compared at equal {what}.")
     tables = [table("Losses and metrics", columns, rows)] if rows else []
     return {"tables": [*tables, *_domain_losses(runs)], "notes": notes}
 
@@ -244,7 +246,8 @@ def _domains(view: Recorded) -> Json:
     columns = [("domain", "text"), ("rows served", "count"), ("of rows", "share"), ("tokens", "count")]
     columns += [("of tokens", "share"), ("pool rows", "count"), ("of pool", "share"), ("times its share", "number")]
     columns += [("epochs", "number")]
-    tables = [table("Domains: what was served of what there is", columns, rows)]
+    note = f"Rows are those served{told}, tokens those of the whole run." if (told := since(run.served_since)) else ""
+    tables = [table("Domains: what was served of what there is", columns, rows, note)]
     if view.found is not None:
         last = view.found.details["last"]
         found = sorted(view.found.by_name.items(), key=lambda item: -item[1])

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dataflex.plan.proportions import ProportionsFile
-from dataflex.record.digest import Curve, Event, Run, domain_rows, higher_is_better
+from dataflex.record.digest import Curve, Event, Run, domain_rows, higher_is_better, since
 from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, signed, table, width
 
 _SETTINGS = (
@@ -118,7 +118,7 @@ def _time(run: Run) -> list[str]:
     for name, seconds in phases.items():
         share = seconds / sum(phases.values())
         rows.append([cut(name, 30), duration(seconds), percent(share), "#" * round(_BAR * share)])
-    return [f"Time: {duration(run.wall_seconds)}", *table(rows, "<>><")] if rows else []
+    return [f"Time{since(run.first_step)}: {duration(run.wall_seconds)}", *table(rows, "<>><")] if rows else []
 
 
 def _intervals(run: Run) -> list[str]:
@@ -165,7 +165,7 @@ def _composition(run: Run) -> list[str]:
         times = f"{share / fair:.2f} x" if fair else "-"
         epochs = f"{count / size:.2f}" if size else "-"
         rows.append([cut(name, 28), f"{round(count):,}", percent(share), f"{size:,}", percent(fair), times, epochs])
-    return ["Composition of the served rows", *table(rows, "<>>>>>>")]
+    return [f"Composition of the served rows{since(run.served_since)}", *table(rows, "<>>>>>>")]
 
 
 def _domain_losses(run: Run) -> list[str]:
@@ -265,4 +265,4 @@ def _weighed(weighed: Mapping[str, Any] | None) -> list[str]:
 def _left_out(problems: Sequence[str]) -> list[str]:
     more = [f"  ... {len(problems) - _PROBLEMS:,} more"] if len(problems) > _PROBLEMS else []
     told = [f"  {cut(problem, WIDTH - 2)}" for problem in problems[:_PROBLEMS]]
-    return ["Left out, since it cannot be read", *told, *more] if problems else []
+    return ["Left out, since it is missing or cannot be read", *told, *more] if problems else []
