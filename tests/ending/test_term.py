@@ -15,6 +15,7 @@ import pytest
 
 from dataflex.checkpoints import broken_reason, find_resumable
 from dataflex.ending import TERMINATED, Terminated, TermWish, ends_on_term, heed_parent_only, run_child
+from dataflex.record.read import read_ending
 from tests.ending.conftest import dataflex, environment, start, wait_for
 
 
@@ -168,6 +169,7 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on_bit_for_bit(run, term_a
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-5"]
     assert broken_reason(folder / "checkpoint-5") is None
     assert not (folder / "trainer_state.json").exists()
+    assert [event["step"] for event in read_ending(folder)] == [5]
     resumed = run("stopped", **settings, dynamic=block, resume_from_checkpoint=True)
     assert resumed.series() == straight.series()
     assert resumed.series("grad_norm") == straight.series("grad_norm")

@@ -31,7 +31,7 @@ from transformers import (
 import dataflex
 from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from dataflex.huggingface.loop import loop_of
-from dataflex.record.read import load_plan, read_events
+from dataflex.record.read import load_plan, read_ending, read_events
 from dataflex.signals.losses import row_sums
 from tests.conftest import sentence
 
@@ -192,6 +192,7 @@ def test_a_recorded_run_is_the_stock_run(kind, tmp_path, name):
     ours.train()
     assert losses(ours) == losses(stock)
     assert [event["event"] for event in read_events(tmp_path / "ours" / "dataflex")][-1] == "finished"
+    assert [event["event"] for event in read_ending(tmp_path / "ours")] == ["ended"]
 
 
 BLOCKS = {

@@ -124,15 +124,19 @@ def test_a_run_that_goes_on_has_the_time_of_all_its_processes(tmp_path, seconds)
     with clock.phase("save"):
         seconds[0] += 3.0
     recorder.ended()
-    assert read_events(tmp_path)[-1]["event"] == "finished"
+    assert [event["event"] for event in (*read_events(tmp_path)[-1:], *read_ending(tmp_path))] == ["finished", "ended"]
+    with clock.phase("evaluate"):  # by a loop of one's own
+        seconds[0] += 1.0
+    recorder.evaluated(4, {"eval_loss": 1.0})
+    assert read_ending(tmp_path)[0]["spent"]["evaluate"] == 1.0
     first = {"training": 2.0, "checkpoint": 0.25, "startup": 2.0}
     run = digest([*read_events(tmp_path), *read_ending(tmp_path)])
-    both = {**first, "training": 4.0, "startup": 4.0, "save": 3.0}
+    both = {**first, "training": 4.0, "startup": 4.0, "save": 3.0, "evaluation": 1.0}
     assert run.phase_seconds() == pytest.approx(both)
     assert run.wall_seconds == pytest.approx(sum(both.values()))
     assert run.started_times == pytest.approx([1.7e9 + 5000.0, 1.7e9 + 5000.0 + 2.0 + 4.25 + 50.0])
     text = report([tmp_path])
-    assert "Time: 11.2 s" in text
+    assert "Time: 12.2 s" in text
     assert re.search(r"save +3\.0 s", text)
 
     # A third process makes the run longer: what came after the end of the second is kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -210,8 +212,34 @@ def test_watching_ends_with_an_interrupt_or_at_once_where_there_is_no_run(tmp_pa
 
     monkeypatch.setattr(report_module.time, "sleep", interrupt)
     assert "still running, or stopped, at step 130" in report([tmp_path], watched=True)
+    monkeypatch.setattr(report_module.time, "sleep", None)
     with pytest.raises(DataError, match="is not a folder"):
         report([tmp_path / "none"], watched=True)
+
+
+@pytest.mark.parametrize("how", ["killed", "finished", "goes on"])
+def test_watching_ends_with_a_run_that_does_not_tell_its_end(tmp_path, monkeypatch, how):
+    """That of a process that is gone at once, and that of a finished one after a minute without anything new."""
+    simulate(tmp_path / "dataflex", **MIXTURE, **({} if how == "finished" else {"stop_step": 130}))
+    path, slept = tmp_path / "dataflex" / "events.jsonl", []
+    if how == "killed":
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        content = path.read_text()
+        assert content.count(f'"pid": {os.getpid()}}}') == 1
+        path.write_text(content.replace(f'"pid": {os.getpid()}}}', f'"pid": {gone.pid}}}'))
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        slept.append(seconds)
+        if now[0] > 600:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report_module, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    monkeypatch.setattr("dataflex.record.plots.draw", lambda charts: {})
+    report([tmp_path], watched=True)
+    assert len(slept) == {"killed": 0, "finished": 6, "goes on": 61}[how]
 
 
 def test_drawing_opens_no_pyplot_and_reading_needs_neither_torch_nor_matplotlib(tmp_path):

@@ -188,7 +188,10 @@ class _Door(Trainer):
             CheckpointError: The named checkpoint is not complete, or there is none.
         """
         found = self._dataflex_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(found, *args, **kwargs)
+        try:
+            return super().train(found, *args, **kwargs)
+        finally:
+            self.dataflex_setup.recorder.ended()
 
     def _dataflex_checkpoint(self, asked: str | bool) -> str:
         """Return the checkpoint that is asked for, the same on every rank (collective)."""

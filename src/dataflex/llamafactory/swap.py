@@ -133,9 +133,11 @@ def swapped(
 
     ours = type(f"Dynamic{name}", (mixin, getattr(home, name)), {"dataflex_setup": setup})
     changes = ((workflow, "get_dataset", load_data), (workflow, "load_model", load_timed), (home, name, ours))
-    with replaced(*changes):
-        yield setup
-    setup.recorder.ended()
+    try:
+        with replaced(*changes):
+            yield setup
+    finally:
+        setup.recorder.ended()
 
 
 def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_delta: float, clock: PhaseClock) -> None:

@@ -273,6 +273,8 @@ def run(parts: Split, clock: PhaseClock) -> None:
     setup = Setup(config=config, resolved=resolved, stage=stage, clock=clock)
     given = {"dataflex_setup": setup, "held_out": args.get("eval_dataset")}
     ours = type(f"Dynamic{name}", (DynamicTrainer, getattr(module, name)), given)
-    with replaced((module, name, ours), (base_trainer, "TrainingCheckpointCoordinator", Checkpoints)):
-        getattr(module, start)(args)
-    setup.recorder.ended()
+    try:
+        with replaced((module, name, ours), (base_trainer, "TrainingCheckpointCoordinator", Checkpoints)):
+            getattr(module, start)(args)
+    finally:
+        setup.recorder.ended()

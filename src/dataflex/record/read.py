@@ -89,6 +89,7 @@ _OPTIONAL: dict[str, dict[str, Check]] = {
         "versions": _with(),
         "forecast": _each(_with(forward=_real, backward=_real)),
         "world": _count,
+        "process": _with(host=_text, pid=_count),
         "global_batch": _count,
     },
     "planned": {

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -145,6 +147,7 @@ class RunRecorder:
         self._num_thinned = kept_rows
         self._refreshed = (-np.inf, 0.0)  # when the table of chosen rows was written, and the seconds it took
         self._stale = True  # whether something was recorded since
+        self._ended = False
 
     def run_started(self, *, config: Mapping[str, Any], **fields: Any) -> None:
         """Record what is about to run; a resumed run may say it again.
@@ -152,7 +155,8 @@ class RunRecorder:
         ``config`` is the resolved configuration, which is written without secrets; ``fields`` are ``schedule``,
         ``row_space``, ``versions``, ``world``, ``global_batch`` and ``run``.
         """
-        self._write("run_started", self._step, {"config": redacted(config), **fields})
+        process = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._write("run_started", self._step, {"config": redacted(config), **fields, "process": process})
 
     def planned(
         self,
@@ -311,9 +315,12 @@ class RunRecorder:
     def ended(self) -> None:
         """Store the seconds of the whole process beside the events, once nothing of the run is left to do.
 
-        Evaluations and the final model come after ``finished``. A resumed run puts this event among the others.
+        Evaluations and the final model come after ``finished``; a run that fails or is stopped has this event alone. A
+        resumed run puts it among the others.
         """
-        self._store(ENDING, self._event("ended", self._step, {}))
+        self._ended = True
+        with suppress(DataError):  # what ended the run is told first
+            self._store(ENDING, self._event("ended", self._step, {}))
 
     def _event(self, event: str, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
         nonfinite: list[str] = []
@@ -331,6 +338,8 @@ class RunRecorder:
         # Opened for each line: no handle is left behind by a run that fails, at some 20 microseconds a log.
         with refusals(path, DataError, key="output_dir"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._ended:  # an evaluation afterwards, say
+            self.ended()
 
 
 class NullRecorder(RunRecorder):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dataflex.console import tell
 from dataflex.errors import ConfigError, DataError, UnsupportedError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 PAGE, DATA, TEXT = "report.html", "report.json", "summary.txt"
 _EVERY = 10.0
 """Seconds between two looks at a run that goes on; longer where a page takes more than a tenth of that."""
+_QUIET = 60.0
+"""Seconds after which a run that has finished training, and does not tell its end, is over."""
 
 
 def require_drawing() -> None:
@@ -125,12 +129,13 @@ def _page(
 
 
 def _watch(run_dirs: Sequence[Path | str], out: Path | None, server: Served | None = None) -> None:
-    """Write the page anew whenever the first run has recorded something, until it has ended or Ctrl-C is pressed.
+    """Write the page anew whenever the first run has recorded something, until it is over or Ctrl-C is pressed.
 
     With a ``server`` only Ctrl-C ends it. What cannot be read at a moment, such as the record of a run that begins
     anew, is told and tried again.
     """
-    first, every, seen = Path(run_dirs[0]), _EVERY, list[tuple[int, int]]()
+    first, every = Path(run_dirs[0]), _EVERY
+    seen: list[tuple[int, int]] | None = None
     files = [folder / name for folder in (first / "dataflex", first) for name in (EVENTS, ENDING)]
     try:
         while True:
@@ -146,8 +151,9 @@ def _watch(run_dirs: Sequence[Path | str], out: Path | None, server: Served | No
                     if server is not None:
                         server.page = content
                     tell(f"step {view.run.steps_done}: {place if server is None else server.address}")
-                    if (view.folder / ENDING).is_file() and server is None:
-                        return
+                    changed = began
+                if server is None and _is_over(view, began - changed):
+                    return
             except (DataError, OSError) as error:
                 if not seen:
                     raise
@@ -156,6 +162,25 @@ def _watch(run_dirs: Sequence[Path | str], out: Path | None, server: Served | No
             time.sleep(every)
     except KeyboardInterrupt:
         tell("the page is not renewed any more")
+
+
+def _is_over(view: Recorded, quiet_seconds: float) -> bool:
+    """Whether nothing more will come of a run: its process ended or is gone, or it is finished and has been quiet."""
+    finished = view.run.finished is not None and quiet_seconds >= _QUIET
+    return finished or (view.folder / ENDING).is_file() or _is_gone(view.run.started.get("process") or {})
+
+
+def _is_gone(process: Mapping[str, Any]) -> bool:
+    """Whether a process is not there any more; False for one of another machine, of which that is not known."""
+    if process.get("pid") is None or process.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # of another user
+        return False
+    return False
 
 
 def _titled(runs: Sequence[Recorded]) -> list[Recorded]:
