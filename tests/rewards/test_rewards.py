@@ -15,8 +15,8 @@ from dataflex.rewards.base import Candidate, graded
 from dataflex.rewards.build import build_reward, command_reward, exact_match, f1, function_reward, metric, normalized
 
 
-def candidates(*answers, reference="the answer is 4"):
-    return [Candidate(prompt="2 + 2?", answer=answer, reference=reference) for answer in answers]
+def candidates(*answers, reference="the answer is 4", prompt="2 + 2?"):
+    return [Candidate(prompt=prompt, answer=answer, reference=reference) for answer in answers]
 
 
 # ---------------------------------------------------------------- grades
@@ -130,13 +130,28 @@ def test_a_bad_line_costs_only_its_answer(tmp_path):
         tmp_path,
         """
         for line in sys.stdin:
-            replies = {"nan": "NaN", "words": "very good", "true": "true", "none": "{}"}
+            replies = {"nan": "NaN", "words": "very good", "true": "true", "none": "{}", "null": '{"reward": null}'}
             print(replies.get(json.loads(line)["answer"], "1"))
         """,
     )
-    found = reward(candidates("a", "nan", "words", "true", "none", "b"))
-    assert np.isnan(found.values).tolist() == [False, True, True, True, True, False]
-    assert "very good" in found.problems[1]
+    found = reward(candidates("a", "nan", "words", "true", "b", "none", "null", "b"))
+    assert np.isnan(found.values).tolist() == [False, True, True, True, False, True, True, False]
+    assert "wrote 'very good'; it must write one line for each answer" in found.problems[1]
+    assert found.problems[-1] == "the reward is None, not a number"
+
+
+def test_a_line_too_many_shifts_no_reward(tmp_path):
+    """Two kinds: a line that is no reward, and one that looks like a reward and leaves another over."""
+    echo = "for line in sys.stdin: print(json.loads(line)['answer'])"
+    found = command(tmp_path, f"print('loading')\n{echo}")(candidates(*"123456"))
+    assert np.isnan(found.values).all()
+    assert "the command wrote 'loading'; " in found.why()
+    found = command(tmp_path, f"print(7)\n{echo}")(candidates(*"123"))
+    assert np.isnan(found.values).all()
+    assert "the command wrote '3'; " in found.why()
+    stray = "for line in sys.stdin: print('odd' if '2' in line else '', json.loads(line)['answer'], sep='\\n')"
+    found = command(tmp_path, stray)(candidates("1", "2", "3", prompt="p"))
+    np.testing.assert_array_equal(found.values, [1.0, np.nan, 3.0])
 
 
 def test_a_signal_to_our_group_is_not_for_the_command(tmp_path):
@@ -164,10 +179,19 @@ def test_a_command_that_falls_over_or_falls_silent_goes_on_with_the_rest(tmp_pat
     )
 
 
+def test_a_prompt_whose_answers_all_fail_costs_no_other_prompts(tmp_path):
+    asks = [*candidates("a"), *candidates(*["bad"] * 20, prompt="poison"), *candidates("b", "bad", "c", prompt="other")]
+    found = command(tmp_path, FALLS)(asks)
+    assert np.flatnonzero(~np.isnan(found.values)).tolist() == [0, 21, 23]
+    assert len(found.problems) == 21
+
+
 def test_a_command_that_never_works_is_given_up(tmp_path):
-    found = command(tmp_path, "sys.exit(3)")(candidates(*["x"] * 50))
+    body = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\nsys.exit(3)"
+    found = command(tmp_path, body)([one for i in range(5) for one in candidates(*["x"] * 10, prompt=str(i))])
     assert np.isnan(found.values).all()
     assert set(found.problems) == {"the command ended with code 3"}
+    assert len((tmp_path / "starts").read_text()) == 7  # three at each of two prompts, one at the third
     program = tmp_path / "gone"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)

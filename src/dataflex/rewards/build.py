@@ -181,9 +181,10 @@ def command_reward(command: str, timeout_seconds: float) -> Reward:
     """Return the reward that starts ``command`` once for all answers, without a shell.
 
     Each answer is a line ``{"prompt": ..., "answer": ..., "reference": ...}`` of its input; each line of its output,
-    in the same order, is a number or ``{"reward": number}``. When the command ends early, or writes no line for
-    ``timeout_seconds``, the answer it was at counts as failed and it is started again for the rest, until three
-    starts in a row have given no reward.
+    in the same order, is a number or ``{"reward": number}``. When the command ends early, writes anything else, or
+    no line for ``timeout_seconds``, the answer it was at counts as failed and it is started again for the rest. After
+    three starts in a row without a reward the other answers to that prompt count as failed too, and after such starts
+    at three prompts all. Lines left over leave no answer of their start with a reward: nobody knows whose is whose.
 
     Raises:
         ConfigError: The command cannot be parsed, or there is no such program.
@@ -201,13 +202,21 @@ def command_reward(command: str, timeout_seconds: float) -> Reward:
 
     def grade(candidates: Sequence[Candidate]) -> Grades:
         found: list[object] = []
-        fruitless = 0
+        fruitless: Counter[str] = Counter()  # starts in a row by prompt, since answers to one may all fail alike
         while len(found) < len(candidates):
             rewards, problem = _run(words, timeout_seconds, candidates[len(found) :])
             found += rewards
-            fruitless = 0 if rewards else fruitless + 1
-            missing = len(candidates) - len(found)
-            found += [problem] * (missing if fruitless == _MOST_FRUITLESS else min(missing, 1))
+            left = [one.prompt for one in candidates[len(found) :]]
+            if rewards or not left:
+                fruitless.clear()
+            else:
+                fruitless[left[0]] += 1
+            failed = min(len(left), 1)
+            if len(fruitless) == _MOST_FRUITLESS:
+                failed = len(left)
+            elif failed and fruitless[left[0]] == _MOST_FRUITLESS:
+                failed = next((n for n, prompt in enumerate(left) if prompt != left[0]), len(left))
+            found += [problem] * failed
         return graded(found)
 
     return grade
@@ -216,7 +225,7 @@ def command_reward(command: str, timeout_seconds: float) -> Reward:
 def _run(words: list[str], timeout_seconds: float, candidates: Sequence[Candidate]) -> tuple[list[object], str]:
     """Start the command; return the rewards of the first candidates, and why there are no more."""
     rewards: list[object] = []
-    silent = False
+    silent, stray = False, ""
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as errors:
         asked.writelines(json.dumps(asdict(one)).encode() + b"\n" for one in candidates)
         asked.seek(0)
@@ -238,14 +247,23 @@ def _run(words: list[str], timeout_seconds: float, candidates: Sequence[Candidat
         reader.start()
         try:
             while len(rewards) < len(candidates) and (line := lines.get(timeout=timeout_seconds)) is not None:
-                rewards.append(_read_reward(line))
+                reward = _read_reward(line)
+                if reward is None:
+                    stray = line
+                    break
+                rewards.append(reward)
         except queue.Empty:
             silent = True
         finally:
-            _end(process, at_once=silent)
+            _end(process, at_once=silent or bool(stray))
             reader.join(timeout=1.0)
             if not reader.is_alive():  # a child of the command may still hold the other end
                 process.stdout.close()
+        over = lines.get() if len(rewards) == len(candidates) and not lines.empty() else None
+        if over is not None:
+            return [_stray(over)] * len(rewards), ""
+        if stray:
+            return rewards, _stray(stray)
         if silent:
             return rewards, f"no line from the command within {timeout_seconds:g} s"
         errors.seek(max(errors.seek(0, 2) - _MOST_STDERR, 0))
@@ -270,12 +288,20 @@ def _read(stream: Iterable[str], lines: queue.SimpleQueue[str | None]) -> None:
 
 
 def _read_reward(line: str) -> object:
+    """Return the reward that a line holds, whatever is written as such; None for another line."""
     try:
         found = json.loads(line)
     except ValueError:
-        found = None
-    if isinstance(found, dict):
-        found = found.get("reward")
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        return f"the command wrote {line.strip()[:80]!r}, not a number or {{'reward': number}}"
-    return found
+        return None
+    keyed = isinstance(found, dict) and "reward" in found
+    value = found["reward"] if keyed else found
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    return f"the reward is {value!r}, not a number" if keyed else None
+
+
+def _stray(line: str) -> str:
+    return (
+        f"the command wrote {line.strip()[:80]!r}; it must write one line for each answer, a number or "
+        "{'reward': number}, and all else to stderr"
+    )

@@ -35,6 +35,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _MOST_IN_A_ROW = 3
 _WAIT_SECONDS, _MOST_WAIT_SECONDS = 1.0, 60.0
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_OF_ALL = frozenset({401, 403, 404})
 _SHOWN = 300
 _INSTRUCTION = (
     "Grade the answer to the task below against the reference. Reply with one number from 0 (wrong or useless) to "
@@ -80,7 +81,11 @@ class JudgeError(DataFlexError):
     """The server could not be reached, refused a request, or answered without a text."""
 
 
-class _Busy(JudgeError):
+class _Gone(JudgeError):
+    """What a request failed of is not the request: the server is away or busy, or refuses the key or the model."""
+
+
+class _Busy(_Gone):
     """A request failed that may be answered later; ``wait`` has the seconds that the server asked for, or None."""
 
     def __init__(self, told: str, wait: float | None = None) -> None:
@@ -100,30 +105,13 @@ class Judge:
     def __call__(self, candidates: Sequence[Candidate]) -> Grades:
         """Return one reward per candidate: the first number of the reply, divided by the highest grade.
 
-        All are asked at once. If a request fails for good, they are asked one by one, so that only those that
-        fail have no grade; after three failures in a row no further one is asked.
+        A request that fails for good costs its own answer only, unless the server is gone (``complete``).
 
         Raises:
             ConfigError: The environment variable of the key is not set.
         """
-        requests = [self._config.ask(one) for one in candidates]
-        try:
-            return graded([self._grade(reply) for reply in self.complete(requests)])
-        except JudgeError:
-            pass  # told below, for the requests that it belongs to
-        found: list[object] = []
-        in_a_row = 0
-        for request in requests:
-            if in_a_row == _MOST_IN_A_ROW:
-                found.append(found[-1])
-                continue
-            try:
-                found.append(self._grade(self.complete([request])[0]))
-                in_a_row = 0
-            except JudgeError as error:
-                found.append(str(error))
-                in_a_row += 1
-        return graded(found)
+        replies = self.complete([self._config.ask(one) for one in candidates], [one.prompt for one in candidates])
+        return graded([self._grade(one) if isinstance(one, str) else str(one) for one in replies])
 
     def _grade(self, reply: str) -> object:
         found = _NUMBER.search(reply)
@@ -148,26 +136,42 @@ class Judge:
             raise ConfigError(f"{where}: {name!r} holds characters that cannot be in a key")
         return key
 
-    def complete(self, requests: Sequence[str]) -> list[str]:
-        """Return the reply to each request, in their order.
+    def complete(self, requests: Sequence[str], prompts: Sequence[str] | None = None) -> list[str | JudgeError]:
+        """Return the reply to each request, in their order, or why there is none.
+
+        When requests about three ``prompts`` (one for each request; None: the requests) have failed in a row since the
+        server is gone, those not yet answered are cancelled and have the last reason too. Answers to one prompt may
+        share what makes a server fail.
 
         Raises:
             ConfigError: The environment variable of the key is not set.
-            JudgeError: A request failed for good; those not yet sent are cancelled.
         """
         started, stop = time.perf_counter(), threading.Event()
+        found: list[str | JudgeError | None] = [None] * len(requests)
+        away: set[str] = set()
+        last = JudgeError("cancelled")
         with ThreadPoolExecutor(max_workers=self._config.concurrency, thread_name_prefix="judge") as pool:
-            pending = [pool.submit(self._ask, i, request, stop) for i, request in enumerate(requests)]
+            pending = {pool.submit(self._ask, i, request, stop): i for i, request in enumerate(requests)}
             try:
                 for future in as_completed(pending):
-                    future.result()
+                    i = pending[future]
+                    try:
+                        found[i] = future.result()
+                    except JudgeError as error:
+                        found[i] = last = error
+                    if not isinstance(found[i], _Gone):
+                        away.clear()
+                        continue
+                    away.add((prompts or requests)[i])
+                    if len(away) == _MOST_IN_A_ROW:
+                        break
             finally:
                 stop.set()
                 for future in pending:
                     future.cancel()
         used = ", ".join(f"{count:,} {what}" for what, count in self._used.items())
         logger.info("judge %s: %s in all; %.1f s", self._config.url, used, time.perf_counter() - started)
-        return [future.result() for future in pending]
+        return [last if one is None else one for one in found]
 
     def _ask(self, index: int, request: str, stop: threading.Event) -> str:
         """Send one request until it is answered, its retries are used up, or the others are cancelled."""
@@ -191,10 +195,10 @@ class Judge:
                 return self._text(self._send(body))
             except _Busy as busy:
                 if attempt == config.max_retries:
-                    raise JudgeError(str(busy) + (f" (after {attempt + 1} tries)" if attempt else "")) from busy
+                    raise _Gone(str(busy) + (f" (after {attempt + 1} tries)" if attempt else "")) from busy
                 if (busy.wait or 0.0) > _MOST_WAIT_SECONDS:
                     asked = f"the server asks to wait {busy.wait:.0f} s, longer than {_MOST_WAIT_SECONDS:g} s"
-                    raise JudgeError(f"{busy}; {asked}") from busy
+                    raise _Gone(f"{busy}; {asked}") from busy
                 wait = min(_WAIT_SECONDS * 2.0**attempt * jitter.uniform(0.5, 1.5), _MOST_WAIT_SECONDS)
                 wait = max(wait, busy.wait or 0.0)
                 logger.info("judge: %s; trying again in %.1f s", busy, wait)
@@ -220,7 +224,8 @@ class Judge:
         """Return the JSON value that the server answers.
 
         Raises:
-            JudgeError: There is none; ``_Busy`` where trying again may help. The key is not in the message.
+            JudgeError: There is none; ``_Gone`` where that is so of every request, ``_Busy`` where trying again may
+                help. The key is not in the message.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -234,14 +239,14 @@ class Judge:
                 refused = self._refusal(error)
             if error.code in _AGAIN:
                 raise _Busy(refused, _retry_after(error.headers.get("Retry-After"))) from None
-            raise JudgeError(refused) from None
+            raise (_Gone if error.code in _OF_ALL else JudgeError)(refused) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             named = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
             slow = isinstance(reason, TimeoutError)
             hopeless = isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL))
             failed = self._told(f"no answer within {timeout:g} s" if slow else f"cannot be reached: {named}")
-            raise (JudgeError(failed) if hopeless else _Busy(failed)) from None
+            raise (_Gone(failed) if hopeless else _Busy(failed)) from None
         try:
             return json.loads(content)
         except ValueError:
