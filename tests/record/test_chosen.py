@@ -145,6 +145,19 @@ def test_a_row_tells_where_it_is_from_when_it_was_served_and_why(tmp_path):
     assert {key: notes["decisions"][1][key] for key in wanted} == wanted
 
 
+def test_the_nearest_target_is_one_of_the_targets_at_that_time(tmp_path):
+    recorder = begun(tmp_path / "run" / "dataflex", space(tmp_path))
+    record(recorder)
+    recorder = RunRecorder(tmp_path / "run" / "dataflex", 4, plan_in_progress=1)
+    recorder.run_started(
+        config={"dynamic": {"selector": {"name": "near", "targets": ["v", "t"]}}}, row_space={"fingerprint": "f" * 16}
+    )
+    nearest = np.array([0, 1, -1, 2]), np.arange(4)
+    plan(recorder, 2, (4, 6), [1], scores=SCORES[:4], pool=np.arange(4), kept=np.array([1]), nearest=nearest)
+    table = chosen_table(tmp_path / "run")
+    assert column(table, "nearest_target") == ["v", "t", None, None] + ["t", "u"] * 4
+
+
 def test_rows_of_a_run_that_was_resumed_into_another_folder_are_those_since_then(tmp_path):
     recorder = begun(tmp_path / "run" / "dataflex", space(tmp_path))
     recorder.resumed(2, "elsewhere/checkpoint-2")

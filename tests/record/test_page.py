@@ -276,6 +276,22 @@ def test_a_resumed_run_has_cost_what_all_of_its_processes_took(tmp_path):
     assert seconds_at(run)[-1][1] == run.spent["train"] + run.spent["decide"]
 
 
+def test_caps_of_single_domains_are_drawn_and_warned_of(tmp_path):
+    config = {"dynamic": {"max_epochs": {"a": 2, "b": 0.5, "c": 4}}}
+    start = line("run_started", config=config, row_space={"domains": {"a": 5, "b": 20, "c": 5, "d": 1}})
+    folder = lines_of(tmp_path, start, plan(0, {"a": 10, "b": 10, "c": 2, "d": 5}), line("stepped", step=10, loss=1.0))
+    _, told = page_of(folder)
+    assert [each for each in told["sections"][6]["notes"] if "epochs" in each or "times over" in each] == [
+        "b reached the cap of 0.5 epochs.",
+        "a reached the cap of 2 epochs.",
+        "d: served more than 4 times over, d 5.0 times; repeats teach less each time.",
+    ]
+    chart = next(each for each in told["sections"][1]["charts"] if each["key"] == "epochs")
+    caps = {each["name"]: (each["y"], each["colour"]) for each in chart["panels"][0]["series"] if "cap" in each["name"]}
+    assert caps == {"a, cap": ([2.0, 2.0], 0), "b, cap": ([0.5, 0.5], 1), "c, cap": ([4.0, 4.0], 2)}
+    assert chart["level"] is None
+
+
 def test_a_record_that_begins_at_a_resume_says_so_and_claims_nothing_of_before(tmp_path):
     start = line("run_started", step=0, config={}, row_space={"domains": {"a": 60, "b": 60}})
     lines = [line("resumed", step=20, checkpoint="elsewhere/checkpoint-20"), plan(2, {"a": 10}, step=20)]

@@ -302,13 +302,17 @@ def chosen_table(run_dir: Path | str, read: tuple[Sequence[Event], Sequence[str]
     run = digest(events)
     if run.served_since:
         notes.append(f"rows that were served before are not known: plans are recorded{since(run.served_since)}")
-    steps = {
-        event["interval"]: event["stop_step"] - event["start_step"] for event in events if event["event"] == "planned"
-    }
+    steps, targets, config = dict[int, int](), dict[int, list[str]](), dict[str, Any]()
+    for event in events:
+        if event["event"] == "run_started":
+            config = event.get("config") or {}
+        elif event["event"] == "planned":
+            steps[event["interval"]] = event["stop_step"] - event["start_step"]
+            targets[event["interval"]] = _targets(config)
     plans = Plans(folder, events, run.planned)
     known, told = _known(folder, plans.fingerprint)
     size = known.num_rows
-    served, decided = _Served(size), _Decided(size, _targets(run.config))
+    served, decided = _Served(size), _Decided(size)
     stock = not run.planned
     for event in run.planned:
         try:
@@ -319,7 +323,7 @@ def chosen_table(run_dir: Path | str, read: tuple[Sequence[Event], Sequence[str]
         first, stop = event["start_step"], min(event["stop_step"], run.steps_done)
         served.add(plan.rows, first, stop, steps[event["interval"]])
         if plan.kept is not None or plan.scores is not None:
-            decided.add(plan, event)
+            decided.add(plan, event, targets[event["interval"]])
     columns: dict[str, Any] = {"row": pa.array(np.arange(size, dtype=np.int64))}
     columns |= {name: known.column(name) for name in _KNOWN}
     columns |= served.columns(known=not stock or not run.steps_done)
@@ -566,8 +570,9 @@ class _Served:
 class _Decided:
     """What the selector made of each row: in the latest decision that had it in its pool, and in each decision."""
 
-    def __init__(self, size: int, targets: Sequence[str]) -> None:
-        self._size, self._targets = size, targets
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._targets: dict[str, int] = {}  # numbers of all targets, which a resumed run may change
         self.told: list[dict[str, Any]] = []
         """Each decision: interval, steps, rows in the pool, scored and kept, cut, and which side of it was kept."""
         self._decision = np.full(size, -1, dtype=np.int64)
@@ -581,8 +586,8 @@ class _Decided:
         self._most = int(np.clip(_CELLS // max(size, 1), 4, _DECISIONS))
         self._own: dict[int, tuple[int, NDArray[np.float32], NDArray[np.int32]]] = {}
 
-    def add(self, plan: StoredPlan, event: Mapping[str, Any]) -> None:
-        """Add a decision."""
+    def add(self, plan: StoredPlan, event: Mapping[str, Any], targets: Sequence[str]) -> None:
+        """Add a decision; ``targets`` are the selector's at that time."""
         size = self._size
         pool = np.arange(size) if plan.pool is None else plan.pool
         kept = np.unique(plan.rows[plan.rows >= 0]) if plan.kept is None else plan.kept
@@ -628,7 +633,9 @@ class _Decided:
                     self._every *= 2
                     self._own = {key: one for key, one in self._own.items() if one[0] % self._every == 0}
         if plan.target is not None and plan.target_row is not None:
-            self._target[pool] = np.where(plan.target < len(self._targets), plan.target, -1)
+            numbers = np.array([*(self._targets.setdefault(name, len(self._targets)) for name in targets), -1])
+            inside = (plan.target >= 0) & (plan.target < len(targets))
+            self._target[pool] = numbers[np.where(inside, plan.target, -1).astype(np.int64)]
             self._target_row[pool] = plan.target_row
         self.told.append(told)
 
@@ -648,7 +655,7 @@ class _Decided:
             "score": _real(self._score),
             "rank": _whole(self._rank),
             "cut": _real(self._cut),
-            "nearest_target": _named(self._targets, self._target),
+            "nearest_target": _named(list(self._targets), self._target),
             "nearest_row": _whole(self._target_row),
             "times_chosen": pa.array(self._times_chosen),
             "times_scored": pa.array(self._times_scored),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -329,12 +330,19 @@ def epochs_chart(runs: Sequence[Recorded]) -> Chart | None:
     curves = {
         name: [(starts[0], 0.0), *zip(stops, total[:, at].tolist(), strict=True)] for at, (name, _) in enumerate(groups)
     }
-    cap = run.dynamic.get("max_epochs")
-    level = ("cap", float(cap)) if isinstance(cap, int | float) and not isinstance(cap, bool) else None
+    labels, caps, panels = labels_of(groups), run.caps, lines([("", curves)])
+    one = len(set(caps.values())) == 1 and len(caps) >= len(run.pool)
+    for at, (domain, _) in enumerate(groups) if not one else ():
+        if domain in caps:
+            own, colour = (at, 0) if len(panels) > 1 else (0, at)
+            ends, name = [starts[0], stops[-1]], f"{labels[at]}, cap"
+            cap = Series(name=name, x=ends, y=[caps[domain]] * 2, look="dashed", colour=colour)
+            panels[own] = replace(panels[own], series=[*panels[own].series, cap])
+    level = ("cap", next(iter(caps.values()))) if one else None
     at = int(total[-1].argmax())
-    told = f"{middle(labels_of(groups)[at], 28)} was served most often: {total[-1, at]:.2f} times over"
+    told = f"{middle(labels[at], 28)} was served most often: {total[-1, at]:.2f} times over"
     told += since(run.served_since)
-    return Chart(headline=told, y="epochs", panels=lines([("", curves)]), level=level, **over_steps(run))
+    return Chart(headline=told, y="epochs", panels=panels, level=level, **over_steps(run))
 
 
 def composition_chart(runs: Sequence[Recorded]) -> Chart | None:

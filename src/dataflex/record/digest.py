@@ -73,6 +73,13 @@ class Run:
         }
 
     @property
+    def caps(self) -> dict[str, float]:
+        """Most epochs of each domain that has a cap."""
+        written = self.dynamic.get("max_epochs")
+        caps: Mapping[str, Any] = written if isinstance(written, Mapping) else dict.fromkeys(self.pool, written)
+        return {str(name): float(cap) for name, cap in caps.items() if _is_number(cap)}
+
+    @property
     def stock(self) -> bool:
         """Whether it is a run of LLaMA-Factory's own, which plans nothing."""
         block = self.config.get("dynamic")

@@ -111,13 +111,12 @@ def _caps(view: Recorded) -> Iterator[str]:
     if stopped:
         told = str(stopped[-1]["reason"]).partition("at its cap: ")[2][:200]
         yield f"Training ended at step {stopped[-1]['stop_step']}, at a cap: {told}."
-    cap = run.dynamic.get("max_epochs")
     epochs = {name: rows / run.pool[name] for name, rows in run.served.items() if run.pool.get(name)}
-    if isinstance(cap, int | float) and not isinstance(cap, bool):
-        full = [name for name, times in epochs.items() if times >= cap - 0.01]
-        if full:
-            yield f"{_named(full)} reached the cap of {cap:g} epochs."
-    elif many := [name for name, times in epochs.items() if times > _MANY_EPOCHS]:
+    caps = run.caps
+    full = [name for name, times in epochs.items() if times >= caps.get(name, np.inf) - 0.01]
+    for cap in sorted({caps[name] for name in full}):
+        yield f"{_named([name for name in full if caps[name] == cap])} reached the cap of {cap:g} epochs."
+    if many := [name for name, times in epochs.items() if times > _MANY_EPOCHS and name not in caps]:
         most = max(many, key=lambda name: epochs[name])
         told = f"{_named(many)}: served more than {_MANY_EPOCHS:g} times over"
         yield f"{told}, {middle(most, 40)} {epochs[most]:.1f} times; repeats teach less each time."
