@@ -145,6 +145,14 @@ def test_a_stream_without_a_state_goes_on_as_if_these_keys_had_held():
     assert stretch.take(13, 4).tolist() == [3, 4, 5, 6]
 
 
+def test_a_finite_stream_ends():
+    stretch = epochs("sorting", range(3), times=np.array([2, 1, 1]))
+    stretch.decide(0, np.arange(3.0), step_of, 1)
+    assert stretch.take(0, 4).tolist() == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match="5 rows are wanted of an order that ends after 4"):
+        stretch.take(0, 5)
+
+
 def test_no_rows_and_other_rows():
     empty = epochs("sorting", [])
     empty.decide(0, np.arange(3.0), step_of, 1)

@@ -378,3 +378,30 @@ def test_a_longer_run_goes_on_with_the_order(monkeypatch, case):
     longer.plan = short.plan
     longer.load_state_dict(short.state_dict())
     assert head + served(longer, 7, STEPS) == straight
+
+
+@pytest.mark.parametrize(("end", "stop"), [(15, 15), (18, 12)])
+def test_a_decision_that_the_end_of_a_shorter_run_cut_does_not_stand(monkeypatch, end, stop):
+    """What was laid out of a selection ends there, although the orderer decides again before the selector does."""
+    chosen = {"selector": method("selector", "longest", every=10), "keep_ratio": 0.5}
+    short = controller(monkeypatch, orderer(every=5), total=end, **chosen)
+    head = served(short, 0, stop)
+    longer = controller(monkeypatch, orderer(every=5), **chosen)
+    longer.plan = short.plan
+    longer.load_state_dict(short.state_dict())
+    found = head + served(longer, stop, STEPS)
+    assert [len(step) for step in found] == [BATCH] * STEPS
+    longest = sorted(range(ROWS), key=lambda row: (-LENGTHS[row], row))[: 5 * BATCH]
+    assert sorted(flat(found[15:20])) == sorted(longest)
+
+
+def test_keys_that_were_asked_for_the_rest_of_a_shorter_run_are_asked_for_anew(monkeypatch):
+    block = {"mixer": method("mixer", "uniform", every=2)}
+    short = controller(monkeypatch, orderer(by="loss", every=8), total=6, **block)
+    web = of_domain(flat(served(short, 0, 6)), "web")
+    longer = controller(monkeypatch, orderer(by="loss", every=8), **block)
+    longer.plan = short.plan
+    longer.load_state_dict(short.state_dict())
+    rest = of_domain(flat(served(longer, 6, 8)), "web")
+    left = set(range(60)) - set(web)
+    assert rest == sorted(left, key=lambda row: (losses_at(6)[row], row))[: len(rest)]

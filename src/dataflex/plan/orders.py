@@ -118,11 +118,18 @@ class OrderedEpochs:
             self._keys, self._epochs = None, [_Epoch(number=number, start=start, size=size, first=first, order=left)]
 
     def take(self, first: int, count: int) -> NDArray[np.integer]:
-        """Return rows number ``first`` to ``first + count - 1`` of the stream [count], from the last decision on."""
+        """Return rows number ``first`` to ``first + count - 1`` of the stream [count], from the last decision on.
+
+        Raises:
+            ValueError: A finite stream ends before.
+        """
         parts = [self._rows[:0]]
         while self._stop(self._epochs[-1]) < first + count:
             last = self._epochs[-1]
-            self._epochs.append(self._begun(last.number + 1, self._stop(last)))
+            epoch = self._begun(last.number + 1, self._stop(last))
+            if not epoch.size:
+                raise ValueError(f"{first + count:,} rows are wanted of an order that ends after {epoch.start:,}")
+            self._epochs.append(epoch)
         for epoch in self._epochs:
             low, high = max(first, epoch.first), min(first + count, self._stop(epoch))
             if low < high:

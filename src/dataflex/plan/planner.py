@@ -273,13 +273,15 @@ def quota_rows(
     ``shares`` are proportions of sequences by domain [K]. Domains come in random order, and so do the rows of a domain
     with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
     what was kept. Rows that were served since the selection was made (``earlier``) come last, by how often they were.
-    ``carried`` is what quotas were rounded off since then [K]; it is added, and what is carried on is returned beside.
+    ``carried`` is what quotas were rounded off before [K]; it is added, and what is carried on is returned beside. As
+    in the mixture stream a domain without a share carries nothing, and what the others carry sums to 0.
 
     Raises:
         DataError: A domain cannot fill its quota.
     """
     domain_of = domains.domain_of[kept]
-    wanted = np.where(shares > 0, shares * total + carried, 0.0)
+    carried = np.where(shares > 0, carried, 0.0)
+    wanted = shares * total + carried - carried.sum() * shares
     counts = largest_remainder(total, np.maximum(wanted, 0.0) if carried.any() else shares)
     times = np.bincount(earlier, minlength=len(domains.domain_of))
     parts = []

@@ -61,15 +61,17 @@ class Schedule:
         """Return the schedule of one kind of method."""
         return self.own.get(kind, self)
 
-    def own_interval(self, kind: str, interval: Interval, stands: bool) -> tuple[Interval, bool]:
+    def own_interval(self, kind: str, interval: Interval, until: int) -> tuple[Interval, bool]:
         """Return the rest of a method's own interval, and whether it is asked at the beginning of ``interval``.
 
-        It is not while its last decision ``stands`` and another method's interval begins.
+        It is not while its last decision, for the steps before ``until`` (0: none), holds to the end of its own
+        interval and another method's begins. The end of a shorter run cuts a decision.
         """
         step = interval.start_step
         own = self.of(kind).interval(step)
         cut = all(self.of(each).interval(step).start_step < step for each in self.own or (kind,))
-        asked = own.start_step == step or cut or (not stands and (own.kind == "dynamic" or kind != "selector"))
+        due = until < own.stop_step and (own.kind == "dynamic" or kind != "selector")
+        asked = own.start_step == step or cut or due
         return replace(own, index=interval.index, start_step=step), asked
 
     @cached_property

@@ -92,11 +92,12 @@ class Controller:
         # Rows served since the selector's interval began: another method decided since then, or a longer run took it
         # up where a shorter one had cut it.
         self._earlier: Rows = np.empty(0, dtype=np.int64)
+        self._until = {"selector": 0, "mixer": 0}  # the step to whose beginning each decided last
         self._kept: Rows | None = None  # what the selector chose last
         self._kept_weights: NDArray[np.float64] | None = None  # their weights in the loss, where it gave any [n]
         self._row_weights: NDArray[np.float64] | None = None  # the same of all rows [N]
         self._nominal: NDArray[np.float64] | None = None  # what the mixer said last [K]
-        self._carried = np.zeros(len(domains.names))  # what quotas were rounded off since the selection was made [K]
+        self._carried = np.zeros(len(domains.names))  # what quotas were rounded off so far [K]
         # Sampling proportions of sequences in the plan in progress.
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
         self.sampler: MixtureSampler | None = None
@@ -217,7 +218,7 @@ class Controller:
         """
         whole = self.schedule.interval(step)
         if step == self.schedule.of("selector").interval(step).start_step:
-            self._earlier, self._carried = self._earlier[:0], np.zeros_like(self._carried)
+            self._earlier = self._earlier[:0]
         elif self.plan is not None and self.selects_subset:
             self._earlier = np.concatenate([self._earlier, self.plan.rows])
         index = max(whole.index, self.decided) if self.plan is None else self.plan.interval.index + 1
@@ -232,7 +233,7 @@ class Controller:
         """Decide an interval; None where domains at their caps leave no step of it (at_cap: stop)."""
         started = time.perf_counter()
         self.signals.begin(interval.start_step)
-        own, asked = self.schedule.own_interval("selector", interval, self._kept is not None)
+        own, asked = self._own_interval("selector", interval)
         ctx = self._context(own, self.config.selector)
         pool = self.space.all_rows()
         selection = None
@@ -284,6 +285,13 @@ class Controller:
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
         self._record(plan, pool, selection if asked else None, proportions, phases)
         return plan
+
+    def _own_interval(self, kind: str, interval: Interval) -> tuple[Interval, bool]:
+        """Return the rest of a method's own interval, and whether it is asked now."""
+        own, asked = self.schedule.own_interval(kind, interval, self._until[kind])
+        if asked:
+            self._until[kind] = own.stop_step
+        return own, asked
 
     def _weigh(self, weights: NDArray[Any] | None) -> None:
         """Note the weights of the rows kept [n], or that they have none."""
@@ -414,7 +422,7 @@ class Controller:
         reasons = [selection.reason] if selection is not None and selection.reason else []
         shuffle = self.shape.shuffle and not (selection is not None and selection.ordered)
         if self.mixer is not None:
-            own, asked = self.schedule.own_interval("mixer", interval, self._nominal is not None)
+            own, asked = self._own_interval("mixer", interval)
             if asked:
                 self._nominal, why = self._mix(replace(ctx, interval=own))
                 reasons.append(why)
@@ -591,6 +599,7 @@ class Controller:
             "earlier": self._earlier,
             **(self.ordering.state_dict() if self.ordering else {}),
             "proportions": self.proportions,
+            "until": self._until,
             "kept": self._kept,
             "kept_weights": self._kept_weights,
             "nominal": self._nominal,
@@ -628,6 +637,7 @@ class Controller:
         same = self.sampler is not None and np.array_equal(state["limits"], self.sampler.limits)
         self.ends_at = state["ends_at"] if capped and same else None
         self._earlier, self.proportions = state["earlier"], state["proportions"]
+        self._until = {**state["until"]}
         self._kept, self._nominal, self._carried = state["kept"], state["nominal"], state["carried"]
         self._weigh(state["kept_weights"])
         if self._unplanned is not None:

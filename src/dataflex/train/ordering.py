@@ -42,6 +42,7 @@ class Ordering:
         self.epochs: OrderedEpochs | None = None  # of the whole pool or of a selection, without a mixer
         self._keys: Keys | None = None  # what the orderer gave last [N]
         self._standing: Keys | None = None  # keys in force [N]
+        self._until = 0  # the step to whose beginning they were asked for
         self._selected: dict[str, Any] = {"at": 0}  # of which selection the epochs are, and how much is planned
         if self.whole_pool:
             self.begin("", self.shape.rows_per_epoch(self.space.num_rows))
@@ -64,12 +65,13 @@ class Ordering:
         They stand while it is not asked anew, but for a ``fresh`` selection. During warm-up they are random. ``rows``
         gives those to ask about, for so many sequences until its next decision; ``scores`` are the selector's [N].
         """
-        own, asked = self.schedule.own_interval("orderer", interval, self._standing is not None)
+        own, asked = self.schedule.own_interval("orderer", interval, 0 if self._standing is None else self._until)
         needs, reason = self.orderer.requires(), self.orderer.reason
         if own.kind == "warmup" or (needs.selector_scores and fresh and scores is None):
             reason = "order: random in warm-up" if own.kind == "warmup" else "order: random, without scores"
         if self._standing is not None and not fresh and (not asked or needs.selector_scores):
             return self._standing, reason
+        self._until = own.stop_step
         every = self.space.all_rows()
         if reason != self.orderer.reason:
             self._standing = uniforms(self.seed, "order/random", interval.index, every)
@@ -145,11 +147,13 @@ class Ordering:
             "ordered": {} if self.epochs is None else self.epochs.state_dict(self._selected["at"]),
             "selected": self._selected,
             "standing": self._standing if self.schedule.own and changes else None,
+            "standing_until": self._until,
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
         self._selected, self._standing = {**state["selected"]}, state["standing"]
+        self._until = state["standing_until"]
         if "rows" in self._selected:
             self._select(self._selected)
         if self.epochs is not None:
