@@ -292,6 +292,31 @@ def test_caps_of_single_domains_are_drawn_and_warned_of(tmp_path):
     assert chart["level"] is None
 
 
+MODEL = {"model_name_or_path": "m", "resume_from_checkpoint": "c"}
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "told"),
+    [
+        (MODEL, "model_name_or_path: m\n", "dataflex train FILE output_dir=DIR, with the configuration below"),
+        ({"stage": "sft"}, "stage: sft\n", "made by a script (dataflex.wrap, or a loop of its own), which is needed"),
+        ({**MODEL, "v1": {"model": "m"}}, "model: m\ndynamic: null\n", "dataflex train FILE output_dir=DIR"),
+    ],
+)
+def test_how_to_repeat_a_run_is_told_as_it_works(tmp_path, config, text, told):
+    start = line("run_started", config=config, row_space={"domains": {"a": 5}})
+    mine = lines_of(
+        tmp_path / "runs" / "a b", start, line("resumed", step=1, checkpoint="c"), line("stepped", loss=1.0)
+    )
+    other = lines_of(tmp_path / "runs" / "c", start, line("stepped", loss=1.0))
+    _, found = page_of(mine, other)
+    repeat = found["sections"][7]
+    assert repeat["texts"][0]["text"] == text
+    assert told in repeat["notes"][0]
+    assert repeat["notes"][0].endswith(f"; dataflex report '{mine}' {other}")
+    assert repeat["notes"][1:] == ["Resumed at step 1 from c."]
+
+
 def test_a_record_that_begins_at_a_resume_says_so_and_claims_nothing_of_before(tmp_path):
     start = line("run_started", step=0, config={}, row_space={"domains": {"a": 60, "b": 60}})
     lines = [line("resumed", step=20, checkpoint="elsewhere/checkpoint-20"), plan(2, {"a": 10}, step=20)]

@@ -269,7 +269,7 @@ def run(parts: Split, clock: PhaseClock) -> None:
     if config is None:
         getattr(module, start)(args)
         return
-    resolved = {**parts.lf, "dynamic": as_mapping(config)}
+    resolved = {**parts.lf, "v1": dict(parts.v1 or {}), "dynamic": as_mapping(config)}
     setup = Setup(config=config, resolved=resolved, stage=stage, clock=clock)
     given = {"dataflex_setup": setup, "held_out": args.get("eval_dataset")}
     ours = type(f"Dynamic{name}", (DynamicTrainer, getattr(module, name)), given)

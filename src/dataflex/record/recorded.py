@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,11 @@ class Recorded:
     """What ``read_record`` gave."""
     no_rows: list[str] = field(default_factory=list)
     """Why there is no table of chosen rows."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run, whose whole path the title may lack."""
+        return self.folder.parent if self.folder.name == "dataflex" else self.folder
 
     @cached_property
     def plans(self) -> list[tuple[Event, Rows]]:
@@ -155,8 +160,8 @@ def recorded(run_dir: Path | str) -> Recorded:
     if run.first_step:
         told = f"{EVENTS} begins at step {run.first_step}, where the run was resumed into this folder"
         left_out.append(f"{told}; losses and seconds of the steps before are not in it")
-    return Recorded(
-        title=str(folder.parent if folder.name == "dataflex" else folder),
+    view = Recorded(
+        title="",
         folder=folder,
         run=run,
         weighed=readable(read_weights),
@@ -164,6 +169,7 @@ def recorded(run_dir: Path | str) -> Recorded:
         left_out=left_out,
         read=read,
     )
+    return replace(view, title=str(view.run_dir))
 
 
 def _evaluated_last(path: Path, step: Any) -> list[Event]:

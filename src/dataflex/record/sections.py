@@ -311,14 +311,11 @@ def _accounts(view: Recorded) -> Json:
 def _repeat(runs: Sequence[Recorded]) -> Json:
     view = runs[0]
     tables, texts, notes = [], [], []
-    config = redacted(view.run.config)
+    config = _written(view.run)
     if config:
         texts.append({"title": "Resolved configuration", "text": as_yaml(config)})
-        notes.append(
-            f"dataflex train FILE, with the configuration below in FILE; dataflex report {shlex.quote(view.title)}"
-        )
-    else:
-        notes.append("The record does not hold the configuration.")
+    notes.append(_commands(runs, config))
+    notes += [f"Resumed at step {event['step']} from {event['checkpoint']}." for event in view.run.resumed]
     versions = [each.run.started.get("versions") or {} for each in runs]
     names = list(dict.fromkeys(name for each in versions for name in each))
     facts = [[name, *(str(each.get(name, "-")) for each in versions)] for name in names]
@@ -330,7 +327,7 @@ def _repeat(runs: Sequence[Recorded]) -> Json:
     titles = [each.title for each in runs] if len(runs) > 1 else ["value"]
     tables.append(table("Versions and fingerprints", [("", "text"), *((title, "text") for title in titles)], facts))
     if len(runs) > 1:
-        flat = [_flat(redacted(each.run.config)) for each in runs]
+        flat = [_flat(_written(each.run)) for each in runs]
         keys = list(dict.fromkeys(key for each in flat for key in each))
         rows = [[key, *(each.get(key, "-") for each in flat)] for key in keys]
         rows = [row for row in rows if len(set(row[1:])) > 1]
@@ -338,6 +335,28 @@ def _repeat(runs: Sequence[Recorded]) -> Json:
             table("Differences in configuration", [("key", "text"), *((title, "text") for title in titles)], rows)
         )
     return {"notes": notes, "tables": tables, "texts": texts}
+
+
+def _written(run: Run) -> dict[str, Any]:
+    """Return the configuration as a file has it that begins the run anew."""
+    config = dict(redacted(run.config))
+    v1 = config.pop("v1", None)
+    config = {**v1, "dynamic": config.get("dynamic")} if isinstance(v1, Mapping) else config
+    config.pop("resume_from_checkpoint", None)
+    return config
+
+
+def _commands(runs: Sequence[Recorded], config: Mapping[str, Any]) -> str:
+    """Return how the first run and this report are made again."""
+    again = f"dataflex report {' '.join(shlex.quote(str(each.run_dir)) for each in runs)}"
+    if not config:
+        return f"The record does not hold the configuration; {again}"
+    if not {"model_name_or_path", "model"} & set(config):
+        told = (
+            "The run was made by a script (dataflex.wrap, or a loop of its own), which is needed again: the record has"
+        )
+        return f"{told} its settings, below, but neither model nor data; {again}"
+    return f"dataflex train FILE output_dir=DIR, with the configuration below in FILE and a new folder as DIR; {again}"
 
 
 def _last_digest(run: Run) -> str:
