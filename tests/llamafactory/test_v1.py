@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from dataflex.cli import main
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError, DataError
-from dataflex.record.read import load_plan, read_events
+from dataflex.record.read import load_plan, read_ending, read_events
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -177,6 +177,8 @@ def test_a_resumed_run_goes_on_exactly(train, data_dir, tmp_path):
     assert "lm_head.weight" not in load_file(whole / "checkpoint-4" / "model" / "model.safetensors")  # it is tied
     again = train("again", RESUMED, resume_from_checkpoint=str(whole / "checkpoint-4"), **data)
     assert losses(again) == losses(whole)[4:]
+    assert read_events(whole)[0]["config"]["v1"]["train_dataset"] == data["train_dataset"]
+    assert [event["event"] for event in read_ending(whole)] == ["ended"]
     weights = [folder / "model.safetensors" for folder in (whole, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     mean = [folder / "averaged" / "model.safetensors" for folder in (whole, again)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dataflex.record import report as report_module
 from dataflex.record.read import load_plan
 from dataflex.record.recorder import RunRecorder
 from dataflex.record.report import report
+from dataflex.record.serve import serving
 from tests.record.synthetic import MIXTURE, SELECTION, WEIGHTING, Spent, simulate, started
 
 BASE = {"summary.txt", "report.json"}
@@ -187,6 +189,19 @@ def test_a_served_page_is_that_of_the_run_until_an_interrupt(tmp_path, monkeypat
         assert "const renewed = 10;" in answers[0][1]
     assert found[0][0][1] != found[1][0][1]
     assert "step 130 of 600" in found[1][0][1]
+
+
+def test_clients_that_are_none_or_go_away_print_nothing(capfd):
+    with serving("127.0.0.1", 0) as server:
+        server.page = b"x" * 10_000_000
+        host, port = re.findall(r"//(.*):(\d+)/", server.address)[0]
+        assert get(server.address, "[")[0] == 403
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+        assert get(server.address)[0] == 200
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 from dataflex.errors import ConfigError
@@ -44,7 +46,10 @@ def serving(host: str, port: int) -> Iterator[Served]:
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = self.path.partition("?")[0] in ("/", "/report.html")
-            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            try:
+                name = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            except ValueError:  # it is no name
+                name = ""
             code = 404 if not known else 200 if name == "localhost" or _is_loopback(name) else 403
             content = served.page if code == 200 else b"the page of a run is at /, for this machine alone\n"
             self.send_response(code)
@@ -64,6 +69,11 @@ def serving(host: str, port: int) -> Iterator[Served]:
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing of a browser that went away."""
+            if not isinstance(sys.exception(), OSError):
+                super().handle_error(request, client_address)
 
     try:
         server = Server((host, port), Answer)
