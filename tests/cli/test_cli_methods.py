@@ -97,6 +97,9 @@ def test_filters() -> None:
         ({"stage": "sfft"}, "--stage: 'sfft' is not known; did you mean 'sft'?"),
         ({"family": "selektor"}, "--family: 'selektor' is not known; did you mean 'selector'?"),
         ({"family": "orderer", "needs": "gradients"}, "none is all of that"),
+        ({"name": "loss", "family": "selector"}, "'loss' is no kind; beside --family, --stage and --needs only a kind"),
+        ({"name": "selektor", "stage": "dpo"}, "'selektor' is no kind; did you mean 'selector'?"),
+        ({"name": "mixers", "family": "selector"}, "'mixers' and --family selector are two kinds; give one"),
     ],
 )
 def test_filters_that_are_wrong(filters: dict[str, str], message: str) -> None:

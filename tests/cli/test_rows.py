@@ -110,7 +110,11 @@ def test_rows_are_exported_as_they_stand_and_can_be_selected_again(run, tmp_path
     assert "no row is asked for" in failed(capsys, run, "--where", "tokens > 99", "--export", out)
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("line 0", "line X"))
     error = failed(capsys, run, "--where", 'dataset == "a"', "--export", tmp_path / "other.jsonl")
-    assert f"a: {tmp_path / 'a.jsonl'} changed since" in error
+    assert f"a: {tmp_path / 'a.jsonl'} changed since its rows were read" in error
+    assert error.rstrip().endswith("cannot be told apart; restore it, or score or train again")
+    (tmp_path / "a.jsonl").unlink()
+    assert main(["rows", str(run), "--where", 'dataset == "a"', "--text", "--limit", "1"]) == 0
+    assert "(no text: its file is missing, or changed since)" in capsys.readouterr().out
 
 
 def test_a_part_of_a_file_is_exported_too(tmp_path, capsys):

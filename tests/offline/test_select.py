@@ -199,7 +199,7 @@ def test_a_source_that_changed_is_refused(tmp_path, lines, capsys):
     content = (tmp_path / "pool.jsonl").read_bytes()
     (tmp_path / "pool.jsonl").write_bytes(content.replace(b'"id": 7', b'"id": 8'))
     assert main(["select", "scores.parquet", "--budget", "2", "--out", "x.jsonl"]) == 2
-    assert "changed since it was scored" in capsys.readouterr().err
+    assert "changed since its rows were read" in capsys.readouterr().err
     (tmp_path / "pool.jsonl").unlink()
     assert main(["select", "scores.parquet", "--budget", "2", "--out", "x.jsonl"]) == 2
     assert "no such file: pool.jsonl" in capsys.readouterr().err.replace(f"{tmp_path}/", "")

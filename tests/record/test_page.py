@@ -560,6 +560,8 @@ def test_labels_lose_what_they_share_and_are_cut_in_the_middle():
     assert without_prefix(["web_a", "wet_b"]) == ["web_a", "wet_b"]
     assert without_prefix(["web/", "web/a"]) == ["web/", "a"]
     assert without_prefix(["alone/x"]) == ["alone/x"]
+    assert without_prefix(["llama-3.1", "llama-3.2"]) == ["3.1", "3.2"]
+    assert without_prefix(["v3.a", "v3.b"]) == ["a", "b"]
     assert middle("abcdefghij", 6) == "ab..ij"
     assert middle("abcdef", 6) == "abcdef"
     assert len(middle("x" * 9999, 20)) == 20

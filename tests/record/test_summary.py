@@ -207,7 +207,7 @@ def test_rows_that_weigh_most_and_least_are_shown_with_their_text():
     text = "what is it " * 12
     rows = [{"row": i, "weight": 2.5 - i, "times": 1 + i, "domain": "web", "text": f"{text}=> that"} for i in range(2)]
     lines = _weighed({"step": 7, "rows": 1234, "most": rows[:1], "least": rows[1:]})
-    assert lines[0] == "Rows that weighed most and least, of 1,234 on the first rank up to step 7"
+    assert lines[0] == "Rows that weighed most and least, of 1,234 up to step 7"
     assert [lines[1], lines[4]] == ["  2.500  row 0 of web, once", "  1.500  row 1 of web, 2 times"]
     assert lines[2].startswith("    what is it what")
     assert lines[3] == "    => that"

@@ -69,11 +69,18 @@ def methods(
         ConfigError: There is no such method, kind, stage or need, with the nearest spelling.
     """
     known = [(kind, each) for kind in KINDS for each in names(kind)]
+    only = "" if name is None else name.removesuffix("s").removesuffix("/")
     if (family, stage, needs) != (None, None, None):
-        return _table(_filtered(known, name if family is None else family, stage, needs))
+        if name is not None and only not in KINDS:
+            near = did_you_mean(name, KINDS)
+            told = f"{name!r} is no kind{near}; beside --family, --stage and --needs only a kind may be named"
+            raise ConfigError(f"methods: {told} (kinds: {', '.join(KINDS)})")
+        if name is not None and family is not None and family.removesuffix("s") != only:
+            raise ConfigError(f"methods: {name!r} and --family {family} are two kinds; give one")
+        return _table(_filtered(known, family or only or None, stage, needs))
     if name is None:
         return _table(known)
-    if (only := name.removesuffix("s").removesuffix("/")) in KINDS:
+    if only in KINDS:
         return _table([each for each in known if each[0] == only])
     kind, wanted = name.split("/", 1) if "/" in name else (None, name)
     if kind is not None and kind not in KINDS:

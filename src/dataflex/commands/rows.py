@@ -135,8 +135,10 @@ def _lines(found: pa.Table, chosen: Rows, texts: dict[int, str] | None) -> list[
     if texts is None:
         return lines
     with_text = [lines[0]]
-    for line, row in zip(lines[1:], chosen.tolist(), strict=True):
-        with_text += [line, f"      {_excerpt(texts.get(row, '(no text: its place in a file is not known)'))}"]
+    for line, row in zip(lines[1:], part, strict=True):
+        known = any(_place(each) is not None for each in row["documents"] or [row])
+        without = "its file is missing, or changed since" if known else "its place in a file is not known"
+        with_text += [line, f"      {_excerpt(texts.get(row['row'], f'(no text: {without})'))}"]
     return with_text
 
 

@@ -264,28 +264,28 @@ def _part(table: ScoreTable, place: int, rows: Rows, out: Path, in_folder: bool)
 
 
 def _source(table: ScoreTable, place: int, record: Mapping[str, Any]) -> SourceRows:
-    """Return the rows of a data set's files, which must be those that were scored."""
+    """Return the rows of a data set's files, which must be those that were read."""
     name, files = record["name"], [Path(scored["path"]) for scored in record["files"]]
     if not files:
         raise UnsupportedError(f"{name}: is not in local files, so its rows cannot be written in their format")
     for path, scored in zip(files, record["files"], strict=True):
         if not path.is_file():
-            raise DataError(f"{name}: no such file: {path} (relative to the folder that 'dataflex score' ran in)")
+            raise DataError(f"{name}: no such file: {path} (relative to the folder of the command that read it)")
         if FileRecord(**scored).changed():
             raise DataError(
-                f"{name}: {path} changed since it was scored ({scored['size']:,} bytes then, "
-                f"{path.stat().st_size:,} now), so that rows cannot be told apart; score it again"
+                f"{name}: {path} changed since its rows were read ({scored['size']:,} bytes then, "
+                f"{path.stat().st_size:,} now), so that they cannot be told apart; restore it, or score or train again"
             )
     rows = SourceRows(files)
     positions = table.position[table.dataset_of == place]
     if len(positions) and positions.max() >= rows.num_rows:
-        raise DataError(f"{name}: the scores name row {positions.max():,} of its files, which hold {rows.num_rows:,}")
+        raise DataError(f"{name}: row {positions.max():,} of its files is asked for, which hold {rows.num_rows:,}")
     whole = ((record.get("entry") or {}).get("split") or "train") == "train"
     read, limited = record["rows_read"], whole and table.provenance["config"].get("max_samples") is not None
     if rows.num_rows < read or (rows.num_rows > read and not limited):
         raise UnsupportedError(
-            f"{name}: {rows.num_rows:,} rows were found in its files, and {read:,} were read from them when it was "
-            "scored, so that rows cannot be matched"
+            f"{name}: {rows.num_rows:,} rows were found in its files, and {read:,} were read from them before, "
+            "so that rows cannot be matched"
         )
     return rows
 

@@ -253,7 +253,7 @@ def _weights(run: Run) -> list[str]:
 def _weighed(weighed: Mapping[str, Any] | None) -> list[str]:
     if not weighed or not weighed["most"]:
         return []
-    lines = [f"Rows that weighed most and least, of {weighed['rows']:,} on the first rank up to step {weighed['step']}"]
+    lines = [f"Rows that weighed most and least, of {weighed['rows']:,} up to step {weighed['step']}"]
     for entry in (*weighed["most"][:_SAMPLES], *weighed["least"][:_SAMPLES]):
         times = "once" if entry["times"] == 1 else f"{entry['times']} times"
         lines.append(f"  {number(entry['weight'], 3)}  row {entry['row']} of {cut(entry['domain'], 40)}, {times}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -46,12 +47,13 @@ def middle(text: str, columns: int) -> str:
 
 
 def without_prefix(names: Sequence[str], signs: str = "/_-.") -> list[str]:
-    """Return the names without what all of them begin with, up to the last of ``signs`` in it."""
+    """Return the names without what all of them begin with, up to the last of ``signs`` in it; "3.1" stays whole."""
     if len(names) < 2:
         return list(names)
     first, last = min(names), max(names)
     alike = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    length = max(first[:alike].rfind(sign) for sign in signs) + 1
+    whole = {at for at in range(1, alike) if all(re.fullmatch(r"\d\.\d", name[at - 1 : at + 2]) for name in names)}
+    length = max((at + 1 for at in range(alike) if first[at] in signs and at not in whole), default=0)
     return [name[length:] or name for name in names]
 
 
