@@ -55,7 +55,12 @@ def of(mapping, sources, content="", world=1):
     micro, accumulation = (int(parts.lf.get(key) or 1) for key in list(LF)[2:])
     seed = parts.lf["seed"] if parts.dynamic.seed is None else parts.dynamic.seed
     shape = BatchShape(
-        micro_batch_size=micro, accumulation=accumulation, world=world, rank=0, drop_last=False, shuffle=True
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        world=world,
+        rank=0,
+        drop_last=bool(parts.lf.get("dataloader_drop_last")),
+        shuffle=True,
     )
     return Identity(parts.dynamic, space, parts.lf, shape=shape, seed=seed)
 
@@ -234,6 +239,21 @@ def test_ranks_and_micro_batches_may_change_as_long_as_the_batch_does_not():
         other = identity("gradient_accumulation_steps=1", "per_device_train_batch_size=4", block=odm)
         (line,) = other.differences(saved(pure))[0]
         assert "per_device_train_batch_size changed (2 -> 4)" in line
+
+
+def test_ranks_and_micro_batches_may_not_change_the_rows_of_an_epoch():
+    """Of 50 rows, micro-batches of 2 on one rank make 25, on two ranks 12 each, whose epochs have 48."""
+    whole = {"selector": None, "mixer": None, "keep_ratio": None, "max_epochs": None, "interval_steps": None}
+    lf = {"dataloader_drop_last": True}
+    before = saved(identity(block=whole, lf=lf))
+    refused, _ = identity("gradient_accumulation_steps=1", block=whole, lf=lf, world=2).differences(before)
+    what = "the rows of an epoch changed (50 -> 48, by dataloader_drop_last)"
+    assert refused == [f"gradient_accumulation_steps changed (2 -> 1); ranks changed (1 -> 2): {what}"]
+    kept = identity("per_device_train_batch_size=1", "gradient_accumulation_steps=4", block=whole, lf=lf)
+    assert kept.differences(before) == ([], [])
+    for served in ({"block": whole}, {"lf": lf}):  # no row is dropped, or methods fill every step
+        other = identity("gradient_accumulation_steps=1", world=2, **served)
+        assert other.differences(saved(identity(**served))) == ([], [])
 
 
 def test_flat_keys_are_named_as_they_were_written():

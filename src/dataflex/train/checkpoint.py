@@ -39,8 +39,9 @@ class Identity:
     """What must be the same for a saved plan to mean the same rows, and for saved states to mean the same decisions.
 
     The micro-batch size may change unless the mixer wants micro-batches of one domain each, and the number of ranks as
-    long as the global batch does not. ``lf`` are LLaMA-Factory's keys as they were written; ``described`` is the JSON
-    form that goes into the checkpoint, whose ``settings`` are the keys of ``config.resuming``.
+    long as the global batch and the rows of an epoch do not. ``lf`` are LLaMA-Factory's keys as they were written;
+    ``described`` is the JSON form that goes into the checkpoint, whose ``settings`` are the keys of
+    ``config.resuming``.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Identity:
             "settings": settings_of(config, LlamaFactoryArgs.read(lf)),
         }
         self._pure, self._flat = config.requires.pure_micro_batches, config.flat
+        self._drops = shape.drop_last and not config.full_steps
+        self._num_rows = space.num_rows
 
     def changed(self, saved: dict[str, Any]) -> dict[str, str]:
         """Return a line for each key whose value differs from that of a saved identity."""
@@ -118,10 +121,16 @@ class Identity:
             what = f"global batch changed ({saved['global_batch']} -> {mine['global_batch']} sequences)"
         elif self._pure and saved["micro_batch_size"] != mine["micro_batch_size"]:
             what = f"the mixer's micro-batches of one domain each changed (to {mine['micro_batch_size']} sequences)"
+        elif self._drops and (before := self._epoch_rows(saved)) != (now := self._epoch_rows(mine)):
+            what = f"the rows of an epoch changed ({before:,} -> {now:,}, by dataloader_drop_last)"
         else:
             return []
         causes = changed + ([f"ranks changed ({world} -> {mine['world']})"] if world != mine["world"] else [])
         return [": ".join(filter(None, ("; ".join(causes), what)))]
+
+    def _epoch_rows(self, described: dict[str, Any]) -> int:
+        """Return the rows that an epoch serves where micro-batches that are not full on every rank are dropped."""
+        return self._num_rows - self._num_rows % (described["world"] * described["micro_batch_size"])
 
 
 def _method(config: MethodConfig | None) -> dict[str, Any] | None:
