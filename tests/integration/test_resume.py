@@ -225,6 +225,28 @@ def test_a_raised_cap_trains_on(run):
     assert ids_of(high) == ids_of(long)
 
 
+@pytest.mark.parametrize("block", [CASES["selection"], {"dynamic": {"record": True}}], ids=["selection", "stock"])
+def test_early_stopping_counts_on_over_a_checkpoint(run, block):
+    """At a learning rate of 0 nothing is gained after step 1, so that a patience of 3 ends at step 4."""
+    early = {
+        **SETTINGS,
+        **block,
+        "learning_rate": 0.0,
+        "eval_dataset": "beta",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "early_stopping_steps": 3,
+    }
+    straight = run("straight", **early)
+    assert len(straight.series()) == 4
+    resumed = run("resumed", **early, resume_from_checkpoint=str(straight.folder / "checkpoint-3"))
+    assert resumed.series() == straight.series()
+    assert run("straight", **early).series() == straight.series()  # started again it ends at once
+    assert len(run("straight", **{**early, "early_stopping_steps": 5}).series()) == 6
+
+
 def test_a_finished_run_is_not_trained_further(run):
     done = run("done", **SETTINGS, **CASES["selection"])
     before = done.weights()

@@ -128,6 +128,7 @@ def test_tuner():
     assert list(inspect.signature(tuner._training_function).parameters) == ["config"]
     assert list(inspect.signature(tuner.Worker._training_function).parameters) == ["self", "config"]
     assert "early_stopping_threshold" in inspect.signature(tuner.EarlyStoppingCallback).parameters
+    assert "early_stopping_patience_counter" in tuner.EarlyStoppingCallback().state()["attributes"]
 
 
 def test_raw_data_are_seen_before_alignment():

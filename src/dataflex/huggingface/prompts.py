@@ -62,7 +62,8 @@ class PromptMixin(TrainerMixin):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Serve this rank's prompts of the generation that the next optimizer step trains on."""
-        self._dataflex_restore_sums()
+        if self._dataflex_ended_early():
+            return [], None
         each, index = steps_of(self), self._dataflex_index(self.state.global_step)
         found = self.dataflex.rows(index)
         self.state.max_steps = min(self.state.max_steps, self.dataflex.total_steps * each)

@@ -5,17 +5,19 @@ them. A checkpoint is begun before anything of it is written, and sealed after e
 rewrite the weights (stage rm). Upstream names relied upon (transformers 5.x), each asserted by ``tests/upstream``: the
 methods overridden here, ``compute_loss_func``, ``add_callback``, ``callback_handler``, ``_get_output_dir``,
 ``_tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``, ``current_gradient_accumulation_steps``,
-``rotate_checkpoints``.
+``rotate_checkpoints``, and ``early_stopping_patience_counter`` in ``stateful_callbacks``.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from dataflex import checkpoints, comm
@@ -29,6 +31,8 @@ from dataflex.train.average import WeightAverage
 from dataflex.train.loader import ROWS, NumberedBatches, NumberedStream, unchanged
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Loop, Session, Setup
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerMixin(EvaluationMixin):
@@ -142,7 +146,8 @@ class TrainerMixin(EvaluationMixin):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Serve the micro-batches of the next optimizer step from the plan."""
-        self._dataflex_restore_sums()
+        if self._dataflex_ended_early():
+            return [], None
         if self.dataflex_setup.config.stock:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
             for batch in batches:
@@ -284,8 +289,26 @@ class TrainerMixin(EvaluationMixin):
         }
         self.dataflex.save(Path(output_dir), self._dataflex_index(self.state.global_step), sums)
 
+    def _dataflex_ended_early(self) -> bool:
+        """Restore what the loop and its callbacks count, and return whether early stopping had ended the run there.
+
+        Once, before the first step, after the Trainer has set its own sums to zero and evaluated if asked to.
+        """
+        if self._dataflex_resumed is None or self._dataflex_resumed[1] != self.state.global_step:
+            return False
+        self._dataflex_restore_sums()
+        early = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        saved = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__, [])
+        for each, state in zip(early, [saved] if isinstance(saved, dict) else saved[-len(early) :], strict=False):
+            each.early_stopping_patience_counter = state["attributes"]["early_stopping_patience_counter"]
+        ended = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in early)
+        if ended:
+            logger.info("early stopping had ended this run; a larger 'early_stopping_steps' trains on")
+            self.control.should_training_stop = True
+        return ended
+
     def _dataflex_restore_sums(self) -> None:
-        """Restore the loss sums since the last log; once, after the Trainer has set its own to zero."""
+        """Restore the loss sums since the last log."""
         sums = self.dataflex.restore_since_log()
         if sums is None:
             return
