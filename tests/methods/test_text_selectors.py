@@ -262,6 +262,19 @@ def test_each_target_by_itself():
         Dsir.Params(target_proportions={"task0": 0})
 
 
+def test_proportions_of_targets_hold_over_small_selections():
+    """Of 2 rows a fifth is less than half a row; what is rounded off is carried on, over checkpoints too."""
+    rows = ["apple pie"] * 6 + ["zebra stripes"] * 6
+    params = Dsir.Params(target_proportions={"task0": 4, "task1": 1}, rule=Rule.of("top_k"))
+    dsir, counts = Dsir(params), np.zeros(2)
+    for _ in range(5):
+        chosen = dsir.select(pool_of(12), 2, context(rows, ["apple pie"], ["zebra stripes"]))
+        counts += np.bincount(chosen.rows // 6, minlength=2)
+        state, dsir = dsir.state_dict(), Dsir(params)
+        dsir.load_state_dict(state)
+    assert counts.tolist() == [8, 2]
+
+
 def test_length_weighs_as_published_and_can_be_divided_out():
     rows = ["a", "a a a", "b"]
     published = choose(Dsir, rows, ["a a a b"], budget=1, ngrams=1, buckets=50).scores

@@ -243,6 +243,12 @@ def test_steps_are_listened_to_again_where_predictions_are_not_trusted(pilots, t
     assert run._knows_enough(interval(3)) == enough
 
 
+def test_a_small_share_is_explored_over_short_intervals():
+    """A twentieth of 8 rows is less than half a row."""
+    run = a_run(_predicted=np.zeros(1), explore=0.05, trust=1.0, total_steps=99, _rounded=0.0)
+    assert sum(8 - run.chosen(8, interval(0)) for _ in range(5)) == 2
+
+
 def test_the_steps_of_the_last_interval_are_not_listened_to_unless_methods_ask():
     run = judged(alike, pilots=10)[0]
     assert [run._last(interval(2, stop)) for stop in (99, 100)] == [False, True]

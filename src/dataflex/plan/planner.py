@@ -15,7 +15,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.plan.domains import Domains, Rows
 from dataflex.plan.orders import OrderedEpochs
 from dataflex.plan.plan import BatchShape
-from dataflex.plan.proportions import largest_remainder
+from dataflex.plan.proportions import carried_counts
 from dataflex.plan.schedule import Interval, Schedule
 from dataflex.rng import permutations, stream
 from dataflex.state import State
@@ -273,16 +273,13 @@ def quota_rows(
     ``shares`` are proportions of sequences by domain [K]. Domains come in random order, and so do the rows of a domain
     with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
     what was kept. Rows that were served since the selection was made (``earlier``) come last, by how often they were.
-    ``carried`` is what quotas were rounded off before [K]; it is added, and what is carried on is returned beside. As
-    in the mixture stream a domain without a share carries nothing, and what the others carry sums to 0.
+    ``carried`` is what quotas were rounded off before [K]; it is added, and what is carried on is returned beside.
 
     Raises:
         DataError: A domain cannot fill its quota.
     """
     domain_of = domains.domain_of[kept]
-    carried = np.where(shares > 0, carried, 0.0)
-    wanted = shares * total + carried - carried.sum() * shares
-    counts = largest_remainder(total, np.maximum(wanted, 0.0) if carried.any() else shares)
+    counts, carried = carried_counts(total, shares, carried)
     times = np.bincount(earlier, minlength=len(domains.domain_of))
     parts = []
     for index, count in enumerate(counts.tolist()):
@@ -309,4 +306,4 @@ def quota_rows(
     if not shuffle:  # the places that were drawn for a domain's rows take them in their order
         ends = np.cumsum([len(part) for part in parts])
         places[:] = np.argsort(np.searchsorted(ends, places, side="right"), kind="stable").argsort()
-    return rows[places], wanted - counts
+    return rows[places], carried

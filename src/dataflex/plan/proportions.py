@@ -332,3 +332,17 @@ def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
     fractions = np.where(shares > 0, exact - counts, -1.0)
     counts[np.argsort(-fractions, kind="stable")[: total - int(counts.sum())]] += 1
     return counts
+
+
+def carried_counts(
+    total: int, shares: NDArray[np.float64], carried: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Split ``total`` by shares [K] that sum to 1 and by what splits before were rounded off (``carried`` [K]).
+
+    Returns the counts int64 [K] and what they are rounded off in turn: a share of 0 carries nothing, and what the
+    others carry sums to 0. So the counts of many small splits add up to the shares.
+    """
+    carried = np.where(shares > 0, carried, 0.0)
+    wanted = shares * total + carried - carried.sum() * shares
+    counts = largest_remainder(total, np.maximum(wanted, 0.0) if carried.any() else shares)
+    return counts, wanted - counts

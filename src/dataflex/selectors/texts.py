@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Requires, Rows, param
-from dataflex.plan.proportions import largest_remainder
+from dataflex.plan.proportions import carried_counts
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words, word_punct
@@ -185,6 +185,7 @@ class Dsir(ScoringSelector):
     """
 
     name = "dsir"
+    saved = ("carried",)
     lacking = "too few n-grams"
     card = Card(
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
@@ -230,6 +231,7 @@ class Dsir(ScoringSelector):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._by_task = Remembered(self._log_weights)
+        self.carried: NDArray[np.float64] | None = None  # what the targets' counts were rounded off so far [T]
 
     @property
     def gives(self) -> Gives:
@@ -250,8 +252,10 @@ class Dsir(ScoringSelector):
         if given is None or found.tasks is None:
             return super().kept(found, rows, budget, ctx)
         left, kept = np.arange(len(rows)), [np.empty(0, dtype=np.int64)]
-        quotas = largest_remainder(min(budget, len(rows)), [given[target] for target in ctx.targets]).tolist()
-        for task, (target, quota) in enumerate(zip(ctx.targets, quotas, strict=True)):
+        shares = np.array([given[target] for target in ctx.targets]) / sum(given[target] for target in ctx.targets)
+        before = np.zeros(len(shares)) if self.carried is None else np.asarray(self.carried)
+        quotas, self.carried = carried_counts(min(budget, len(rows)), shares, before)
+        for task, (target, quota) in enumerate(zip(ctx.targets, quotas.tolist(), strict=True)):
             own = replace(found.at(left), scores=found.tasks[task, left], tasks=None)
             name = None if len(ctx.targets) == 1 else target
             part = replace(self.candidates(own, own.scores, rows[left], ctx), uniforms=self.uniforms(ctx, name))

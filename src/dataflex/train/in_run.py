@@ -74,7 +74,7 @@ _SERVED = 0.3  # what a row that was served counts beside pilots, which count 1
 _ENOUGH = 16  # pilots beside which training steps are not listened to; half of what is left is for so many
 _SURE = 0.5  # trust below which training steps are listened to again: most of what they serve is drawn uniformly then
 _FEWEST_PILOTS = 4
-_SAVED = tuple("aims aimed explored trust deaf _heard _interval _looked _spent".split())
+_SAVED = tuple("aims aimed explored trust deaf _heard _interval _looked _rounded _spent".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +156,7 @@ class InRun:
         sizes = [len(self.signals.access.corpus(name).lengths) for name in self.targets]
         self._firsts = self.space.num_rows + np.cumsum([0, *sizes])  # first row of each target, among all [K + 1]
         self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
+        self._rounded = 0.0  # by what the rows that predictions chose were rounded off so far
         self._spent = 0.0  # on targets and pilots, in tokens times passes
         self._capture: StepCapture | None = None
         self._directions: Directions | None = None  # of ``scores``, since the last decision
@@ -739,7 +740,10 @@ class InRun:
         if self._predicted is None:
             return 0
         explore = self.explore if interval.stop_step < self.total_steps else 0.0
-        return round(wanted * (1 - explore) * self.trust)
+        exact = wanted * (1 - explore) * self.trust + self._rounded
+        count = min(wanted, round(exact))
+        self._rounded = exact - count
+        return count
 
     def drawn(self, pool: Rows, taken: Rows, count: int, interval: Interval) -> Rows:
         """Return ``count`` rows of the pool beside ``taken``, uniformly, rows that were never looked at first."""
