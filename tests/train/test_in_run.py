@@ -191,10 +191,10 @@ def test_where_nothing_can_be_foretold_trust_is_nearly_even(pilots):
 
 @pytest.mark.parametrize(
     ("by_interval", "count"),
-    [((20, 20, 20, 20), 60), ((20, 20, 4, 4, 4), 32), ((20, 4, 4, 4), 32), ((0, 0, 0, 7), 0), ((0, 0, 0, 8), 8)],
+    [((40, 40, 40, 40), 120), ((40, 40, 8, 8, 8), 64), ((40, 8, 8, 8), 64), ((0, 0, 0, 7), 0), ((0, 0, 0, 8), 8)],
 )
 def test_the_newest_rows_that_were_drawn_are_judged_each_by_others(monkeypatch, by_interval, count):
-    """Those of three intervals, and of as many more as 32 rows take; fewer than 8 say nothing."""
+    """Those of three intervals, and of as many more as 64 rows take; fewer than 8 say nothing."""
     run = judged(alike, pilots=0)[0]
     at, asked = np.repeat(np.arange(len(by_interval)), by_interval), []
     run.seen = seen_of(range(len(at)), np.zeros((len(at), 1)), intervals=at, steps=at, scores=at[:, None] * 1.0)
@@ -227,26 +227,26 @@ def interval(index, stop=50):
 def test_pilots_count_less_from_decision_to_decision():
     """10 and 10 pilots in intervals 1 and 2."""
     run = judged(alike, pilots=10)[0]
-    assert run._pilots_that_count(interval(2)) == pytest.approx(10 + 0.9 * 10)
-    assert run._pilots_that_count(interval(3)) == pytest.approx(0.9 * 10 + 0.81 * 10)
-    assert judged(alike, pilots=0)[0]._pilots_that_count(interval(3)) == 0
+    assert run._pilots_count(interval(2)).sum() == pytest.approx(10 + 0.9 * 10)
+    assert run._pilots_count(interval(3)).sum() == pytest.approx(0.9 * 10 + 0.81 * 10)
+    assert judged(alike, pilots=0)[0]._pilots_count(interval(3)).sum() == 0
 
 
 @pytest.mark.parametrize(
-    ("pilots", "trust", "asked", "enough"),
-    [(10, 0.5, (), True), (10, 0.49, (), False), (8, 1.0, (), False), (10, 1.0, ("loss",), False)],
+    ("pilots", "index", "asked", "enough"),
+    [
+        (8, 3, (), True),
+        (7, 3, (), False),
+        (8, 44, (), True),  # 0.9 ** 43 is above 0.01, from which on predictions take a row
+        (8, 45, (), False),  # those of interval 1 are too old
+        (8, 3, ("loss",), False),
+    ],
 )
-def test_steps_are_listened_to_again_where_predictions_are_not_trusted(pilots, trust, asked, enough):
-    """10 and 10 pilots count 17.1 at decision 3, 8 and 8 count 13.7."""
+def test_steps_are_not_listened_to_where_predictions_have_pilots(pilots, index, asked, enough):
+    """8 and 8 pilots in intervals 1 and 2."""
     run = judged(alike, pilots=pilots)[0]
-    run.trust, run.asked = trust, asked
-    assert run._knows_enough(interval(3)) == enough
-
-
-def test_a_small_share_is_explored_over_short_intervals():
-    """A twentieth of 8 rows is less than half a row."""
-    run = a_run(_predicted=np.zeros(1), explore=0.05, trust=1.0, total_steps=99, _rounded=0.0)
-    assert sum(8 - run.chosen(8, interval(0)) for _ in range(5)) == 2
+    run.asked = asked
+    assert run._knows_enough(interval(index)) == enough
 
 
 def test_the_steps_of_the_last_interval_are_not_listened_to_unless_methods_ask():

@@ -66,13 +66,12 @@ logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 
 _LEAST_WEIGHT = 0.01
-_JUDGED_INTERVALS, _JUDGED_ROWS = 3, 32  # the least of what was drawn uniformly, by which predictions are judged
+_JUDGED_INTERVALS, _JUDGED_ROWS = 3, 64  # the least of what was drawn uniformly, by which predictions are judged
 _PARTS = 10
 _SKETCH = 16
 _GRAM = 64  # numbers that stand for a row's sketch where products of rows are predicted
 _SERVED = 0.3  # what a row that was served counts beside pilots, which count 1
 _ENOUGH = 16  # pilots beside which training steps are not listened to; half of what is left is for so many
-_SURE = 0.5  # trust below which training steps are listened to again: most of what they serve is drawn uniformly then
 _FEWEST_PILOTS = 4
 _SAVED = tuple("aims aimed explored trust deaf _heard _interval _looked _rounded _spent".split())
 
@@ -366,22 +365,22 @@ class InRun:
         return not self._asks_steps and interval.stop_step >= self.total_steps
 
     def _knows_enough(self, interval: Interval) -> bool:
-        """Return whether pilots alone do: there are enough, and predictions are trusted."""
-        return not self._asks_steps and self.trust >= _SURE and self._pilots_that_count(interval) >= _ENOUGH
+        """Return whether nothing asks for what steps show, and predictions have enough pilots without them."""
+        return not self._asks_steps and bool((self._pilots_count(interval) >= _LEAST_WEIGHT).sum() >= _ENOUGH)
 
-    def _pilots_that_count(self, interval: Interval) -> float:
-        """Return the number of pilots, each counting less from decision to decision."""
+    def _pilots_count(self, interval: Interval) -> Floats:
+        """Return what each pilot counts, less from decision to decision."""
         if self.seen is None:
-            return 0.0
+            return np.zeros(0)
         pilots = self.seen.pilots & self.seen.unbiased
-        return float((self.forgetting ** (interval.index - self.seen.intervals[pilots])).sum())
+        return self.forgetting ** (interval.index - self.seen.intervals[pilots]).astype(np.float64)
 
     def _for_targets(self, interval: Interval, left: float, both: float) -> float:
         """Return what is for targets of what is left: half, if the other half makes the pilots enough, else all."""
         if self.budget is None:
             return left
         pilots = left / 2 / (float(self.space.lengths.mean()) * both)
-        return left / 2 if self._pilots_that_count(interval) + pilots >= _ENOUGH else left
+        return left / 2 if self._pilots_count(interval).sum() + pilots >= _ENOUGH else left
 
     def _aim(self, interval: Interval, left: float, both: float) -> float:
         """Take the gradients of as many target rows as there is budget for, others each time; return their cost."""
