@@ -59,6 +59,31 @@ def test_how_texts_are_cut():
     assert cut_words(" ?! ") == word_punct("  ") == []
 
 
+def test_each_character_of_a_script_without_spaces_is_a_word():
+    assert cut_words("GPT-4\u6a21\u578b\uff0c\u3067\u3059\u3002") == ["gpt4", "\u6a21", "\u578b", "\u3067", "\u3059"]
+    assert word_punct("\u6a21\u578b\uff0c") == ["\u6a21", "\u578b", "\uff0c"]
+    assert cut_words("\u0e17\u0e35\u0e48\u0e44\u0e17\u0e22") == ["\u0e17\u0e35\u0e48", "\u0e44", "\u0e17", "\u0e22"]
+
+
+@given(text=st.text(st.characters(max_codepoint=0x5FF)))
+def test_words_with_spaces_between_are_cut_as_published(text):
+    assert cut_words(text) == text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    assert word_punct(text) == re.findall(r"\w+|[^\w\s]+", text.lower())
+
+
+@BY_TEXT
+def test_chinese_rows_like_the_target_come_first(method):
+    """'Which is the capital of China' is near that of Japan, not 'Write a poem of spring' and 'Explain this sentence'."""
+    rows = [
+        "\u8bf7\u5199\u4e00\u9996\u6625\u5929\u7684\u8bd7",
+        "\u65e5\u672c\u9996\u90fd\u662f\u54ea\u91cc",
+        "\u89e3\u91ca\u8fd9\u53e5\u8bdd",
+    ]
+    chosen = choose(method, rows, ["\u4e2d\u56fd\u9996\u90fd\u662f\u54ea\u91cc\uff1f"], budget=1, rule=Rule.of("top_k"))
+    assert chosen.rows.tolist() == [1]
+    assert len(set(chosen.scores.tolist())) == 3
+
+
 # ---------------------------------------------------------------- BM25
 
 

@@ -279,3 +279,21 @@ def test_a_row_near_a_duplicate_alone_is_kept():
     assert 0.3 < exact < 0.35
     assert near_duplicates(rows, 0.2).tolist() == [False, True, False, True, False]
     assert not near_duplicates(rows, 0.6).any()
+
+
+@pytest.mark.parametrize("share", [0.001, 0.98, 0.99, 1.0])
+def test_every_share_finds_equal_rows(share):
+    from dataflex.offline.duplicates import near_duplicates
+
+    rows = [json.dumps({"text": " ".join(f"w{i}" for i in range(start, start + 50))}).encode() for start in (0, 0, 100)]
+    assert near_duplicates(rows, share).tolist() == [False, True, False]
+
+
+def test_chinese_rows_are_compared_by_characters():
+    """One clause of four differs: 27 of 36 runs of five characters are shared, 27 / 45 in all."""
+    from dataflex.offline.duplicates import near_duplicates
+
+    text = "".join(chr(0x4E00 + i) for i in range(40))
+    changed = text[:36] + "\u9fa0\u9fa1\u9fa2\u9fa3"
+    rows = [json.dumps({"text": one}).encode() for one in (text, changed, text[::-1])]
+    assert near_duplicates(rows, 0.6).tolist() == [False, True, False]

@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError
 from dataflex.registry import load_function
@@ -53,6 +55,26 @@ def test_rouge_of_known_pairs():
     pair = candidates("the cat was under the bed", reference="the cat was found under the bed")
     found = [build_reward(name, None, None, 1.0)(pair).values[0] for name in ("rouge1", "rouge2", "rougeL")]
     np.testing.assert_allclose(found, [2 * 6 / 13, 2 * 4 / 11, 2 * 6 / 13])
+
+
+def test_metrics_of_other_scripts():
+    """Chinese by characters ('The answer is Beijing.' and 'Beijing'), Russian by words."""
+    answer, reference = "\u7b54\u6848\u662f\u5317\u4eac\u3002", "\u5317\u4eac"
+    assert f1(answer, reference) == pytest.approx(2 * 2 / 7)
+    assert exact_match(reference + "\u3002", reference) == 1.0
+    assert metric("rougeL")(answer, reference) == pytest.approx(2 * 2 / 7)
+    assert metric("rouge2")(answer, answer) == 1.0
+    russian = "\u041c\u043e\u0441\u043a\u0432\u0430"
+    assert metric("rougeL")(f"{russian} \u0433\u043e\u0440\u043e\u0434", russian) == pytest.approx(2 / 3)
+
+
+@given(answer=st.text(st.characters(max_codepoint=0x17F)), reference=st.text(st.characters(max_codepoint=0x17F)))
+@settings(deadline=None)
+def test_rouge_of_latin_letters_is_the_librarys(answer, reference):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    want = RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
+    assert metric("rougeL")(answer, reference) == want
 
 
 def test_a_missing_library_is_named(monkeypatch):

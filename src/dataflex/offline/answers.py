@@ -51,11 +51,12 @@ def _task(found: Mapping[str, Any]) -> Task | str:
 def normalized(text: str, after: str = "") -> str:
     """Return what is compared: what follows the last ``after`` ("" where it is missing), in lower case.
 
-    White space becomes single spaces, commas between thousands and a full stop at the end are removed.
+    White space becomes single spaces, commas between thousands and a full stop (a Chinese one too) at the end are
+    removed.
     """
     if after:
         text = text.rpartition(after)[2] if after in text else ""
-    return _THOUSANDS.sub("", " ".join(text.lower().split())).rstrip(". ")
+    return _THOUSANDS.sub("", " ".join(text.lower().split())).rstrip(". \u3002")
 
 
 def matches(tasks: Sequence[Task], written: Sequence[Written | None], after: str = "") -> dict[str, Any]:

@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
+from dataflex.select.words import spaced
 from dataflex.version import install
 
 _WORDS = 5
 _PERMUTATIONS = 128
+# Above it no two bands fit the permutations, which the library refuses; rows that it finds are compared anyway.
+_MOST_THRESHOLD = 0.97
 _WORD = re.compile(r"\w+")
 
 
@@ -36,7 +39,8 @@ def near_duplicates(rows: Iterable[bytes], share: float) -> NDArray[np.bool_]:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
         raise UnsupportedError(f"--near-duplicates: {error}; install the extra: {install('dedup')}") from error
-    kept, sketches, found = MinHashLSH(threshold=share, num_perm=_PERMUTATIONS), dict[int, Any](), list[bool]()
+    kept = MinHashLSH(threshold=min(share, _MOST_THRESHOLD), num_perm=_PERMUTATIONS)
+    sketches, found = dict[int, Any](), list[bool]()
     for number, row in enumerate(rows):
         sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
         sketch.update_batch(list(_shingles(row)))
@@ -54,7 +58,7 @@ def _shingles(row: bytes) -> set[bytes]:
         texts = list(_texts(json.loads(row)))
     except ValueError:
         texts = [row.decode("utf-8", "replace")]
-    words = _WORD.findall(" ".join(texts).lower())
+    words = _WORD.findall(spaced(" ".join(texts).lower()))
     if not words:
         return {row}
     runs = range(max(1, len(words) - _WORDS + 1))

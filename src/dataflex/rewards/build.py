@@ -8,7 +8,6 @@ import queue
 import re
 import shlex
 import shutil
-import string
 import subprocess
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import load_function
 from dataflex.rewards.base import Candidate, Grades, Reward, graded
 from dataflex.rewards.judge import Judge, JudgeConfig
+from dataflex.select.words import cut_words, spaced
 from dataflex.version import install
 
 METRICS: tuple[str, ...] = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
@@ -77,12 +77,16 @@ def build_reward(reward: str, command: str | None, judge: JudgeConfig | None, ti
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Letters beyond the Latin ones, which rouge-score drops.
+_OTHER_WORDS = re.compile(r"[a-z0-9]+|[^\W\u0000-\u02af\u1e00-\u1eff]+")
 
 
 def normalized(text: str) -> str:
-    """Return a text as SQuAD compares it: lower case, no punctuation, no English articles, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Return a text as SQuAD compares it: lower case, no punctuation, no English articles, single spaces.
+
+    Characters of scripts without spaces are words of their own.
+    """
+    return " ".join(_ARTICLES.sub(" ", " ".join(cut_words(text))).split())
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -109,12 +113,22 @@ def metric(name: str) -> Callable[[str, str], float]:
         return exact_match if name == "exact_match" else f1
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
     except ImportError as error:
         raise ConfigError(
             f"dynamic.selector.reward: {name} needs rouge-score, which is not installed; install the extra: "
             f"{install('rewards')}"
         ) from error
-    scorer = RougeScorer([name], use_stemmer=True)
+    latin = DefaultTokenizer(use_stemmer=True)
+
+    class Words(Tokenizer):
+        """Its own tokens, and between them the words of other scripts."""
+
+        def tokenize(self, text: str) -> list[str]:
+            words = _OTHER_WORDS.findall(spaced(text.lower()))
+            return [token for word in words for token in latin.tokenize(word) or [word]]
+
+    scorer = RougeScorer([name], tokenizer=Words())
     return lambda answer, reference: float(scorer.score(reference, answer)[name].fmeasure)
 
 

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Generic, TypeVar
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +21,33 @@ from dataflex.state import blake2b
 T = TypeVar("T")
 
 _CHUNK_ROWS = 8192
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Signs of scripts without spaces, and full-width ones, part words.
+_SIGNS = [one for one in map(chr, (*range(0x3000, 0x3040), 0x30FB, *range(0xFF00, 0xFFF0))) if category(one)[0] in "PS"]
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, "") | dict.fromkeys(_SIGNS, " "))
+# Han and kana; Thai, Lao, Burmese and Khmer; and the marks on a letter, which are no letters.
+_EAST = (
+    "\u3005\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_SOUTH = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_UNSPACED = re.compile(rf"[{_EAST}{_SOUTH}](?<=\w)(?:[\u3099\u309a{_SOUTH}](?<!\w))*")
 _NAMED: dict[Part, str] = {"all": "text", "prompt": "prompt", "completion": "response"}
 _INSTEAD = {part: "" if part == "all" else ", or set 'part: all'" for part in _NAMED}
 _WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
 
 
+def spaced(text: str) -> str:
+    """Return a text in which each character of a script without spaces (Han, kana, Thai) is a word; others stay."""
+    return text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)
+
+
 def cut_words(text: str) -> list[str]:
-    """Return the words of a text: lower-cased, punctuation removed, cut at white space."""
-    return text.lower().translate(_PUNCTUATION).split()
+    """Return the words of a text: lower-cased, ``spaced``, punctuation removed, cut at white space."""
+    return spaced(text.lower()).translate(_PUNCTUATION).split()
 
 
 def word_punct(text: str) -> list[str]:
-    """Return runs of letters and digits and runs of punctuation, lower-cased."""
-    return _WORD_PUNCT.findall(text.lower())
+    """Return runs of letters and digits and runs of punctuation, lower-cased and ``spaced``."""
+    return _WORD_PUNCT.findall(spaced(text.lower()))
 
 
 def pool_texts(pool: Rows, ctx: Context, part: Part) -> Iterator[str]:

@@ -31,7 +31,8 @@ class Bm25(ScoringSelector):
     A baseline of "Compute-Constrained Data Selection", ICLR 2025, arXiv 2410.16208, where it is among the best per unit
     of compute. Every target row is a query; a row's score for a target is the mean of its BM25 (Okapi) scores over the
     target's rows, and the largest over targets counts. The prompt is compared, lower-cased, without punctuation, cut at
-    white space. Words say what a row is about and nothing about whether its response is right.
+    white space; each character of a script without spaces (Chinese, Japanese, Thai) is a word. Words say what a row is
+    about and nothing about whether its response is right.
 
     The prompt is what the template made of it, so its role names are words too; they are in every row and weigh next to
     nothing. ``rule: round_robin`` lets the target's rows (with several targets, the targets) take turns instead; with
