@@ -73,7 +73,7 @@ def test_words_with_spaces_between_are_cut_as_published(text):
 
 @BY_TEXT
 def test_chinese_rows_like_the_target_come_first(method):
-    """'Which is the capital of China' is near that of Japan, not 'Write a poem of spring' and 'Explain this sentence'."""
+    """'Which is the capital of China' is near that of Japan, not 'Write a poem of spring', 'Explain this sentence'."""
     rows = [
         "\u8bf7\u5199\u4e00\u9996\u6625\u5929\u7684\u8bd7",
         "\u65e5\u672c\u9996\u90fd\u662f\u54ea\u91cc",
