@@ -45,8 +45,9 @@ class SlowMixture:
 
     def _open(self, proportions):
         if self.segment >= 0 and self.place:
-            share = self.place / self.block
-            self.residual = [e + share * (f - e) for e, f in zip(self.residual, self.after, strict=True)]
+            served = self.labels[: self.place]
+            pairs = enumerate(zip(self.proportions, self.residual, strict=True))
+            self.residual = [e + (p * self.place - served.count(k)) for k, (p, e) in pairs]
         residual = np.where(proportions > 0, self.residual, 0.0)
         self.residual = (residual - residual.sum() * proportions).tolist()
         self.proportions = proportions.tolist()

@@ -311,7 +311,30 @@ def test_short_segments_do_not_starve_small_domains():
     for step in range(400):
         one.append([0.98, 0.02], one.position, step)
         one.draw(16)
-    assert one.drawn[1] == pytest.approx(0.02 * 6400, abs=25)
+    assert one.drawn[1] == pytest.approx(0.02 * 6400, abs=3)
+
+
+@pytest.mark.parametrize("drawn", [3, 16, 80, 100])
+def test_deviations_do_not_add_up_over_segments_that_end_inside_blocks(drawn):
+    """No domain is ahead of its share by more than one sequence and its share of a block, and the others by no more."""
+    one = build([500] * 20, 24)
+    shares = np.random.default_rng(0).dirichlet(np.full(20, 2.0))
+    for step in range(300):
+        one.append(shares, one.position, step)
+        one.draw(drawn)
+        ahead = one.drawn - shares * one.position
+        assert (ahead <= 1 + 24 * shares).all()
+        assert np.abs(ahead).max() < 5
+
+
+def test_one_domain_micro_batches_stay_so_past_a_cap():
+    """The cap of 10 sequences holds two whole micro-batches of 4."""
+    one = build([10, 400, 400], 16, unit=4, max_epochs=[1, np.inf, np.inf], at_cap="redistribute")
+    one.append([0.5, 0.25, 0.25], 0, 0)
+    rows = one.draw(480)
+    domains = np.searchsorted([10, 410], rows, side="right").reshape(-1, 4)
+    assert (domains == domains[:, :1]).all()
+    assert one.drawn.tolist()[0] == 8
 
 
 def test_whole_blocks_over_segments_stay_close_to_the_sum_of_shares():

@@ -190,12 +190,12 @@ class MixtureSampler:
       consecutive sequences are of one domain (a domain-pure micro-batch).
     - Each domain is read in epochs of its own (``ShuffledEpochs``, or ``OrderedEpochs`` with an ``order``, which
       ``order`` gives its keys): every row once before any twice.
-    - A segment may end inside a block; then the used share of the block's change of residual is carried on,
-      so that short segments do not starve small domains.
+    - A segment may end inside a block; what was owed and not served is carried on, so that deviations do not add up.
+      Where a segment ends, no domain is ahead of its share by more than one ``unit`` and its share of a block.
 
-    At the first sequence past a domain's cap, of ``max_epochs`` [K], ``error`` raises and leaves the sampler as it was
-    before the call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
-    ``stop`` returns fewer rows than asked, and none until a segment without that domain is appended.
+    At the first sequence of the first ``unit`` past a domain's cap, of ``max_epochs`` [K], ``error`` raises and leaves
+    the sampler as it was before the call; ``redistribute`` ends the segment and appends one in which the others share
+    its proportion; ``stop`` returns fewer rows than asked, and none until a segment without that domain is appended.
     """
 
     def __init__(
@@ -296,17 +296,23 @@ class MixtureSampler:
         if closed.any():
             self._redistribute()
 
+    @property
+    def _left(self) -> NDArray[np.int64]:
+        """Sequences that the caps leave to each domain, in whole units [K]."""
+        left = np.maximum(self.limits - self.drawn, 0)  # a cap may be lower now than when the rows were drawn
+        return left - left % self.unit
+
     def _closed(self, shares: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which domains with a share are at their caps [K]."""
-        return (self.drawn >= self.limits) & (shares > 0)
+        return (self._left == 0) & (shares > 0)
 
     def _open(self, shares: NDArray[np.float64], decided_at_step: int, reason: str) -> None:
         if self.segments:
             last = self.segments[-1]
-            used = (self.position - last.start) % self.block
+            number, used = divmod(self.position - last.start, self.block)
             if used:
-                _, rests = block_counts(last.proportions, self.block // self.unit, self._residual, 1)
-                self._residual = rests[0] + used / self.block * (rests[1] - rests[0])
+                served = np.bincount(self._labels(number, 0, used)[0], minlength=shares.size)
+                self._residual = self._residual + (last.proportions * used - served) / self.unit
         # A domain without a share keeps no residual; those of the others must still sum to 0.
         residual = np.where(shares > 0, self._residual, 0.0)
         self._residual = residual - residual.sum() * shares
@@ -343,7 +349,7 @@ class MixtureSampler:
                 if blocked is None:
                     continue
                 if self.at_cap == "stop":
-                    self.stopped_by = tuple(self.names[k] for k in np.flatnonzero(self.drawn >= self.limits))
+                    self.stopped_by = tuple(self.names[k] for k in np.flatnonzero(self._left == 0))
                     if done % whole:
                         self.position, self._residual, self.drawn = before
                         return self.draw(done - done % whole)
@@ -366,7 +372,7 @@ class MixtureSampler:
         first, offset = divmod(self.position - self.segments[-1].start, self.block)
         labels, rests = self._labels(first, offset, count)
         used = np.bincount(labels, minlength=len(self.names))
-        left = np.maximum(self.limits - self.drawn, 0)  # a cap may be lower now than when the rows were drawn
+        left = self._left
         over = np.flatnonzero(used > left)
         blocked: int | None = None
         if over.size:
