@@ -70,6 +70,25 @@ def served(folder: Path) -> dict[str, float]:
     return planned["proportions"]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["max_epochs=4", "at_cap=stop"],
+        ["orderer.name=saw", "orderer.by=loss", "interval_steps=2"],
+        ["orderer.name=sorting", "orderer.by=length"],
+        ["selector.name=random", "keep_ratio=0.5", "interval_steps=2", "signals.pool_fraction=0.5", "max_repeats=3"],
+    ],
+)
+def test_small_runs_are_without_what_decides_in_the_final_one(bench, keys):
+    assert bench("--write", *[f"dynamic.{key}" for key in keys]) == 0
+    blocks = [yaml.safe_load(path.read_text())["dynamic"] for path in sorted(bench.out.glob("**/*.yaml"))]
+    final, *small = blocks
+    wanted = {key.split(".")[0].split("=")[0] for key in keys}
+    assert wanted <= final.keys()
+    assert all(not wanted & block.keys() for block in small)
+    assert len(small) == 2
+
+
 def test_two_rounds_from_the_configuration_to_the_final_model(bench, capsys):
     assert bench("--rounds", "2") == 0
     told = capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dataflex import cli
-from dataflex.mixing import runs
+from dataflex.mixing import msft, runs
 from dataflex.mixing.msft import first_to_overfit
 from dataflex.record.read import load_plan, read_events
 from tests.config.conftest import _plain_environment, config, project
@@ -69,6 +69,13 @@ def test_the_rule_is_the_authors():
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def test_proportions_of_a_file_are_taken(tmp_path):
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps({"names": ["a", "b"], "proportions": [0.25, 0.75]}))
+    block = {"mixer": {"name": "static", "from": str(path)}}
+    assert msft._shares(block, None, None, None, tmp_path) == {"a": 0.25, "b": 0.75}
 
 
 def test_all_that_stages_cannot_be_made_of_is_told_at_once(project, config, capsys):

@@ -44,6 +44,7 @@ from dataflex.mixing.runs import (
     write_configurations,
 )
 from dataflex.mixing.swarm import natural_of
+from dataflex.plan.proportions import read_proportions
 from dataflex.printable import Answer, passing_on, plain, redacted
 from dataflex.record.text import table
 from dataflex.state import write_json
@@ -231,17 +232,20 @@ def _shares(
     problems: list[str] = []
     mixer = block.get("mixer", "size")
     name = mixer.get("name") if isinstance(mixer, Mapping) else mixer
-    if name == "static" and isinstance(mixer, Mapping) and isinstance(mixer.get("proportions"), Mapping):
+    if name == "static" and isinstance(mixer, Mapping) and {"proportions", "from"} & mixer.keys():
         method_block("mixer", mixer, "dynamic.mixer", problems)
         if problems:
             raise ConfigError(problems)
-        sizes = {str(domain): float(share) for domain, share in mixer["proportions"].items()}
+        given = mixer.get("proportions")
+        if given is None:
+            given = read_proportions(mixer["from"], "dynamic.mixer.from").by_name
+        sizes = {str(domain): float(share) for domain, share in given.items()}
     elif name == "size":
         sizes, _ = natural_of(natural, lf, dynamic, base_dir)
     else:
         raise ConfigError(
             "dynamic.mixer: stages serve fixed proportions; leave the mixer out (by size), or write 'mixer: {name: "
-            "static, proportions: {...}}'"
+            "static, proportions: {...}}' or '{name: static, from: FILE}'"
         )
     if sum(size > 0 for size in sizes.values()) < 2:
         raise ConfigError("dataset: stages drop domains, so at least two are needed")
