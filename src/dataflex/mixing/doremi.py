@@ -50,8 +50,8 @@ _RECORD = "doremi.json"
 _FORMAT = 1
 # What belongs to the final run alone: nothing but the mixer decides in the small runs.
 _NOT_FOR_PROXIES = (
-    "selector weighter orderer keep_ratio repeat exclude_seen max_repeats candidate_batches warmup_steps interval_steps "
-    "min_proportion initial_proportions max_epochs at_cap signals ledger"
+    "selector weighter orderer keep_ratio repeat exclude_seen max_repeats candidate_batches warmup_steps "
+    "interval_steps min_proportion initial_proportions max_epochs at_cap signals ledger"
 ).split()
 
 
