@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dataflex.errors import DataError
 from dataflex.plan import planner
+from dataflex.plan.domains import Domains
 from dataflex.plan.plan import BatchShape
-from dataflex.plan.planner import epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.planner import epoch_fill, epoch_stream, quota_rows, spread, warmup_rows
 from dataflex.plan.schedule import Interval
 from dataflex.rng import stream
 
@@ -163,3 +164,37 @@ def test_warmup_rows_are_uniform_and_differ_by_seed_and_interval():
         warmup_rows(large, interval(0, 1), 8, 0, NONE).tolist()
         != warmup_rows(large, interval(0, 1), 8, 1, NONE).tolist()
     )
+
+
+def test_a_small_domain_of_which_nothing_was_kept_waits():
+    """Of 10 rows an interval a share of 0.02 asks for one in five; a share of 0.2 asks for two at once."""
+    domains = Domains.from_sizes(["a", "b", "c"], [50, 50, 50])
+    served, carried = np.zeros(3), np.zeros(3)
+
+    def quota(kept, shares, index):
+        return quota_rows(
+            np.array(kept),
+            np.array(shares),
+            10,
+            interval(index, index + 1, index),
+            domains,
+            seed=1,
+            repeat=True,
+            shuffle=True,
+            earlier=NONE,
+            carried=carried,
+        )
+
+    for index in range(100):
+        rows, carried = quota(range(100), [0.6, 0.38, 0.02], index)
+        served += domains.counts(rows)
+    assert np.abs(served - [612, 388, 0]).max() <= 2
+    assert carried[2] == 1.0
+    served = np.zeros(3)
+    for index in range(100, 150):
+        rows, carried = quota(range(150), [0.6, 0.38, 0.02], index)
+        served += domains.counts(rows)
+    assert np.abs(served - [300, 190, 10]).max() <= 2
+    with pytest.raises(DataError, match="wants 2 rows of domain 'c', but the selector kept none of it"):
+        carried = np.zeros(3)
+        quota(range(100), [0.4, 0.4, 0.2], 0)

@@ -273,13 +273,20 @@ def quota_rows(
     ``shares`` are proportions of sequences by domain [K]. Domains come in random order, and so do the rows of a domain
     with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
     what was kept. Rows that were served since the selection was made (``earlier``) come last, by how often they were.
-    ``carried`` is what quotas were rounded off before [K]; it is added, and what is carried on is returned beside.
+    ``carried`` is what quotas were rounded off before [K]; it is added, and what is carried on is returned beside. A
+    domain that is owed less than a row by its share waits where nothing of it was kept, and is owed one row at most.
 
     Raises:
         DataError: A domain cannot fill its quota.
     """
     domain_of = domains.domain_of[kept]
-    counts, carried = carried_counts(total, shares, carried)
+    waits = (np.bincount(domain_of, minlength=len(shares)) == 0) & (shares * total < 1)
+    if waits.any() and shares[~waits].any():
+        now = np.where(waits, 0.0, shares)
+        counts = carried_counts(total, now / now.sum(), carried)[0]
+        carried = np.minimum(shares * total + np.where(shares > 0, carried, 0.0) - counts, np.where(waits, 1.0, np.inf))
+    else:
+        counts, carried = carried_counts(total, shares, carried)
     times = np.bincount(earlier, minlength=len(domains.domain_of))
     parts = []
     for index, count in enumerate(counts.tolist()):
