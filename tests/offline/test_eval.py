@@ -159,6 +159,7 @@ def test_generated_answers_against_transformers(held, tiny_model, capsys):
 def test_what_answers_are_compared_by():
     assert normalized("  The  Answer\nis 1,234,567. ") == "the answer is 1234567"
     assert normalized("1,23") == "1,23"
+    assert normalized("\u5317\u4eac\u3002") == "\u5317\u4eac"
     assert normalized("2.5") != normalized("25")
     assert normalized("so 3 + 4 = 7\n#### 7", "####") == "7"
     assert normalized("7", "####") == ""

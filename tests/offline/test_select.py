@@ -290,7 +290,7 @@ def test_every_share_finds_equal_rows(share):
 
 
 def test_chinese_rows_are_compared_by_characters():
-    """One clause of four differs: 27 of 36 runs of five characters are shared, 27 / 45 in all."""
+    """The last four of 40 characters differ: 32 of 36 runs of five are shared, 32 / 40 in all."""
     from dataflex.offline.duplicates import near_duplicates
 
     text = "".join(chr(0x4E00 + i) for i in range(40))
