@@ -280,6 +280,17 @@ def test_the_size_of_a_model_is_read_from_its_files(tiny_model):
     assert np.isscalar(told["parameters"])
 
 
+def test_of_an_adapter_the_base_model_is_told(tiny_model, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"lora_A": np.zeros((2, 3), dtype=np.float32)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
+    whole, told = doremi._model(tiny_model), doremi._model(tmp_path)
+    assert told["folder"] == str(tmp_path)
+    assert told["base"] == str(tiny_model)
+    assert [told[key] for key in ("parameters", "vocabulary")] == [whole[key] for key in ("parameters", "vocabulary")]
+
+
 def test_the_settings_of_the_mixer_are_checked_as_its_own():
     from dataflex.mixing.doremi import _proxy_params
 

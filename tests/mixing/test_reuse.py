@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from dataflex.mixing.options import write_result
 from dataflex.mixing.reuse import expanded, kept_shares, most_of_kept
 from dataflex.mixing.swarm import read_swarm
 from dataflex.plan.proportions import ProportionsFile, read_proportions, write_proportions
@@ -73,6 +75,16 @@ def test_what_cannot_be_reused_is_told(old, tmp_path, capsys, options, told):
     found = run("reuse", old, *options, "--out", tmp_path / "new.json", code=2, capsys=capsys)
     assert told in found
     assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "told"), [("kept", "dataflex mix reuse OLD --shares"), ("web", "use it with 'mixer:")]
+)
+def test_shares_of_what_is_kept_are_carried_over_first(tmp_path, first, told):
+    path = tmp_path / "shares.json"
+    answer = write_result(path, (first, "new"), np.array([0.4, 0.6]), method="linear", source={}, details={})
+    assert told in str(answer)
+    assert ("static" in str(answer)) == (first == "web")
 
 
 def test_a_swarm_over_what_changed(base, tmp_path, capsys):

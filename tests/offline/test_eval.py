@@ -278,6 +278,14 @@ def test_what_is_refused(held, tiny_model, tmp_path_factory, model, options, tol
     assert told in str(caught.value)
 
 
+def test_an_unknown_data_set_beside_questions_is_told_once(held, tiny_model, tmp_path_factory):
+    given = [f"dataset_dir={held.data}"]
+    with pytest.raises(ConfigError) as caught:
+        eval_request(str(tiny_model), given, work=tmp_path_factory.mktemp("work"), data="wep", choices="q.jsonl")
+    (problem,) = caught.value.problems
+    assert "'wep' is not defined" in problem
+
+
 def test_what_was_trained_from_scratch_is_loaded(held, tiny_model, tmp_path_factory):
     """The configuration of a run that began with random weights evaluates the weights that it names."""
     given = [f"dataset_dir={held.data}", "train_from_scratch=true"]

@@ -307,19 +307,26 @@ def _table(content: ProportionsFile) -> list[str]:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    """Return what identifies a model: its folder, parameters, vocabulary, and a digest of its tokenizer."""
+    """Return what identifies a model: its folder, parameters, vocabulary, and a digest of its tokenizer.
+
+    Of an adapter, its own folder and tokenizer, and parameters and vocabulary of its ``base``.
+    """
     from safetensors import safe_open
 
-    parameters, tokenizer = 0, folder / "tokenizer.json"
-    for path in sorted(folder.glob("*.safetensors")):
+    from dataflex.signals.other_models import base_model
+
+    base, parameters, tokenizer = base_model(folder), 0, folder / "tokenizer.json"
+    whole = folder if base is None else Path(base)
+    for path in sorted(whole.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
             parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     try:
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = dict(json.loads((whole / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         config = {}
     return {
         "folder": str(folder),
+        **({} if base is None else {"base": base}),
         "parameters": parameters or None,
         "vocabulary": config.get("vocab_size"),
         "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else None,

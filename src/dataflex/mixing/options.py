@@ -18,6 +18,9 @@ from dataflex.plan.proportions import ProportionsFile, collapsed, read_proportio
 from dataflex.printable import Answer
 from dataflex.record.text import columns
 
+KEPT = "kept"
+"""Name of the virtual domain of ``mix swarm --reuse``, which stands for all that are kept."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
@@ -94,7 +97,13 @@ def write_result(
     for k in np.argsort(-shares, kind="stable"):
         at_cap = "at its cap" if caps is not None and caps[k] < 1 and shares[k] >= caps[k] - 1e-9 else ""
         table.append([names[k], f"{shares[k]:.4f}", *([f"{natural[k]:.4f}"] if natural is not None else []), at_cap])
-    lines = [f"{method}: written: {path}", f"  use it with 'mixer: {{name: static, from: {path}}}'", *columns(table)]
+    lines = [f"{method}: written: {path}", f"  use it with 'mixer: {{name: static, from: {path}}}'"]
+    if KEPT in names:
+        lines = [
+            lines[0],
+            f"  carry it over with 'dataflex mix reuse OLD --shares {path}', OLD what 'swarm --reuse' had",
+        ]
+    lines += columns(table)
     most = collapsed(content.by_name)
     if most is not None:
         lines.append(f"warning: {most[0]} has {most[1]:.1%} of the proportions, and the others are hardly served")

@@ -15,13 +15,10 @@ import numpy as np
 
 from dataflex.config.args import data_set_names
 from dataflex.errors import ConfigError
-from dataflex.mixing.options import check_names, given, numbers_by_name, write_result
+from dataflex.mixing.options import KEPT, check_names, given, numbers_by_name, write_result
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, provenance, read_proportions
 from dataflex.printable import Answer
-
-KEPT = "kept"
-"""Name of the virtual domain."""
 
 
 def kept_shares(old: Mapping[str, float], kept: Collection[str]) -> dict[str, float]:

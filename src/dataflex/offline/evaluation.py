@@ -127,6 +127,8 @@ def eval_request(
     own: dict[str, str] = {}
     if any(rows.values()) and not problems:
         own = _write_rows(work, rows, names, lf, None if column is None else str(column), problems)
+        if problems:  # the data sets are no longer where the user has them
+            raise ConfigError(problems)
         mapping.update(dataset=",".join([*names, *own.values()]), dataset_dir=str(work))
     try:
         score = score_request(mapping, ["loss.focus=high"], methods=("loss",), out=work / "scores.parquet")
