@@ -65,7 +65,10 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
     counts = np.bincount(owner[known], minlength=len(names))
     if (counts == 0).any():
         lost = names[int(np.argmin(counts))]
-        raise DataError(f"none of the rows drawn of domain {lost!r} has a finite gradient (no supervised tokens?)")
+        raise DataError(
+            f"none of the rows drawn of domain {lost!r} has a finite gradient: the model's loss is nan, so that a lower "
+            "learning_rate is needed, or no row has a supervised token"
+        )
     mean_KN = np.zeros((len(names), len(everything)))
     mean_KN[owner[known], np.flatnonzero(known)] = 1.0 / counts[owner[known]]
     gram, scores = np.where(np.isfinite(gram), gram, 0.0), np.where(np.isfinite(scores), scores, 0.0)
