@@ -66,7 +66,7 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
     if (counts == 0).any():
         lost = names[int(np.argmin(counts))]
         raise DataError(
-            f"none of the rows drawn of domain {lost!r} has a finite gradient: the model's loss is nan, so that a lower "
+            f"none of the rows drawn of domain {lost!r} has a finite gradient: the loss is nan, so that a lower "
             "learning_rate is needed, or no row has a supervised token"
         )
     mean_KN = np.zeros((len(names), len(everything)))
