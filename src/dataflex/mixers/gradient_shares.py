@@ -66,8 +66,8 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
     if (counts == 0).any():
         lost = names[int(np.argmin(counts))]
         raise DataError(
-            f"none of the rows drawn of domain {lost!r} has a finite gradient: the loss is nan, so that a lower "
-            "learning_rate is needed, or no row has a supervised token"
+            f"none of the rows drawn of domain {lost!r} has a finite gradient: the model has diverged "
+            "(lower the learning_rate), or no row has a supervised token"
         )
     mean_KN = np.zeros((len(names), len(everything)))
     mean_KN[owner[known], np.flatnonzero(known)] = 1.0 / counts[owner[known]]

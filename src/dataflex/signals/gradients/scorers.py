@@ -213,8 +213,8 @@ class TargetBuilder:
         if (counts == 0).any():
             empty = counts.eq(0).nonzero().flatten().tolist()
             raise DataError(
-                f"gradients: no row of target {empty[0]} (counted from 0) has a finite loss: the loss is nan, so "
-                "that a lower learning_rate is needed, or no row has a supervised token"
+                f"gradients: no row of target {empty[0]} (counted from 0) has a finite loss: the model has "
+                "diverged (lower the learning_rate), or no row has a supervised token"
             )
         return vectors.scale_(1 / counts)
 
