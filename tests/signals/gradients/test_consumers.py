@@ -233,7 +233,7 @@ def test_a_task_without_rows():
     _, engine, batch, _ = prepared("lora")
     builder = TargetBuilder(engine, num_targets=2)
     builder.add(batch, torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(DataError, match="no row of target 1 .* has a finite loss"):
+    with pytest.raises(DataError, match=r"no row of target 1 .* has a finite loss"):
         builder.finish()
 
 
