@@ -97,13 +97,10 @@ def write_result(
     for k in np.argsort(-shares, kind="stable"):
         at_cap = "at its cap" if caps is not None and caps[k] < 1 and shares[k] >= caps[k] - 1e-9 else ""
         table.append([names[k], f"{shares[k]:.4f}", *([f"{natural[k]:.4f}"] if natural is not None else []), at_cap])
-    lines = [f"{method}: written: {path}", f"  use it with 'mixer: {{name: static, from: {path}}}'"]
+    use = f"use it with 'mixer: {{name: static, from: {path}}}'"
     if KEPT in names:
-        lines = [
-            lines[0],
-            f"  carry it over with 'dataflex mix reuse OLD --shares {path}', OLD what 'swarm --reuse' had",
-        ]
-    lines += columns(table)
+        use = f"carry it over with 'dataflex mix reuse OLD --shares {path}', OLD what 'swarm --reuse' had"
+    lines = [f"{method}: written: {path}", f"  {use}", *columns(table)]
     most = collapsed(content.by_name)
     if most is not None:
         lines.append(f"warning: {most[0]} has {most[1]:.1%} of the proportions, and the others are hardly served")

@@ -23,7 +23,7 @@ def beside_training(run: Run) -> float:
 
 def steps_bought(run: Run) -> float | None:
     """Return the training steps that the seconds beside training would have bought; None where that is not known."""
-    training, steps = run.phase_seconds().get("training", 0.0), run.steps_done - run.first_step
+    training, steps = run.phase_seconds().get("training", 0.0), run.steps_recorded
     return beside_training(run) * steps / training if training and steps else None
 
 
@@ -38,8 +38,7 @@ def cost_sentence(run: Run) -> str:
     told += duration(run.wall_seconds)
     told += "".join(f", the {phase} {duration(spent[phase])}" for phase in _ASIDE if phase in spent)
     if bought is not None:
-        steps = run.steps_done - run.first_step
-        told += f"; that would have bought {bought:.0f} more training steps beside the {steps} done"
+        told += f"; that would have bought {bought:.0f} more training steps beside the {run.steps_recorded} done"
     return told + "."
 
 
@@ -57,7 +56,7 @@ def cost_section(run: Run) -> Json:
     columns = [("phase", "text"), ("seconds", "seconds"), ("share", "share"), ("what it is", "text")]
     tables, notes = [table(f"Seconds by phase{since(run.first_step)}", columns, rows)], []
     if (bought := steps_bought(run)) is not None:
-        steps = run.steps_done - run.first_step
+        steps = run.steps_recorded
         each = spent["training"] / steps
         notes.append(
             f"Deciding would have bought {bought:.1f} training steps at {each:.3g} s each, "
@@ -69,7 +68,7 @@ def cost_section(run: Run) -> Json:
     if passes := _passes(run, forecast):
         columns = [("passes over", "text"), ("F forecast", "count"), ("B forecast", "count"), ("F", "count")]
         columns += [("B", "count"), ("how counted", "text")]
-        done = f"{run.steps_done - run.first_step} are done{since(run.first_step)}"
+        done = f"{run.steps_recorded} are done{since(run.first_step)}"
         of = f"The forecast is of all {run.total_steps} steps, {done}." if forecast else ""
         tables.append(table("Passes of single sequences (F forward, B backward)", columns, passes, of))
     return {"notes": notes, "tables": tables}

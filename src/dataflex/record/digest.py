@@ -115,6 +115,11 @@ class Run:
         return total
 
     @property
+    def steps_recorded(self) -> int:
+        """Number of steps done since the record begins."""
+        return self.steps_done - self.first_step
+
+    @property
     def served_since(self) -> int:
         """Steps done where it begins to be known which rows were served."""
         return int(self.planned[0]["start_step"]) if self.planned else 0
