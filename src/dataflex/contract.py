@@ -81,6 +81,7 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "requires": ("dataflex.Requires(...)", lambda value: isinstance(value, Requires)),
     "normalizer": ("'weight_sum', 'num_tokens' or 'num_sequences'", lambda value: value in typing.get_args(Normalizer)),
     "loss_normalizer": ("'weight_sum' or 'domain'", lambda value: value in typing.get_args(DomainNormalizer)),
+    "undoes_sampling": ("True or False", _switch),
     "active": ("True or False", _switch),
     "due": ("True or False", _switch),
     "warmup": (
@@ -203,7 +204,7 @@ _MUST = {
     "orderer": ("sort_keys", "ranks"),
     "weighter": ("weigh", "static_weights"),
 }
-_SWITCHES = ("selects_subset", "gives_scores", "observes", "paced", "neutral", "by_token")
+_SWITCHES = ("selects_subset", "gives_scores", "observes", "paced", "neutral", "by_token", "undoes_sampling")
 
 
 def class_problems(kind: str, cls: Any) -> list[str]:

@@ -425,6 +425,14 @@ class DomainWeighter(Mixer):
         """
         return "weight_sum"
 
+    @property
+    def undoes_sampling(self) -> bool:
+        """Whether each weight is to be divided by the proportion in which the step's rows were drawn, warm-up included.
+
+        Proportions are in the run's unit; what comes of it is divided by its sum.
+        """
+        return False
+
     def loss_weights(self) -> Floats:
         """Return the weights of the domains in the loss of the next optimizer step [K]; asked after its ``mix``."""
         raise NotImplementedError

@@ -65,6 +65,16 @@ def test_the_proxy_learns_weights_and_resumes_bit_for_bit(run, reference, varian
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("block", [{}, {"selector": "random", "keep_ratio": 0.5, "repeat": True, "interval_steps": 2}])
+def test_weights_are_corrected_by_the_proportions_of_each_step(run, reference, block):
+    """Those of warm-up are others; a step size of nearly 0 leaves all weights at a third."""
+    settings = proxy(reference, eta=1e-12, smoothing=0.0)
+    settings["dynamic"] |= {"warmup_steps": 2, "initial_proportions": [2, 1, 1], **block}
+    ran = run("warm", **{**SETTINGS, "save_strategy": "no", "max_steps": 4}, **settings)
+    logged = [[entry[f"dataflex/loss_weight/{name}"] for name in ("alpha", "beta", "gamma")] for entry in ran.log]
+    np.testing.assert_allclose(logged, [[0.2, 0.4, 0.4]] * 2 + [[1 / 3] * 3] * 2, atol=1e-9)
+
+
 def test_a_cached_reference_gives_what_a_live_one_gives(run, reference):
     cached = run("cached", **SETTINGS, **proxy(reference))
     live = run("live", **SETTINGS, **proxy(reference, reference_cache=False))

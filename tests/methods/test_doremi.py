@@ -11,12 +11,13 @@ import torch
 
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers import loss_weights
-from dataflex.mixers.loss_weights import DoReMi, GroupDro, corrected
+from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.plan.domains import SUMS, DomainStats
 from dataflex.plan.proportions import exponentiated, logs, read_proportions, softmax, write_proportions
 from dataflex.state import load_state, save_state
 from dataflex.testing import example_context
 from dataflex.train.feedback import DomainSums
+from dataflex.train.loss import without_sampling
 
 NAMES = ("a", "b", "c")
 
@@ -81,16 +82,15 @@ def test_excess_is_clipped_token_by_token(variant, want):
 
 
 def test_weights_are_corrected_for_the_sampling():
-    np.testing.assert_allclose(corrected(np.array([0.6, 0.4]), np.array([0.75, 0.25])), [1 / 3, 2 / 3], atol=1e-15)
+    drawn = np.array([0.75, 0.25])
+    np.testing.assert_allclose(without_sampling(np.array([0.6, 0.4]), drawn), [1 / 3, 2 / 3], atol=1e-15)
+    assert without_sampling(np.array([0.0, 1.0]), np.array([1.0, 0.0])).tolist() == [0.0, 0.0]
     method = doremi(sampling=(3.0, 1.0))
     assert method.mix(example_context({"a": 6, "b": 2})).proportions.tolist() == [0.75, 0.25]
-    np.testing.assert_allclose(method.loss_weights(), [0.5, 0.5], atol=1e-15)  # alpha is (3/4, 1/4)
-    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normalizer="weight_sum")
-    by_token.mix(example_context({"a": 6, "b": 2}))
-    np.testing.assert_allclose(by_token.loss_weights(), [0.25, 0.75], atol=1e-15)  # alpha is (1/2, 1/2)
-    by_domain = doremi(sampling=(3.0, 1.0), variant="paper")
-    by_domain.mix(example_context({"a": 6, "b": 2}))
-    np.testing.assert_allclose(by_domain.loss_weights(), [0.5, 0.5], atol=1e-15)
+    np.testing.assert_allclose(method.loss_weights(), [0.75, 0.25], atol=1e-15)
+    assert method.undoes_sampling
+    assert doremi(variant="paper", normalizer="weight_sum").undoes_sampling
+    assert not doremi(variant="paper").undoes_sampling
 
 
 @pytest.mark.parametrize(("variant", "first"), [("repo", 0.75), ("paper", 0.5), ("levanter", 0.5)])

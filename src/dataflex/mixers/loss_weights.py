@@ -92,12 +92,6 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return True
 
 
-def corrected(alpha: Floats, sampling: Floats) -> Floats:
-    """Return alpha_d / pi_d divided by its sum [K]: token weights that undo the sampling; 0 where pi_d is 0."""
-    ratio = np.divide(alpha, sampling, out=np.zeros_like(alpha), where=sampling > 0)
-    return ratio / ratio.sum()
-
-
 def vocabulary_size(folder: Path) -> int:
     """Return the vocabulary of the model in a folder; that of its base model for an adapter."""
     try:
@@ -183,9 +177,9 @@ class DoReMi(_LossWeighter):
     def loss_normalizer(self) -> DomainNormalizer:
         return self.params.normalizer or ("weight_sum" if self.params.variant == "repo" else "domain")
 
-    def loss_weights(self) -> Floats:
-        """Return the weights [K] of the next step: alpha, divided by the sampling under ``weight_sum``."""
-        return corrected(self.alpha, self.sampling) if self.loss_normalizer == "weight_sum" else self.alpha
+    @property
+    def undoes_sampling(self) -> bool:
+        return self.loss_normalizer == "weight_sum"
 
     def _first(self) -> Floats:
         return self.sampling.copy() if self.params.variant == "repo" else super()._first()

@@ -180,6 +180,16 @@ class Domains:
             return values
         return np.asarray(weighted / weighted.sum(), dtype=np.float64)
 
+    def unit_proportions(self, sequences: NDArray[np.float64], unit: Unit) -> NDArray[np.float64]:
+        """Convert proportions [K] of sequences to those of ``unit``, as ``sequence_proportions`` the other way."""
+        if unit == "documents" and self.documents_per_row is not None:
+            weighted = sequences * self.documents_per_row
+        elif unit == "tokens":
+            weighted = sequences * (self.num_tokens / self.num_rows)
+        else:
+            return sequences
+        return np.asarray(weighted / weighted.sum(), dtype=np.float64)
+
     def counts(self, rows: Rows) -> NDArray[np.int64]:
         """Count ``rows`` by domain, int64 [K]; -1 ("no row" in a plan) is not counted."""
         return np.bincount(self.domain_of[rows[rows >= 0]], minlength=len(self.names)).astype(np.int64)

@@ -489,6 +489,10 @@ class Controller:
                     return segment.proportions
         return self.proportions
 
+    def drawn_at(self, step: int) -> NDArray[np.float64]:
+        """Return the same in the run's unit [K]."""
+        return self.space.domains.unit_proportions(self.proportions_at(step), self.config.unit)
+
     def _mix(self, ctx: Context) -> tuple[NDArray[np.float64], str]:
         assert self.mixer is not None
         asked = replace(

@@ -190,6 +190,12 @@ def weighted_loss(
     return weighted / torch.as_tensor(num_items, device=weighted.device).clamp(min=1)
 
 
+def without_sampling(alpha: Floats, drawn: Floats) -> Floats:
+    """Return alpha_d / pi_d divided by its sum [K]: token weights that undo the sampling; 0 where pi_d is 0."""
+    ratio = np.divide(alpha, drawn, out=np.zeros_like(alpha), where=drawn > 0)
+    return ratio / (ratio.sum() or 1.0)
+
+
 class DomainWeights:
     """How much the domains count in the loss, according to a mixer that weighs it.
 
@@ -199,18 +205,25 @@ class DomainWeights:
     def __init__(self, mixer: DomainWeighter, domains: Domains, *, over_ranks: bool) -> None:
         self._mixer, self._domains, self._over_ranks = mixer, domains, over_ranks
         self._by_domain: Floats | None = None
+        self._drawn: Floats | None = None  # proportions of the step, in the run's unit [K]
 
     def given(self) -> Floats:
-        """Return the mixer's present weights [K]."""
-        return check_loss_weights(self._mixer, len(self._domains.names))
+        """Return the mixer's present weights [K], divided by the proportions of the step begun last if it asks so."""
+        given = check_loss_weights(self._mixer, len(self._domains.names))
+        if self._drawn is None or not self._mixer.undoes_sampling:
+            return given
+        return without_sampling(given, self._drawn)
 
     @property
     def by_domain_means(self) -> bool:
         """Whether the loss is the sum over domains of their weights times their mean losses."""
         return self._mixer.loss_normalizer == "domain"
 
-    def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, normalizer: Normalizer) -> None:
+    def begin_step(
+        self, batches: list[Any], num_items: Any, device: torch.device, normalizer: Normalizer, drawn: Floats | None
+    ) -> None:
         """Take the weights of the coming step from the mixer (collective); see ``Reweighter.begin_step``."""
+        self._drawn = drawn
         alpha = self.given()
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
             tokens_K = self._tokens(batches, device, lambda labels: counted_tokens(labels[:, 1:]))
@@ -366,11 +379,21 @@ class Reweighter:
         """How the training forward's hidden states are pooled, or None."""
         return self._needs.embedding
 
-    def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, *, index: int, total: int) -> None:
+    def begin_step(
+        self,
+        batches: list[Any],
+        num_items: Any,
+        device: torch.device,
+        *,
+        index: int,
+        total: int,
+        drawn: Floats | None = None,
+    ) -> None:
         """Begin optimizer step ``index`` of ``total``: find what is known of its weights beforehand (collective).
 
         ``batches`` are the collated micro-batches of this rank, with ``labels`` and ``ROWS``; ``num_items`` the
-        supervised tokens of the step, as the loop counts them.
+        supervised tokens of the step, as the loop counts them; ``drawn`` the proportions in which its rows were drawn,
+        in the run's unit [K].
         """
         self._index, self._total, self._num_micro = index, total, len(batches)
         self._num_items, self._device = num_items, device
@@ -378,7 +401,7 @@ class Reweighter:
         self._scale = None
         domain_weights, batches = self._domain_weights, [by_rows(batch)[0] for batch in batches]
         if domain_weights is not None:
-            domain_weights.begin_step(batches, num_items, device, self._normalizer)
+            domain_weights.begin_step(batches, num_items, device, self._normalizer, drawn)
         if self._normalizer != "weight_sum":
             return
         tokens = torch.zeros((), dtype=torch.float64)

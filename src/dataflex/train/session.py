@@ -441,7 +441,8 @@ class Session:
         if loss.weighter is not None and loss.weighter.active(index, self.total_steps):
             self.controller.prepare(loss.weighter, index)
         if self.weighs or loop.count_items is None:
-            loss.begin_step(batches, num_items, loop.device, index=index, total=self.total_steps)
+            drawn = self.controller.drawn_at(index)
+            loss.begin_step(batches, num_items, loop.device, index=index, total=self.total_steps, drawn=drawn)
         self._step, self._micro = Step(index=index, batches=batches, num_items=num_items), 0
         return self._step
 
