@@ -15,6 +15,7 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.forecast import forecast
 from dataflex.config.memory import decoder_of, memory
 from dataflex.config.schema import DynamicConfig
+from dataflex.signals.specs import SKETCH
 from tests.docs.pages import EXAMPLES
 
 SIZES = {
@@ -160,6 +161,44 @@ def test_bytes_of_gradients_of_targets(estimate, changes, selector, vectors):
     chosen = {key: value for key, value in {"name": "less", "targets": ["a", "b"], **selector}.items() if value}
     dynamic = parse_dynamic({"selector": chosen, "interval_steps": 5}, Path())
     assert estimate(dynamic, **changes)["signals"] == 4 * 1352 * vectors
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_numbers_of_a_sketch_are_those_of_the_hooks(rank: int | None, checkpointed: bool):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dataflex.signals.gradients.engine import GradientEngine
+    from dataflex.signals.gradients.in_run import Directions, StepCapture, capturable
+
+    path = EXAMPLES / "models" / "base-4m"
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    if rank is not None:
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "up_proj"]))
+    engine = GradientEngine(model)
+    ids = torch.randint(3, 4000, (1, 5))
+    engine.run({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, [])
+    if checkpointed:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+    capture = StepCapture(capturable(model, engine.units)[0], sketch=SKETCH)
+    capture.aim(Directions.none(capture.layers))
+    assert decoder_of(path).sketch(rank, "q_proj,up_proj", checkpointed=checkpointed) == capture.size
+
+
+@pytest.mark.parametrize(
+    ("options", "interval", "rows"), [({"budget": 0.1}, 2, 2 * 3), ({"budget": 0.1}, 9, 9 * 3), ({}, 9, 0)]
+)
+def test_bytes_of_sketches_that_wait_for_the_next_decision(estimate, monkeypatch, options, interval, rows):
+    """Each rank has 3 rows a step; a row's sketch has 64 + 2 (32) + 64 + 3 (128) numbers in each of 2 layers."""
+    block = {"selector": {"name": "less", "targets": ["a"]}, "interval_steps": interval, "warmup_steps": 1}
+    dynamic = parse_dynamic({**block, "signals": options}, Path())
+    vectors = 4 * 1352
+    assert estimate(dynamic)["signals"] == vectors + 4 * 2 * (2 * 64 + 2 * 32 + 3 * 128) * rows
+    monkeypatch.setattr("dataflex.config.memory.HELD_ROWS", 4)
+    assert estimate(dynamic)["signals"] == vectors + 4 * 2 * (2 * 64 + 2 * 32 + 3 * 128) * min(rows, 4)
 
 
 def test_bytes_of_a_reference(estimate, folder: Path):

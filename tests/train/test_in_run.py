@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -310,6 +312,45 @@ def test_the_newest_of_each_row_is_kept_and_no_more_than_fit(monkeypatch):
     assert (both.rows.tolist(), both.steps.tolist(), both.values[:, 0].tolist()) == ([3, 1, 7], [1, 2, 2], [2, 3, 4])
     more = Newest(rows=np.array([8, 9]), steps=np.array([3, 3]), values=np.array([[5.0, 5], [6, 6]]))
     assert both.and_(more).rows.tolist() == [1, 7, 8, 9]
+
+
+def shown_by(steps, *, sketches, monkeypatch, held=6):
+    """A run that has seen 4 rows in each of ``steps``, with the numbers of their steps as all that was seen."""
+    monkeypatch.setattr(in_run, "HELD_ROWS", held)
+    run = a_run(targets=("t",) if sketches else (), budget=0.1, asked=(), _newest={}, _interval=0, seen=None)
+    vars(run).update(_pending=[], _sketched=deque(), _num_pending=0, _num_sketched=0, explored=np.array([5]))
+    most = 0
+    for step in range(steps):
+        rows = 4 * step + np.arange(4)
+        seen = {"losses": torch.full((4, 1), float(step)), "": torch.full((4, 3), float(step))}
+        run._hold(step, rows, seen)
+        on_device = sum(len(each[1]) for each in run._sketched), run._num_pending
+        most = max(most, *on_device)
+    return run, most
+
+
+@pytest.mark.parametrize("sketches", [True, False])
+def test_the_device_holds_what_the_newest_rows_showed(monkeypatch, sketches):
+    """Of sketches no more are used; of losses all are."""
+    run, most = shown_by(5, sketches=sketches, monkeypatch=monkeypatch)
+    assert most <= 6
+    run.gather()
+    assert run._newest["losses"].rows.tolist() == list(range(20))
+    assert run.seen.rows.tolist() == (list(range(16, 20)) if sketches else list(range(20)))
+    assert run.seen.unbiased.tolist() == [row == 5 for row in run.seen.rows]
+    assert not run._pending
+    assert not run._sketched
+    run.gather()
+    assert run._newest["losses"].steps.tolist() == [step for step in range(5) for _ in range(4)]
+
+
+def test_steps_that_a_loss_scale_undid_are_left_out(monkeypatch):
+    run, _ = shown_by(2, sketches=True, monkeypatch=monkeypatch, held=99)
+    run._sketched[0][2][""][2, 1] = torch.inf
+    run._pending[1][2]["losses"][3] = torch.nan
+    run.gather()
+    assert run._newest["losses"].rows.tolist() == [4, 5, 6]
+    assert run.seen.rows.tolist() == [4, 5, 6, 7]
 
 
 def test_decisions_use_one_thread_of_numpy(monkeypatch):

@@ -17,6 +17,9 @@ micro-batch (``per_device_train_batch_size`` x ``cutoff_len``, so at most), c by
   of which the last are what transformers' two norms keep in fp32.
   All in all L A, or with checkpointing (LLaMA-Factory's default) c t h L + A; and 10 t V for logits in 16 bit, their
   fp32 copy and its gradient, or 8 t V in fp32.
+- A row's sketch in its training step (``signals.budget`` with gradients and targets): s(inputs) x s(outputs) numbers of
+  each trained matrix, s(n) = n up to 64, else 16; 256 of a longer bias or norm, which has none under checkpointing. The
+  device holds those of at most 4,096 rows until the next decision, in fp32.
 - Signals: one fp32 gradient for each target, 4 T, and where Adam's moments are divided, 8 T to bring them together, for
   methods that ask for gradients; the parameters of a reference model, whole, c bytes each.
 
@@ -36,6 +39,7 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.check import partitioned_by, zero_options
 from dataflex.config.forecast import Forecast
 from dataflex.config.needs import wants_moments
+from dataflex.signals.specs import HELD_ROWS, SKETCH
 
 _KINDS = ("llama", "mistral", "qwen2")
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
@@ -72,11 +76,27 @@ class Decoder:
 
     def adapters(self, rank: int, targets: Any) -> int | None:
         """Return the number of parameters of LoRA's matrices; None for a matrix that is not of the layers."""
-        names = targets if isinstance(targets, list | tuple) else [name.strip() for name in str(targets).split(",")]
-        names = list(self.matrices) if "all" in names else names
+        names = self._adapted(targets)
         if not set(names) <= set(self.matrices):
             return None
         return self.layers * rank * sum(sum(size) for name, size in self._items() if name in names)
+
+    def sketch(self, rank: int | None, targets: Any, *, checkpointed: bool) -> int:
+        """Return the numbers of the sketch of a row's gradient: of adapters of a rank, or of all (None)."""
+        if rank is not None:
+            names = self._adapted(targets)
+            sizes = (size for name, size in self._items() if name in names)
+            return self.layers * sum(_side(rank) * (_side(inputs) + _side(outputs)) for inputs, outputs in sizes)
+        each = sum(
+            _side(inputs) * _side(outputs) + _line(outputs) * (name in self.biased)
+            for name, (inputs, outputs) in self._items()
+        )
+        norms = 0 if checkpointed else (2 * self.layers + 1) * _line(self.hidden)
+        return self.layers * each + norms
+
+    def _adapted(self, targets: Any) -> list[str]:
+        names = targets if isinstance(targets, list | tuple) else [name.strip() for name in str(targets).split(",")]
+        return list(self.matrices) if "all" in names else list(names)
 
     def activations(self, tokens: int, width: int, *, checkpointed: bool) -> int:
         """Return the bytes kept for the backward pass of a micro-batch, in numbers of ``width`` bytes."""
@@ -87,6 +107,14 @@ class Decoder:
 
     def _items(self) -> Any:
         return self.matrices.items()
+
+
+def _side(width: int) -> int:
+    return SKETCH if width > 4 * SKETCH else width
+
+
+def _line(width: int) -> int:
+    return SKETCH**2 if width > 4 * SKETCH**2 else width
 
 
 def decoder_of(folder: Any) -> Decoder | None:
@@ -134,13 +162,16 @@ def memory(view: Forecast, lf: LlamaFactoryArgs) -> dict[str, float] | None:
     signals = _signals(view, trained, width, divided=stage > 0 and world > 1)
     if signals is None:
         return None
+    checkpointed = not lf.on("disable_gradient_checkpointing")
+    numbers = decoder.sketch(lf.lora_rank if lora else None, lf.lora_target, checkpointed=checkpointed)
+    signals += 4 * numbers * _sketched_rows(view)
     tokens = view.batch.micro_batch_size * lf.cutoff_len
     frozen = decoder.parameters if lora else 0
     found = {
         "parameters": (frozen * width + trained * each[0]) / (world if stage == 3 else 1),
         "gradients": trained * each[1] / (world if stage >= 2 else 1),
         "optimizer": trained * each[2] / (world if stage >= 1 else 1),
-        "activations": decoder.activations(tokens, width, checkpointed=not lf.on("disable_gradient_checkpointing")),
+        "activations": decoder.activations(tokens, width, checkpointed=checkpointed),
         "signals": signals,
     }
     return {**found, "total": sum(found.values())}
@@ -166,3 +197,12 @@ def _signals(view: Forecast, trained: int, width: int, *, divided: bool) -> floa
     if None in references:
         return None
     return 4 * trained * vectors + width * sum(each.parameters for each in references if each is not None)
+
+
+def _sketched_rows(view: Forecast) -> int:
+    """Return the most rows of which the device holds sketches until the next decision."""
+    selector, first = view.dynamic.selector, view.first_decision("selector")
+    scored = selector is not None and bool(selector.targets) and "gradients" in selector.requires.signals
+    if not scored or view.dynamic.signals.budget is None or first is None:
+        return 0
+    return min(HELD_ROWS, max(first.steps, first.start_step) * view.batch.global_batch // view.batch.world)

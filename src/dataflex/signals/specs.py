@@ -16,6 +16,11 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Part = Literal["all", "prompt", "completion"]
 """Of a row's tokens: all, those without a label, or the supervised ones (the response)."""
 
+SKETCH = 16
+"""Numbers per side of the sketch of a matrix's gradient, which a row leaves in its own training step."""
+HELD_ROWS = 4096
+"""Rows of a rank of which the device holds what they left in their steps, until the next decision."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradientOptions:

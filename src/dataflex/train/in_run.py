@@ -16,10 +16,11 @@ counts 1, a backward pass 2, with adapters 1.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ from dataflex.signals.losses import document_ids, model_inputs, real_tokens
 from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.passes import backward_cost
 from dataflex.signals.runner import SignalRunner
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.specs import HELD_ROWS, SKETCH, EmbeddingSpec, GradientSpec
 from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS, by_rows
@@ -68,12 +69,19 @@ Floats = NDArray[np.float64]
 _LEAST_WEIGHT = 0.01
 _JUDGED_INTERVALS, _JUDGED_ROWS = 3, 64  # the least of what was drawn uniformly, by which predictions are judged
 _PARTS = 10
-_SKETCH = 16
 _GRAM = 64  # numbers that stand for a row's sketch where products of rows are predicted
 _SERVED = 0.3  # what a row that was served counts beside pilots, which count 1
 _ENOUGH = 16  # pilots beside which training steps are not listened to; half of what is left is for so many
 _FEWEST_PILOTS = 4
 _SAVED = tuple("aims aimed explored trust deaf _heard _interval _looked _rounded _spent".split())
+
+
+_Shown: TypeAlias = tuple[int, Rows, dict[str, torch.Tensor]]
+"""Step, rows, and what a micro-batch showed of them by what it is, "" for what predictions are made of."""
+
+
+def _on_host(shown: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: values.cpu() for key, values in shown.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +168,9 @@ class InRun:
         self._capture: StepCapture | None = None
         self._directions: Directions | None = None  # of ``scores``, since the last decision
         self._newest: dict[str, Newest] = {}  # by what it is: scores have norms behind them
-        self._pending: list[tuple[int, Rows, dict[str, torch.Tensor]]] = []
+        self._pending: list[_Shown] = []  # since the last decision or checkpoint
+        self._sketched: deque[_Shown] = deque()  # sketches likewise, of the newest rows alone: they are large
+        self._num_pending = self._num_sketched = 0  # rows of these on the device
         self._batch: dict[str, Any] | None = None  # with its rows apart
         self._joined: Joined | None = None
         self._losses: torch.Tensor | None = None
@@ -177,7 +187,7 @@ class InRun:
         if self._capture is None and (self.targets or "norm" in self.asked):
             access = self.signals.access
             layers, left_out = capturable(access.model, self._scorers().engine.units)
-            sketch = _SKETCH if self.budget is not None or "norm" in self.asked else 0
+            sketch = SKETCH if self.budget is not None or "norm" in self.asked else 0
             held = not checkpointed(access.model)
             self._capture = StepCapture(layers, sketch=sketch, seed=self.seed, held=held)
             self._capture.aim(self._directions or Directions.none(layers))
@@ -234,8 +244,25 @@ class InRun:
                 shown["scores"] = torch.cat([found.scores, *([shown["norms"]] if "norms" in shown else [])], dim=1)
             if self.budget is not None:
                 shown[""] = self._seen(found, self._losses)
-            self._pending.append((step, self._batch[ROWS], shown))
+            self._hold(step, self._batch[ROWS], shown)
         self._batch, self._losses, self._pooled = None, None, {}
+
+    def _hold(self, step: int, rows: Rows, shown: dict[str, torch.Tensor]) -> None:
+        """Keep what a micro-batch showed until ``gather``; the device holds what is of the newest rows.
+
+        Of sketches no others are used. All else goes to the host, of so many rows at once, since that makes the device
+        wait.
+        """
+        if self._sketches:
+            self._sketched.append((step, rows, {"": shown.pop("")}))
+            self._num_sketched += len(rows)
+            while self._num_sketched > max(HELD_ROWS, len(rows)):
+                self._num_sketched -= len(self._sketched.popleft()[1])
+        self._pending.append((step, rows, shown))
+        self._num_pending += len(rows)
+        if self._num_pending > HELD_ROWS:
+            self._pending = [(step, rows, _on_host(shown)) for step, rows, shown in self._pending]
+            self._num_pending = 0
 
     def _seen(self, found: Taken | None, losses_B: torch.Tensor) -> torch.Tensor:
         """Return sketches, if predictions ask for them, and what else is asked of the rows [B, D + Q]."""
@@ -268,25 +295,25 @@ class InRun:
         """Bring together what the ranks have seen."""
         mine = [
             (np.full(len(rows), step), rows, {key: values.cpu().numpy() for key, values in shown.items()})
-            for step, rows, shown in self._pending
+            for step, rows, shown in (*self._pending, *self._sketched)
         ]
-        self._pending = []
+        self._pending, self._num_pending = [], 0
+        self._sketched.clear()
+        self._num_sketched = 0
         everyone = [part for parts in comm.gather_objects(mine) for part in parts]
-        if not everyone:
-            return
-        steps, rows = (np.concatenate([part[k] for part in everyone]) for k in (0, 1))
-        order = np.lexsort((rows, steps))
-        steps, rows = steps[order], rows[order]
-        shown = {key: np.concatenate([part[2][key] for part in everyone])[order] for key in everyone[0][2]}
-        overflowed = np.any([np.isinf(values).any(axis=1) for values in shown.values()], axis=0)
-        kept = ~np.isin(steps, steps[overflowed])  # by its loss scale, after which the step was undone
-        if (values := shown.pop("", None)) is not None:
-            known = kept & ~np.isnan(values).any(axis=1)
-            unbiased = np.isin(rows, self.explored)[known]
-            self._note(rows[known], self._interval, steps[known], values[known], unbiased=unbiased)
-        for key, values in shown.items():
-            known = kept & np.isfinite(values[:, 0])
-            new = Newest(rows=rows[known], steps=steps[known], values=values[known])
+        overflowed = [part[0] for part in everyone if any(np.isinf(values).any() for values in part[2].values())]
+        undone = np.unique(np.concatenate(overflowed)) if overflowed else ()  # by their loss scale
+        for key in dict.fromkeys(key for part in everyone for key in part[2]):
+            parts = [(steps, rows, shown[key]) for steps, rows, shown in everyone if key in shown]
+            steps, rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+            known = ~np.isin(steps, undone) & ~np.isnan(values if key == "" else values[:, :1]).any(axis=1)
+            order = np.lexsort((rows, steps))
+            order = order[known[order]]
+            steps, rows, values = steps[order], rows[order], values[order]
+            if key == "":
+                self._note(rows, self._interval, steps, values, unbiased=np.isin(rows, self.explored))
+                continue
+            new = Newest(rows=rows, steps=steps, values=values)
             self._newest[key] = self._newest[key].and_(new) if key in self._newest else new.and_()
 
     def _note(
