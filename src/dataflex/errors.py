@@ -46,6 +46,17 @@ class AgreementError(DataFlexError):
     """Ranks that must agree do not."""
 
 
+def without_loss(what: str, *, labelled: bool) -> DataError:
+    """Return what is told where no row of ``what`` has a finite loss; ``labelled``: some have supervised tokens."""
+    why = (
+        "the model has diverged, lower the learning_rate"
+        if labelled
+        else "none of them has a supervised token; check that rows hold text, and that cutoff_len leaves room for the "
+        "response"
+    )
+    return DataError(f"no row of {what} has a finite loss: {why}")
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known spelling, or an empty string."""
     match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)

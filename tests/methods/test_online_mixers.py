@@ -329,7 +329,7 @@ def test_held_out_losses_weigh_rows_by_their_tokens():
 
     signals = Uneven(np.ones(16), targets={"a": [1.0, 3.0, math.nan], "b": [2.0]})
     assert held_out_losses(context(signals=signals)).tolist() == pytest.approx([(1 + 9) / 4, 2.0])
-    with pytest.raises(DataError, match="'b' has no row with a finite loss"):
+    with pytest.raises(DataError, match="no row of target 'b' has a finite loss: the model has diverged"):
         held_out_losses(context(signals=Uneven(np.ones(16), targets={"a": [1.0], "b": [math.nan]})))
 
 
@@ -412,6 +412,19 @@ def test_domain_gradients_against_explicit_means():
     assert np.allclose(found.variance, spread, rtol=1e-5)
     expected = np.maximum((means**2).sum(axis=1) - np.array(spread) / 8, 0)
     assert np.allclose(found.squared_norms, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("labels", "why"), [(3, "the model has diverged"), (0, "none of them has a supervised token")])
+def test_a_domain_without_a_gradient_is_told(labels, why):
+    class Lost(FakeSignals):
+        def tokens(self, rows, *, target=None, part="all"):
+            return [np.zeros(labels, dtype=np.int64) for _ in rows]
+
+    vectors = gradients()
+    vectors[8:] = math.nan
+    ctx = example_context(TWO, signals=Lost(np.ones(16), gradients=vectors), targets=())
+    with pytest.raises(DataError, match=f"^no row of domain 'b' that was drawn has a finite loss: {why}"):
+        domain_gradients(ctx, GradientProducts(targets=(), precondition="none", normalize=False), rows_per_domain=4)
 
 
 def test_squared_norms_are_unbiased():

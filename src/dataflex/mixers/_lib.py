@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.errors import CheckpointError, ConfigError, DataError, without_loss
 from dataflex.method import Context, Mix, Mixer, Params, Passes, Requires, param
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
@@ -69,7 +69,7 @@ def held_out_losses(ctx: Context) -> Floats:
         tokens = np.array([len(part) for part in ctx.signals.tokens(rows, target=name, part="completion")], np.float64)
         known = np.isfinite(means) & (tokens > 0)
         if not known.any():
-            raise DataError(f"dynamic.mixer.targets: {name!r} has no row with a finite loss")
+            raise without_loss(f"target {name!r}", labelled=bool(tokens.any()))
         losses.append(float(np.average(means[known], weights=tokens[known])))
     return np.array(losses)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import DataError
+from dataflex.errors import DataError, without_loss
 from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.mixers._lib import (
     NOTHING,
@@ -54,7 +54,7 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
     """Draw rows of every domain, without replacement, and compare their mean gradients (collective).
 
     Raises:
-        DataError: None of the rows drawn of a domain has a finite gradient.
+        DataError: None of the rows drawn of a domain has a finite loss.
     """
     names, drawn = ctx.domains.names, drawn_rows(ctx, rows_per_domain)
     everything = np.concatenate(drawn)
@@ -64,11 +64,9 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
     known = np.isfinite(gram.diagonal())
     counts = np.bincount(owner[known], minlength=len(names))
     if (counts == 0).any():
-        lost = names[int(np.argmin(counts))]
-        raise DataError(
-            f"none of the rows drawn of domain {lost!r} has a finite gradient: the model has diverged "
-            "(lower the learning_rate), or no row has a supervised token"
-        )
+        lost = int(np.argmin(counts))
+        labelled = any(len(part) for part in ctx.signals.tokens(drawn[lost], part="completion"))
+        raise without_loss(f"domain {names[lost]!r} that was drawn", labelled=labelled)
     mean_KN = np.zeros((len(names), len(everything)))
     mean_KN[owner[known], np.flatnonzero(known)] = 1.0 / counts[owner[known]]
     gram, scores = np.where(np.isfinite(gram), gram, 0.0), np.where(np.isfinite(scores), scores, 0.0)

@@ -530,7 +530,7 @@ class GradientScores(_GradientSignal):
         key = repr((aims, self.parameters, self.last_blocks, self.bf16, scorers.mean_of_cosines))
         vectors: TargetVectors | None = access.for_decision.get(key)
         if vectors is None:
-            sweeps = [access.target_sweep(name) for name in self.targets]
+            sweeps = {name: access.target_sweep(name) for name in self.targets}
             vectors = target_vectors(scorers.engine, sweeps, normalize_rows=scorers.mean_of_cosines)
             if sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
                 access.for_decision[key] = vectors
@@ -606,7 +606,7 @@ class GradientProducts(_GradientSignal):
         from dataflex.signals.gradients.scorers import row_products, target_vectors
 
         scorers = self._scorers(access)
-        sweeps = [access.target_sweep(name, self.target_rows.get(name)) for name in self.targets]
+        sweeps = {name: access.target_sweep(name, self.target_rows.get(name)) for name in self.targets}
         aims = target_vectors(scorers.engine, sweeps, normalize_rows=False) if sweeps else None
         return row_products(scorers.engine, sweep, aims, scorers.precondition())
 

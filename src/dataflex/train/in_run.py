@@ -433,7 +433,8 @@ class InRun:
             rows = self._firsts[k] + sweeps[k].rows[turn.positions]
             return self._sketching(rows, turn, found) if self._sketches else nullcontext()
 
-        gradients = targets_seen(scorers.engine, sweeps, normalize_rows=False, around=sketching).finish()
+        by_name = dict(zip(self.targets, sweeps, strict=True))
+        gradients = targets_seen(scorers.engine, by_name, normalize_rows=False, around=sketching).finish()
         capture.end()
         moments = scorers.moments() if self.spec.precondition == "true_adam" else None
         self._direct(gradients, moments)

@@ -203,14 +203,14 @@ class Ledger:
     def _whole(self, num: int) -> TargetVectors:
         return TargetVectors.zeros(num, self._engine.shapes, self._engine.device)
 
-    def _sweeps(self) -> list[Sweep]:
-        sweeps = []
+    def _sweeps(self) -> dict[str, Sweep]:
+        sweeps = {}
         for name in self.options.targets:
             rows, most = np.arange(len(self.access.corpus(name).lengths)), self.options.target_rows
             if most is not None:
                 drawn = np.argsort(uniforms(self.seed, f"ledger target {name}", 0, rows))
                 rows = np.sort(drawn[:most]).astype(np.int64)
-            sweeps.append(self.access.target_sweep(name, rows))
+            sweeps[name] = self.access.target_sweep(name, rows)
         return sweeps
 
     def _look(self, step: int) -> None:

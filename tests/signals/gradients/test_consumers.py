@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 
@@ -186,12 +187,12 @@ def test_a_batch_without_any_label():
 def test_target_means_by_task():
     _, engine, batch, rows = prepared("lora")
     tasks = torch.tensor([1, 0, 1, -1])
-    plain = TargetBuilder(engine, num_targets=2, normalize_rows=False)
+    plain = TargetBuilder(engine, ["a", "b"], normalize_rows=False)
     plain.add(batch, tasks)
     expected = torch.stack([rows[1], rows[[0, 2]].mean(dim=0)])
     close(whole(plain.finish()), expected, rows.norm(dim=1).max())
     unit = rows / rows.norm(dim=1, keepdim=True)
-    normed = TargetBuilder(engine, num_targets=2)
+    normed = TargetBuilder(engine, ["a", "b"])
     normed.add({key: value[:2] for key, value in batch.items()}, tasks[:2])
     normed.add({key: value[2:] for key, value in batch.items()}, tasks[2:])
     found = normed.finish()
@@ -219,21 +220,30 @@ def test_mean_of_cosines_is_not_the_cosine_with_the_mean():
 
 def test_targets_are_added_up_over_ranks(monkeypatch):
     _, engine, batch, rows = prepared("lora")
-    builder = TargetBuilder(engine, num_targets=1, normalize_rows=False)
+    builder = TargetBuilder(engine, ["a"], normalize_rows=False)
     builder.add({key: value[:2] for key, value in batch.items()}, torch.zeros(2, dtype=torch.int64))
-    other = TargetBuilder(engine, num_targets=1, normalize_rows=False)
+    other = TargetBuilder(engine, ["a"], normalize_rows=False)
     other.add({key: value[2:] for key, value in batch.items()}, torch.zeros(2, dtype=torch.int64))
-    parts = iter([other._counts, *other._sums.vectors.tensors.values()])
+    parts = iter([torch.stack([other._counts, other._labelled]), *other._sums.vectors.tensors.values()])
     monkeypatch.setattr("dataflex.comm.gather_sum", lambda tensor: tensor + next(parts))
     found = builder.finish()
     close(whole(found), rows.mean(dim=0, keepdim=True), rows.norm(dim=1).max())
 
 
-def test_a_task_without_rows():
-    _, engine, batch, _ = prepared("lora")
-    builder = TargetBuilder(engine, num_targets=2)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_target_without_a_loss_is_told_apart_from_a_model_that_diverged(labelled):
+    model, _, batch, _ = prepared("lora")
+    model = copy.deepcopy(model)
+    builder = TargetBuilder(engine_of(model), ["fine", "lost"])
     builder.add(batch, torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(DataError, match=r"no row of target 1 .* has a finite loss"):
+    if labelled:
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+    else:
+        batch = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    builder.add(batch, torch.ones(4, dtype=torch.int64))
+    why = "the model has diverged, lower the learning_rate$" if labelled else "none of them has a supervised token"
+    with pytest.raises(DataError, match=f"^no row of target 'lost' has a finite loss: {why}"):
         builder.finish()
 
 

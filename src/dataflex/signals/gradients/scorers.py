@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.console import progress
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError, UnsupportedError, without_loss
 from dataflex.signals.gradients.consumers import (
     Consumer,
     Dots,
@@ -183,11 +183,11 @@ class TargetBuilder:
     Without it, it is the target's mean gradient (the paper's text).
     """
 
-    def __init__(self, engine: GradientEngine, *, num_targets: int, normalize_rows: bool = True) -> None:
-        self.engine, self.normalize_rows = engine, normalize_rows
-        self._sums = WeightedSums(TargetVectors.zeros(num_targets, engine.shapes, engine.device))
-        self._counts = torch.zeros(num_targets, dtype=torch.float64, device=engine.device)
-        self._losses = torch.zeros_like(self._counts)
+    def __init__(self, engine: GradientEngine, names: Sequence[str], *, normalize_rows: bool = True) -> None:
+        self.engine, self.names, self.normalize_rows = engine, names, normalize_rows
+        self._sums = WeightedSums(TargetVectors.zeros(len(names), engine.shapes, engine.device))
+        self._counts = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
+        self._losses, self._labelled = torch.zeros_like(self._counts), torch.zeros_like(self._counts)
 
     def add(self, batch: dict[str, Any], targets: torch.Tensor) -> None:
         """Add a batch whose rows belong to ``targets`` [b], -1 for one that does not count."""
@@ -198,9 +198,11 @@ class TargetBuilder:
             weights = torch.where(norms > 0, weights / norms, 0.0)
         self._sums.weights = weights
         losses = self.engine.run(batch, [self._sums])["losses"].cpu().double()
-        supervised = torch.isfinite(losses)
-        self._counts += (counts * supervised).sum(dim=1).to(self._counts.device)
-        self._losses += (counts * losses.masked_fill(~supervised, 0.0)).sum(dim=1).to(self._counts.device)
+        finite = torch.isfinite(losses)
+        labelled = batch["labels"][:, 1:].ne(IGNORE).reshape(len(losses), -1).any(dim=1).cpu()  # pairs are two rows
+        self._counts += (counts * finite).sum(dim=1).to(self._counts.device)
+        self._labelled += (counts * labelled).sum(dim=1).to(self._counts.device)
+        self._losses += (counts * losses.masked_fill(~finite, 0.0)).sum(dim=1).to(self._counts.device)
 
     def losses(self) -> torch.Tensor:
         """Return the mean of the losses of each target's rows, float64 [num_targets] (collective)."""
@@ -208,25 +210,22 @@ class TargetBuilder:
 
     def finish(self) -> TargetVectors:
         """Return the means over all ranks' batches, equal on every rank; DataError for a target without a loss."""
-        vectors, counts = self._sums.vectors, comm.gather_sum(self._counts)
+        vectors, (counts, labelled) = self._sums.vectors, comm.gather_sum(torch.stack([self._counts, self._labelled]))
         vectors.add_up()
         if (counts == 0).any():
-            empty = counts.eq(0).nonzero().flatten().tolist()
-            raise DataError(
-                f"gradients: no row of target {empty[0]} (counted from 0) has a finite loss: the model has "
-                "diverged (lower the learning_rate), or no row has a supervised token"
-            )
+            lost = int(counts.argmin())
+            raise without_loss(f"target {self.names[lost]!r}", labelled=bool(labelled[lost] > 0))
         return vectors.scale_(1 / counts)
 
 
-def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normalize_rows: bool) -> TargetVectors:
+def target_vectors(engine: GradientEngine, targets: Mapping[str, Sweep], *, normalize_rows: bool) -> TargetVectors:
     """Return one mean gradient per target, or mean unit vector (collective); see ``TargetBuilder``."""
     return targets_seen(engine, targets, normalize_rows=normalize_rows).finish()
 
 
 def targets_seen(
     engine: GradientEngine,
-    targets: Sequence[Sweep],
+    targets: Mapping[str, Sweep],
     *,
     normalize_rows: bool,
     around: Callable[[int, Turn], AbstractContextManager[None]] = lambda _number, _turn: nullcontext(),
@@ -235,9 +234,9 @@ def targets_seen(
 
     ``around`` is entered for the passes of a batch, given the target's number and the batch.
     """
-    builder = TargetBuilder(engine, num_targets=len(targets), normalize_rows=normalize_rows)
+    builder = TargetBuilder(engine, [*targets], normalize_rows=normalize_rows)
     with engine.observing():
-        for number, sweep in enumerate(targets):
+        for number, sweep in enumerate(targets.values()):
             for turn in sweep.turns():
                 # A rank that only keeps step with the others adds nothing.
                 with around(number, turn):
