@@ -196,5 +196,28 @@ def test_a_small_domain_of_which_nothing_was_kept_waits():
         served += domains.counts(rows)
     assert np.abs(served - [300, 190, 10]).max() <= 2
     carried = np.zeros(3)
-    with pytest.raises(DataError, match="wants 2 rows of domain 'c', but the selector kept none of it"):
-        quota(range(100), [0.4, 0.4, 0.2], 0)
+    with pytest.raises(DataError, match="kept no row of any domain that the mixer serves \\('c'\\)"):
+        quota(range(100), [0.0, 0.0, 1.0], 0)
+
+
+def test_the_share_of_a_domain_of_which_nothing_was_kept_goes_to_the_others():
+    """Of 10 rows an interval a share of 0.2 asks for two; once it is kept again it is owed one row beside them."""
+    domains, carried = Domains.from_sizes(["a", "b", "c"], [50, 50, 50]), np.zeros(3)
+    served = []
+    for index, kept in enumerate([range(100), range(100), range(150)]):
+        rows, carried = quota_rows(
+            np.array(kept),
+            np.array([0.4, 0.4, 0.2]),
+            10,
+            interval(index, index + 1, index),
+            domains,
+            seed=1,
+            repeat=True,
+            shuffle=True,
+            earlier=NONE,
+            carried=carried,
+        )
+        served.append(domains.counts(rows).tolist())
+    assert served[:2] == [[5, 5, 0]] * 2
+    assert served[2][2] == 3
+    assert abs(served[2][0] - served[2][1]) <= 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dataflex.config.build import parse_dynamic
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError
+from dataflex.method import Selection
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Schedule
 from tests.train.test_controller import SIZES, built
@@ -113,6 +114,22 @@ def test_quotas_of_short_intervals_add_up_to_the_proportions(every):
         served += one.space.domains.counts(served_at(one, step))
         if (step + 1) % every == 0:
             assert np.abs(served - shares * (step + 1) * BATCH).max() < 1 + 1e-9
+
+
+def test_a_run_goes_on_where_nothing_was_kept_of_a_domain(monkeypatch, caplog):
+    """Of 8 rows a step a share of 0.25 asks for 2; the log is told once, the record by each decision."""
+    mixer = {"name": "static", "proportions": [0.5, 0.25, 0.25]}
+    one = controller({"keep_ratio": 0.6, "repeat": True, "interval_steps": 1, "selector": "random", "mixer": mixer})
+    reasons, served = [], []
+    for step in range(6):
+        kept = np.arange(sum(SIZES.values()) - (SIZES["papers"] if step in (2, 3, 4) else 0))
+        monkeypatch.setattr(one.selector, "select", lambda pool, budget, ctx, kept=kept: Selection(rows=kept[-budget:]))
+        served.append(one.space.domains.counts(served_at(one, step)).tolist())
+        reasons.append(one.plan.trace["reason"])
+    told = "the selector kept nothing of papers, whose share goes to the other domains"
+    assert [told in reason for reason in reasons] == [False, False, True, True, True, False]
+    assert [row[2] for row in served] == [2, 2, 0, 0, 0, 3]
+    assert caplog.text.count(told) == 1
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))

@@ -15,7 +15,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.plan.domains import Domains, Rows
 from dataflex.plan.orders import OrderedEpochs
 from dataflex.plan.plan import BatchShape
-from dataflex.plan.proportions import carried_counts
+from dataflex.plan.proportions import carried_counts, normalized
 from dataflex.plan.schedule import Interval, Schedule
 from dataflex.rng import permutations, stream
 from dataflex.state import State
@@ -274,19 +274,21 @@ def quota_rows(
     with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
     what was kept. Rows that were served since the selection was made (``earlier``) come last, by how often they were.
     ``carried`` is what quotas were rounded off before [K]; it is added, and what is carried on is returned beside. A
-    domain that is owed less than a row by its share waits where nothing of it was kept, and is owed one row at most.
+    domain of which nothing was kept waits, and is owed one row at most; its share goes to the others.
 
     Raises:
-        DataError: A domain cannot fill its quota.
+        DataError: A domain cannot fill its quota, or nothing was kept of any domain with a share.
     """
     domain_of = domains.domain_of[kept]
-    waits = (np.bincount(domain_of, minlength=len(shares)) == 0) & (shares * total < 1)
-    if waits.any() and shares[~waits].any():
-        now = np.where(waits, 0.0, shares)
-        counts = carried_counts(total, now / now.sum(), carried)[0]
-        carried = np.minimum(shares * total + np.where(shares > 0, carried, 0.0) - counts, np.where(waits, 1.0, np.inf))
-    else:
-        counts, carried = carried_counts(total, shares, carried)
+    waits = (np.bincount(domain_of, minlength=len(shares)) == 0) & (shares > 0)
+    if waits.sum() == (shares > 0).sum():
+        lost = ", ".join(repr(domains.names[k]) for k in np.flatnonzero(waits))
+        raise DataError(
+            f"interval {interval.index}: the selector kept no row of any domain that the mixer serves ({lost}). Raise "
+            "dynamic.keep_ratio, or give other domains a proportion."
+        )
+    counts, rest = carried_counts(total, normalized(np.where(waits, 0.0, shares)), carried)
+    carried = np.where(waits, np.minimum(carried + shares * total, 1.0), rest)
     times = np.bincount(earlier, minlength=len(domains.domain_of))
     parts = []
     for index, count in enumerate(counts.tolist()):
@@ -294,11 +296,6 @@ def quota_rows(
             continue
         name = domains.names[index]
         rows = kept[domain_of == index]
-        if not len(rows):
-            raise DataError(
-                f"interval {interval.index}: the mixer wants {count:,} rows of domain {name!r}, but the selector "
-                "kept none of it. Raise dynamic.keep_ratio, or give the domain a proportion of 0."
-            )
         if count > len(rows) and not repeat:
             raise DataError(
                 f"interval {interval.index} wants {count:,} rows of domain {name!r}; the selector kept "

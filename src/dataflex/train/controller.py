@@ -98,6 +98,7 @@ class Controller:
         self._row_weights: NDArray[np.float64] | None = None  # the same of all rows [N]
         self._nominal: NDArray[np.float64] | None = None  # what the mixer said last [K]
         self._carried = np.zeros(len(domains.names))  # what quotas were rounded off so far [K]
+        self._told_lost: set[str] = set()  # domains of which nothing was kept, as the log was told
         # Sampling proportions of sequences in the plan in progress.
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
         self.sampler: MixtureSampler | None = None
@@ -442,6 +443,7 @@ class Controller:
                 rows = self.sampler.draw(total, whole=batch)
             else:
                 kept = selection.rows if selection is not None else self.space.all_rows()
+                reasons.append(self._lost(kept, shares * total))
                 rows, self._carried = quota_rows(
                     kept,
                     shares,
@@ -479,6 +481,18 @@ class Controller:
         resumed = self.resumed_epochs
         rows = resumed.stream(interval) if resumed else epoch_stream(pool, interval, self.shape, self.seed)
         return rows, None, "every row, epoch by epoch"
+
+    def _lost(self, kept: Rows, wanted: NDArray[np.float64]) -> str:
+        """Tell the domains of which nothing was kept, though rows are wanted [K]; the log hears of each once."""
+        lost = (self.space.domains.counts(kept) == 0) & (wanted >= 1)
+        if not lost.any():
+            return ""
+        names = np.array(self.space.domains.names)
+        told = "the selector kept nothing of %s, whose share goes to the other domains"
+        if new := [name for name in names[lost].tolist() if name not in self._told_lost]:
+            logger.warning(told, ", ".join(new))
+            self._told_lost.update(new)
+        return told % ", ".join(names[lost])
 
     def proportions_at(self, step: int) -> NDArray[np.float64]:
         """Return the proportions of sequences under which a step of the plan in progress was drawn, caps heeded [K]."""
