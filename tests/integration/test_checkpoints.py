@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataflex.errors import CheckpointError
+
 BLOCK = {"warmup_steps": 1, "interval_steps": 2, "selector": "loss"}
 SETTINGS = {
     "max_steps": 8,
@@ -39,8 +41,6 @@ def ids(outcome) -> set[str]:
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_replaces_an_older_runs(run):
     """A fresh run in the folder of another one, killed at each point of a save; none of the other's is taken up."""
-    from dataflex.errors import CheckpointError
-
     older = run("older", **{**SETTINGS, "seed": 8, "learning_rate": 5e-3}, dynamic=BLOCK)
     straight = run("straight", **SETTINGS, dynamic=BLOCK)
     for point in POINTS:
@@ -72,6 +72,17 @@ def test_killed_while_a_checkpoint_replaces_an_older_runs(run):
     fresh = run("killed-before", **again)
     assert resumed_at(fresh) == []
     assert fresh.series() == straight.series()
+
+
+def test_a_checkpoint_of_another_version_is_refused_unless_its_plan_is_ignored(run, monkeypatch):
+    """The Trainer's own state is still of use."""
+    with monkeypatch.context() as older:
+        older.setattr("dataflex.train.checkpoint._FORMAT", 1)
+        first = run("first", **SETTINGS, dynamic=BLOCK)
+    resumed = {**SETTINGS, "resume_from_checkpoint": str(first.folder / "checkpoint-4")}
+    with pytest.raises(CheckpointError, match=r"written by another version of DataFlex \(its format is 1, and this"):
+        run("again", **resumed, dynamic=BLOCK)
+    assert resumed_at(run("again", **resumed, dynamic={**BLOCK, "resume_plan": "ignore"})) == [4]
 
 
 def test_an_older_runs_checkpoint_that_is_named_is_gone_on_from_as_that_run(run):

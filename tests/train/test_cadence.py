@@ -13,6 +13,7 @@ from dataflex.errors import ConfigError
 from dataflex.method import Selection
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Schedule
+from dataflex.train.checkpoint import _FORMAT
 from tests.train.test_controller import SIZES, built
 
 STEPS, BATCH = 26, 8
@@ -130,6 +131,26 @@ def test_a_run_goes_on_where_nothing_was_kept_of_a_domain(monkeypatch, caplog):
     assert [told in reason for reason in reasons] == [False, False, True, True, True, False]
     assert [row[2] for row in served] == [2, 2, 0, 0, 0, 3]
     assert caplog.text.count(told) == 1
+
+
+def test_the_keys_of_the_state_are_those_of_the_format():
+    """Where they change, so must the number: a checkpoint of an older version is then refused by name."""
+    kept = {
+        *"selector mixer orderer sampler signals served totals ends_at limits resumed_epochs unplanned earlier".split(),
+        *"ordered selected standing standing_until proportions until kept kept_weights nominal carried".split(),
+    }
+    mixing = {"interval_steps": 2, "mixer": "random", "selector": "all", "orderer": {"name": "saw", "by": "length"}}
+    assert (_FORMAT, controller(mixing).state_dict().keys()) == (2, kept)
+    streams = {*"names sizes seed block unit interleave forgotten position drawn residual order begun segments".split()}
+    assert controller(mixing).sampler.state_dict().keys() == streams
+    assert controller(BLOCK).state_dict().keys() == kept - {
+        "orderer",
+        "sampler",
+        "ordered",
+        "selected",
+        "standing",
+        "standing_until",
+    } | {"repeats"}
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))

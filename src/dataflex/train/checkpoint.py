@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _RUN = "run.json"
 _ROWS = "rows.npz"
-_FORMAT = 1
+_FORMAT = 2  # of the states, whose keys a test lists
 
 
 class Identity:
@@ -267,7 +267,11 @@ def load(checkpoint: Path, identity: Identity | None, *, extend: bool = False) -
         )
     meta = json.loads((folder / _RUN).read_text(encoding="utf-8"))
     if meta.get("format") != _FORMAT:
-        raise CheckpointError(f"resume: {folder} has format {meta.get('format')!r}; this version reads {_FORMAT}")
+        raise CheckpointError(
+            f"resume: {folder} was written by another version of DataFlex (its format is {meta.get('format')!r}, and "
+            f"this version reads {_FORMAT}). Go on with that version, or decide afresh from here on with "
+            "'dynamic.resume_plan: ignore'."
+        )
     problems, told = ([], []) if identity is None else identity.differences(meta)
     refused = problems
     if extend and identity is not None:
