@@ -34,6 +34,8 @@ def after_first(selector, losses):
 def test_window_toy_of_the_sheet():
     assert [window(100, t, 0.2, 10.0) for t in (0.0, 0.5, 1.0)] == [(0, 20), (40, 60), (79, 99)]
     assert window(4, 0.5, 0.2, 10.0) == (1, 1)
+    start, stop = window(100, 0.0, 0.29, 10.0)
+    assert stop - start == 29, "whatever the last bit of the product says"
 
 
 def test_the_window_slides_over_the_ranks_by_fall():

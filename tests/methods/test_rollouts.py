@@ -244,10 +244,36 @@ def test_pass_schedule_fills_bins_by_the_target():
 
 def test_quotas_go_on_where_a_bin_is_empty():
     weights, counts = np.array([0.000668, 0.336392, 0.524645, 0.138295]), np.array([100, 5, 100, 100])
-    assert quotas(weights, counts, 64).sum() == 64
-    assert quotas(weights, counts, 64)[1] == 5
-    assert quotas(weights, np.array([1, 1, 1, 1]), 64).tolist() == [1, 1, 1, 1]
-    assert quotas(np.array([0.0, 1.0]), np.array([3, 1]), 3).tolist() == [2, 1]
+    none = np.zeros(4)
+    assert quotas(weights, counts, 64, none)[0].sum() == 64
+    assert quotas(weights, counts, 64, none)[0][1] == 5
+    assert quotas(weights, np.array([1, 1, 1, 1]), 64, none)[0].tolist() == [1, 1, 1, 1]
+    assert quotas(np.array([0.0, 1.0]), np.array([3, 1]), 3, none[:2])[0].tolist() == [2, 1]
+    assert quotas(weights, np.zeros(4, dtype=np.int64), 3, none)[0].tolist() == [0, 0, 0, 0]
+
+
+def test_bins_are_owed_what_their_quotas_were_rounded_off():
+    """Of 4 prompts a decision a bin of a twentieth gets one in five."""
+    given, carried = np.zeros(3), np.zeros(3)
+    for _ in range(50):
+        more, carried = quotas(np.array([0.7, 0.25, 0.05]), np.array([100, 100, 100]), 4, carried)
+        given += more
+        assert np.abs(carried).max() <= 1
+    assert np.abs(given - [140, 50, 10]).max() <= 1
+
+
+def test_pass_schedule_carries_the_rounding_over_decisions_and_a_resume():
+    rates = np.repeat([0.6, 0.9], 100)
+    ctx = example_context({"all": 200}, start_step=0, total_sequences=400, columns={"pass_rate": rates})
+    one = build("selector", "pass_schedule", column="pass_rate", start=0.6, end=0.6, sigma=0.15)
+    share, served = softmax(-((np.array([0.6, 0.9]) - 0.6) ** 2) / (2 * 0.15**2))[1], 0
+    for number in range(40):
+        if number == 20:
+            resumed = build("selector", "pass_schedule", column="pass_rate", start=0.6, end=0.6, sigma=0.15)
+            resumed.load_state_dict(one.state_dict())
+            one = resumed
+        served += int((one.select(rows_of(200), 2, ctx).rows >= 100).sum())
+    assert abs(served - 80 * share) <= 1
 
 
 def test_limr_keeps_curves_that_follow_the_mean():

@@ -65,7 +65,14 @@ def test_each_character_of_a_script_without_spaces_is_a_word():
     assert cut_words("\u0e17\u0e35\u0e48\u0e44\u0e17\u0e22") == ["\u0e17\u0e35\u0e48", "\u0e44", "\u0e17", "\u0e22"]
 
 
-@given(text=st.text(st.characters(max_codepoint=0x5FF)))
+def test_vowel_signs_and_accents_are_part_of_their_word():
+    hindi, tamil, accented = "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0ba4\u0bae\u0bbf\u0bb4\u0bcd", "e\u0301te\u0301"
+    assert word_punct(f"{hindi} {tamil}, {accented}!") == [hindi, tamil, ",", accented, "!"]
+    assert word_punct("\u0e17\u0e35\u0e48") == ["\u0e17\u0e35\u0e48"]
+    assert word_punct("\u2764\ufe0f") == ["\u2764\ufe0f"], "a sign on no letter"
+
+
+@given(text=st.text(st.characters(max_codepoint=0x5FF, exclude_categories=("Mn", "Me", "Cs"))))
 def test_words_with_spaces_between_are_cut_as_published(text):
     assert cut_words(text) == text.lower().translate(str.maketrans("", "", string.punctuation)).split()
     assert word_punct(text) == re.findall(r"\w+|[^\w\s]+", text.lower())

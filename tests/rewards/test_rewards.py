@@ -65,6 +65,8 @@ def test_metrics_of_other_scripts():
     assert metric("rougeL")(answer, reference) == pytest.approx(2 * 2 / 7)
     assert metric("rouge2")(answer, answer) == 1.0
     russian = "\u041c\u043e\u0441\u043a\u0432\u0430"
+    hindi = "\u0939\u093f\u0928\u094d\u0926\u0940"  # one word with its vowel signs
+    assert metric("rouge1")(f"{hindi} \u0939", hindi) == pytest.approx(2 / 3)
     assert metric("rougeL")(f"{russian} \u0433\u043e\u0440\u043e\u0434", russian) == pytest.approx(2 / 3)
 
 
@@ -119,7 +121,16 @@ def test_functions_that_hang_are_given_up():
     found = function_reward(function, timeout_seconds=0.05)(candidates(*["x"] * 40))
     assert np.isnan(found.values).all()
     assert len(found.values) == 40
-    assert found.problems[-1] == "not tried: 8 calls took too long"
+    assert found.problems[-1] == "not tried: 8 calls that took too long still run"
+
+
+def test_calls_that_take_too_long_and_end_hold_up_no_others():
+    def function(**_given):
+        time.sleep(0.15)
+        return 1.0
+
+    found = function_reward(function, timeout_seconds=0.05)(candidates(*["x"] * 20))
+    assert set(found.problems) == {"no answer within 0.05 s"}
 
 
 # ---------------------------------------------------------------- commands

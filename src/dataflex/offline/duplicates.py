@@ -7,7 +7,6 @@ Two rows are near where the estimated Jaccard similarity of their sets of five n
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
-from dataflex.select.words import spaced
+from dataflex.select.words import letter_runs
 from dataflex.version import install
 
 _WORDS = 5
 _PERMUTATIONS = 128
 # Above it no two bands fit the permutations, which the library refuses; rows that it finds are compared anyway.
 _MOST_THRESHOLD = 0.97
-_WORD = re.compile(r"\w+")
 
 
 def near_duplicates(rows: Iterable[bytes], share: float) -> NDArray[np.bool_]:
@@ -58,7 +56,7 @@ def _shingles(row: bytes) -> set[bytes]:
         texts = list(_texts(json.loads(row)))
     except ValueError:
         texts = [row.decode("utf-8", "replace")]
-    words = _WORD.findall(spaced(" ".join(texts).lower()))
+    words = letter_runs(" ".join(texts))
     if not words:
         return {row}
     runs = range(max(1, len(words) - _WORDS + 1))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError
 from dataflex.plan.domains import Rows
+from dataflex.plan.proportions import whole_part
 from dataflex.rng import stream
 from dataflex.state import State
 
@@ -156,7 +157,7 @@ class OrderedEpochs:
         rows = _ranked(own, self._keys)
         if self._order.available is not None:
             share = self._order.available(self._step_of(start), self._total_steps)
-            rows = rows[: max(1, min(len(rows), int(share * len(rows))))]
+            rows = rows[: max(1, min(len(rows), whole_part(share, len(rows))))]
         order = rows[self._ranks(number, len(rows))]
         return _Epoch(number=number, start=start, size=len(rows), first=start, order=order)
 

@@ -317,6 +317,15 @@ def running_mean(mean: Floats, count: int, vector: Floats) -> Floats:
     return np.asarray((before * count + vector) / (count + 1))
 
 
+NO_MORE = 1e-9
+"""0.29 x 100 is 29, whatever the last bit of the product says."""
+
+
+def whole_part(share: float, count: float) -> int:
+    """Return the whole part of ``share`` x ``count``, a number above 0."""
+    return int(share * count + NO_MORE)
+
+
 def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
     """Split ``total`` into whole numbers int64 [K] that follow shares [K] >= 0 of any sum (Hamilton), ties by index.
 

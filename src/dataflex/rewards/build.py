@@ -21,7 +21,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import load_function
 from dataflex.rewards.base import Candidate, Grades, Reward, graded
 from dataflex.rewards.judge import Judge, JudgeConfig
-from dataflex.select.words import cut_words, spaced
+from dataflex.select.words import cut_words, signs_within_words, spaced
 from dataflex.version import install
 
 METRICS: tuple[str, ...] = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
@@ -77,8 +77,7 @@ def build_reward(reward: str, command: str | None, judge: JudgeConfig | None, ti
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-# Letters beyond the Latin ones, which rouge-score drops.
-_OTHER_WORDS = re.compile(r"[a-z0-9]+|[^\W\u0000-\u02af\u1e00-\u1eff]+")
+_OTHER = r"[^\W\u0000-\u02af\u1e00-\u1eff]"  # letters beyond the Latin ones, which rouge-score drops
 
 
 def normalized(text: str) -> str:
@@ -120,13 +119,14 @@ def metric(name: str) -> Callable[[str, str], float]:
             f"{install('rewards')}"
         ) from error
     latin = DefaultTokenizer(use_stemmer=True)
+    words = re.compile(rf"[a-z0-9]+|{_OTHER}(?:{_OTHER}|[{signs_within_words()}])*")
 
     class Words(Tokenizer):
         """Its own tokens, and between them the words of other scripts."""
 
         def tokenize(self, text: str) -> list[str]:
-            words = _OTHER_WORDS.findall(spaced(text.lower()))
-            return [token for word in words for token in latin.tokenize(word) or [word]]
+            found = words.findall(spaced(text.lower()))
+            return [token for word in found for token in latin.tokenize(word) or [word]]
 
     scorer = RougeScorer([name], tokenizer=Words())
     return lambda answer, reference: float(scorer.score(reference, answer)[name].fmeasure)
@@ -146,29 +146,31 @@ def _missing_source(path: str) -> str:
     return "" if found is not None else f"no module named {source!r}; a file is written as file.py:function"
 
 
-_MOST_ABANDONED = 8
+_MOST_HANGING = 8
 
 
 def function_reward(function: Callable[..., Any], timeout_seconds: float) -> Reward:
     """Return the reward that calls ``function(prompt=..., answer=..., reference=...)``, which returns a number.
 
     A call that takes longer than ``timeout_seconds`` is left running in its thread, since Python cannot end a
-    thread; after eight of them no further answer is graded.
+    thread; while eight of them run no further answer is graded.
     """
 
     def grade(candidates: Sequence[Candidate]) -> Grades:
         found: list[object] = []
-        abandoned = 0
+        hanging: list[threading.Thread] = []
         for candidate in candidates:
-            if abandoned == _MOST_ABANDONED:
-                found.append(f"not tried: {abandoned} calls took too long")
+            hanging = [thread for thread in hanging if thread.is_alive()]
+            if len(hanging) == _MOST_HANGING:
+                found.append(f"not tried: {len(hanging)} calls that took too long still run")
                 continue
             results: queue.SimpleQueue[object] = queue.SimpleQueue()
-            threading.Thread(target=_call, args=(function, candidate, results), name="reward", daemon=True).start()
+            called = threading.Thread(target=_call, args=(function, candidate, results), name="reward", daemon=True)
+            called.start()
             try:
                 found.append(results.get(timeout=timeout_seconds))
             except queue.Empty:
-                abandoned += 1
+                hanging.append(called)
                 found.append(f"no answer within {timeout_seconds:g} s")
         return graded(found)
 

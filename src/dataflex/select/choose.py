@@ -20,7 +20,6 @@ from dataflex.plan.proportions import largest_remainder
 from dataflex.rng import uniforms
 
 WEAR: Final = 0.8  # what a row that leads is worth after it was served, beside before
-NO_MORE: Final = 1e-9  # 0.29 x 100 is 29 rows, whatever the last bit of the product says
 _WINDOW = 256  # positions of a query turned into Python numbers at a time
 
 

@@ -7,6 +7,8 @@ import string
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from functools import cache
+from itertools import pairwise
 from typing import Generic, TypeVar
 from unicodedata import category
 
@@ -32,7 +34,6 @@ _SOUTH = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _UNSPACED = re.compile(rf"[{_EAST}{_SOUTH}](?<=\w)(?:[\u3099\u309a{_SOUTH}](?<!\w))*")
 _NAMED: dict[Part, str] = {"all": "text", "prompt": "prompt", "completion": "response"}
 _INSTEAD = {part: "" if part == "all" else ", or set 'part: all'" for part in _NAMED}
-_WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
 
 
 def spaced(text: str) -> str:
@@ -40,14 +41,35 @@ def spaced(text: str) -> str:
     return text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)
 
 
+@cache
+def signs_within_words() -> str:
+    """Return what goes on with a word and is no letter, for a class of ``re``: vowel signs, accents, joiners."""
+    signs = [code for code in range(0x300, 0x1F000) if category(chr(code))[0] == "M"]
+    breaks = [0, *(i for i in range(1, len(signs)) if signs[i] != signs[i - 1] + 1), len(signs)]
+    spans = ((signs[start], signs[stop - 1]) for start, stop in pairwise(breaks))
+    return "\u200c\u200d" + "".join(f"{chr(first)}-{chr(last)}" for first, last in spans)
+
+
+@cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return what matches words, and words and runs of punctuation."""
+    word = rf"\w[\w{signs_within_words()}]*"
+    return re.compile(word), re.compile(rf"{word}|[^\w\s]+")
+
+
 def cut_words(text: str) -> list[str]:
     """Return the words of a text: lower-cased, ``spaced``, punctuation removed, cut at white space."""
     return spaced(text.lower()).translate(_PUNCTUATION).split()
 
 
+def letter_runs(text: str) -> list[str]:
+    """Return runs of letters and digits with the signs on them, lower-cased and ``spaced``."""
+    return _patterns()[0].findall(spaced(text.lower()))
+
+
 def word_punct(text: str) -> list[str]:
-    """Return runs of letters and digits and runs of punctuation, lower-cased and ``spaced``."""
-    return _WORD_PUNCT.findall(spaced(text.lower()))
+    """Return the same and runs of punctuation."""
+    return _patterns()[1].findall(spaced(text.lower()))
 
 
 def pool_texts(pool: Rows, ctx: Context, part: Part) -> Iterator[str]:

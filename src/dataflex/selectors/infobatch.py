@@ -8,7 +8,7 @@ import numpy as np
 
 from dataflex.method import Card, Context, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
-from dataflex.select.choose import NO_MORE
+from dataflex.plan.proportions import whole_part
 from dataflex.signals.kinds import InRun
 
 
@@ -63,7 +63,7 @@ class InfoBatch(Selector):
         mean = losses[known].mean() if known.any() else -np.inf
         well = np.flatnonzero(known & (losses < mean))
         least = max(min(len(well), 1), len(well) + budget - len(pool))
-        kept = rng.permutation(well)[: max(int((1.0 - self.params.prune_ratio) * len(well) + NO_MORE), least)]
+        kept = rng.permutation(well)[: max(whole_part(1.0 - self.params.prune_ratio, len(well)), least)]
         weights = np.ones(len(pool))
         weights[kept] = len(well) / max(len(kept), 1)
         places = rng.permutation(np.setdiff1d(np.arange(len(pool)), np.setdiff1d(well, kept)))[:budget]

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
+from dataflex.plan.proportions import whole_part
 from dataflex.select.rules import REPLACEMENT, Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import GRADIENTS, TOKEN_LOSSES, RowLosses
@@ -175,8 +176,8 @@ def window(num_rows: int, progress: float, size: float, steepness: float) -> tup
     ``progress`` is 0 at the first update and 1 at the last; ``size`` is the window's share of the rows.
     """
     place = 1.0 / (1.0 + math.exp(-steepness * (progress - 0.5)))
-    start = int(place * (1.0 - size) * num_rows)
-    return start, start + int(size * num_rows)
+    start = whole_part(place * (1.0 - size), num_rows)
+    return start, start + whole_part(size, num_rows)
 
 
 class DeltaLoss(RowLosses):

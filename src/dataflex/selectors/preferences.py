@@ -13,8 +13,9 @@ from dataflex.errors import DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, param
 from dataflex.method import Params as BaseParams
 from dataflex.parts import refuse_idle
+from dataflex.plan.proportions import whole_part
 from dataflex.rng import uniforms
-from dataflex.select.choose import NO_MORE, top_k
+from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, PoolSelector, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import PreferenceLogps
 
@@ -439,7 +440,7 @@ class SelectiveDpo(PoolSelector):
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
         """Return the easiest rows, easiest first, or the drawn ones of the half."""
-        count = len(rows) if self.params.half is not None else int(self.params.keep_share * len(rows) + NO_MORE)
+        count = len(rows) if self.params.half is not None else whole_part(self.params.keep_share, len(rows))
         return top_k(-found.scores, min(budget, max(1, count)))
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dataflex.method import Card, Context, Params, Requires, Rows, Selection, Selector, param
 from dataflex.parts import refuse_idle
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import largest_remainder, softmax
+from dataflex.plan.proportions import carried_counts, largest_remainder, normalized, softmax, whole_part
 from dataflex.plan.rollouts import RolloutStats
 from dataflex.rng import keys, uniforms
 from dataflex.select.choose import top_k
@@ -185,20 +185,25 @@ class PassBand(RateSelector):
         )
 
 
-def quotas(weights: Floats, counts: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
+def quotas(
+    weights: Floats, counts: NDArray[np.int64], budget: int, carried: Floats
+) -> tuple[NDArray[np.int64], Floats]:
     """Return how many of ``budget`` each bin gives [B], by ``weights`` and largest remainders, at most its ``counts``.
 
-    What a bin lacks is shared out among the others in the same way.
+    What a bin lacks is shared out among the others in the same way. ``carried`` is what bins were rounded off before
+    [B]; it is added, and what is carried on is returned beside.
     """
-    given = np.zeros(len(counts), dtype=np.int64)
-    left = min(budget, int(counts.sum()))
-    while left:
+    given, total = np.zeros(len(counts), dtype=np.int64), min(budget, int(counts.sum()))
+    while left := total - int(given.sum()):
         room = counts > given
         share = np.where(room, weights, 0.0)
-        more = largest_remainder(left, share if share.any() else room)
+        share = normalized(share if share.any() else room.astype(np.float64))
+        if given.any():
+            more = largest_remainder(left, share)
+        else:
+            more, carried = carried_counts(left, share, carried)
         given = np.minimum(given + more, counts)
-        left = min(budget, int(counts.sum())) - int(given.sum())
-    return given
+    return given, carried
 
 
 class PassSchedule(RateSelector):
@@ -231,6 +236,9 @@ class PassSchedule(RateSelector):
         drop_at: float = param(1.0, "prompts of this pass rate or more are left out", above=0.0)
 
     params: Params
+    saved: ClassVar[tuple[str, ...]] = (*RateSelector.saved, "carried")
+    carried: Floats = _NONE
+    """What the bins' quotas were rounded off so far [B]."""
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Fill the bins' quotas; prompts left out come last, those of the lowest pass rates first."""
@@ -248,7 +256,8 @@ class PassSchedule(RateSelector):
         shares = np.zeros(p.bins)
         if full.any():
             shares[full] = softmax(-((means[full] - target) ** 2) / (2.0 * p.sigma**2))
-        quota = quotas(shares, counts, budget)
+        carried = self.carried if self.carried.size else np.zeros(p.bins)
+        quota, self.carried = quotas(shares, counts, budget, carried)
         order = kept[np.lexsort((u[kept], bins[kept]))]
         place = np.arange(len(order)) - (np.cumsum(counts) - counts)[bins[order]]
         order = order[place < quota[bins[order]]]
@@ -350,7 +359,7 @@ class Mopps(Selector):
         from scipy.special import betaincinv
 
         index, ratio = ctx.interval.index, self.params.candidates
-        few = len(pool) if ratio is None else min(len(pool), max(budget, int(ratio * budget)))
+        few = len(pool) if ratio is None else min(len(pool), max(budget, whole_part(ratio, budget)))
         among = np.sort(top_k(uniforms(ctx.seed, "selector.mopps.candidates", index, pool), few))
         rows, step = pool[among], ctx.interval.start_step
         alpha, beta = self.posterior(rows, step)

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from dataflex.method import BatchView, Card, ReferenceParams, Requires, Weighter, WeighterParams, param
 from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import NO_MORE
 from dataflex.sequences import Sequences
 
 if TYPE_CHECKING:
     import torch
 
-_HAIR = 1e-9  # 0.6 x 5 is 3, whatever the last bit of the product says
 _MOST_NATS = 80.0  # losses beyond it are no larger as perplexities, which must stay finite in fp32
 
 
@@ -53,7 +53,7 @@ def best_of_each(
 
 def share_of(tokens_B: torch.Tensor, share: float) -> torch.Tensor:
     """Return ceil(share x tokens) of each sequence, int64 [B]."""
-    return (tokens_B.double() * share - _HAIR).ceil().clamp(min=0).long()
+    return (tokens_B.double() * share - NO_MORE).ceil().clamp(min=0).long()
 
 
 class SsToken(Weighter):
@@ -169,7 +169,7 @@ def quadrants(ppl_M: Floats, entropy_M: Floats, alpha: float) -> tuple[NDArray[n
     """Return the confident errors and the calibration samples [M], beyond the quantiles alpha and 1 - alpha."""
 
     def quantile(values: Floats, share: float) -> float:  # the least value with that share at or below it
-        return float(np.sort(values)[max(math.ceil(share * len(values) - _HAIR), 1) - 1])
+        return float(np.sort(values)[max(math.ceil(share * len(values) - NO_MORE), 1) - 1])
 
     errors = (ppl_M >= quantile(ppl_M, 1 - alpha)) & (entropy_M <= quantile(entropy_M, alpha))
     calm = (ppl_M <= quantile(ppl_M, alpha)) & (entropy_M >= quantile(entropy_M, 1 - alpha))
@@ -189,7 +189,7 @@ def kept_samples(ppl_M: Floats, entropy_M: Floats, share: float, bisections: int
         return np.asarray((values - values.min()) / max(float(np.ptp(values)), 1e-12))
 
     apart = np.where(errors | calm, -np.inf, np.abs(scaled(ppl_M) - scaled(entropy_M)))
-    more = max(math.ceil(share * len(ppl_M) - _HAIR) - int((errors | calm).sum()), 0)
+    more = max(math.ceil(share * len(ppl_M) - NO_MORE) - int((errors | calm).sum()), 0)
     filled = np.zeros(len(ppl_M), dtype=np.bool_)
     filled[np.argsort(-apart, kind="stable")[:more]] = True
     return Kept(errors, calm, filled), alpha

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView, Card, ReferenceParams, Requires, Weighter, WeighterParams, param
 from dataflex.method import Params as BaseParams
+from dataflex.plan.proportions import NO_MORE
 from dataflex.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class LossWeighter(Weighter):
     def warmup(self, total_steps: int) -> int:
         """Return ``warmup_steps``; 1000 steps, or a twentieth of a long run, where it is null."""
         given = self.params.warmup_steps
-        return max(1000, math.ceil(0.05 * total_steps)) if given is None else given
+        return max(1000, math.ceil(0.05 * total_steps - NO_MORE)) if given is None else given
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [B] of this rank's sequences; over all ranks they sum to one.
@@ -175,7 +176,7 @@ def largest(values: torch.Tensor, valid: torch.Tensor, share: float) -> torch.Te
     """
     order = values.masked_fill(~valid, -math.inf).argsort(descending=True, stable=True)
     # A hair less before rounding up: 0.6 x 5 is 3, whatever the last bit of the product says.
-    kept = (valid.sum().double() * share - 1e-9).ceil().clamp(min=1)
+    kept = (valid.sum().double() * share - NO_MORE).ceil().clamp(min=1)
     place = order.new_empty(len(order))
     place[order] = order.new_ones(len(order)).cumsum(0) - 1
     return (place < kept) & valid
