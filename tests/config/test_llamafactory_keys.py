@@ -86,6 +86,37 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lists in a list": ({"report_to": [[[[]]]]}, "report_to: expected a list of texts, found [[[]]] in it"),
     "null in a list of numbers": ({"interleave_probs": [None]}, "interleave_probs: expected a list of numbers, found"),
     "list of lists": ({"lora_target": [[]]}, "lora_target: expected a list of texts, found [] in it"),
+    "pixels": ({"video_max_pixels": 8}, "video_max_pixels: must be at least video_min_pixels (256), found 8"),
+    "prediction": ({"do_predict": True, "val_size": 2}, "do_predict: at stage sft it needs 'predict_with_generate"),
+    "shares of sets": ({"interleave_probs": "1", "dynamic": None}, "interleave_probs: works with mix_strategy interl"),
+    "one share": (
+        {"interleave_probs": "1", "mix_strategy": "interleave_under", "dataset": "a,b", "dynamic": None},
+        "interleave_probs: expected 2 numbers, one for each name in dataset, found 1",
+    ),
+    "bits of another model": ({"ref_model_quantization_bit": 3}, "ref_model_quantization_bit: must be 4 or 8, found 3"),
+    "bits": ({"quantization_bit": 3}, "quantization_bit: bnb has 4, 8, found 3"),
+    "no package of bits": ({"quantization_bit": 4}, "quantization_bit: bnb needs bitsandbytes, which is not inst"),
+    "eetq": ({"quantization_bit": 4, "quantization_method": "eetq"}, "quantization_bit: eetq has 8, found 4"),
+    "quantized, new words": (
+        {"quantization_bit": 4, "resize_vocab": True},
+        "resize_vocab: does not work together with quantiz",
+    ),
+    "map": ({"quantization_device_map": "auto"}, "quantization_device_map: is for inference, not for training"),
+    "backend": ({"infer_backend": "vllm"}, "infer_backend: training works with huggingface only, found vllm"),
+    "export": ({"export_quantization_bit": 4}, "export_quantization_bit: needs 'export_quantization_dataset'"),
+    "depths": ({"mixture_of_depths": "convert"}, "mixture_of_depths: needs mixture-of-depth, which is not installed"),
+    "kt": ({"use_kt": True, "dynamic": None}, "use_kt: needs kt-kernel, transformers-kt, accelerate-kt, which are not"),
+    "reward model": ({"stage": "ppo", "dynamic": None}, "reward_model: missing; stage ppo needs one"),
+    "principal": ({"pissa_init": True, "stage": "kto"}, "pissa_init: does not work with stage kto"),
+    "accelerator file": ({"accelerator_config": "nowhere.json"}, "accelerator_config: no such file: nowhere.json"),
+    "accelerator key": (
+        {"accelerator_config": {"split_batch": True}},
+        "accelerator_config.split_batch: unknown key; did you mean 'split_batches'?",
+    ),
+    "token file": ({"new_special_tokens_config": "t.yaml"}, "new_special_tokens_config: no such file: t.yaml"),
+    "shift": ({"shift_attn": True}, "shift_attn: LLaMA-Factory has it for transformers below 4.48"),
+    "fp16 on CPU": ({"fp16": True, "use_cpu": True}, "fp16: needs a GPU; remove the key"),
+    "tf32 on CPU": ({"tf32": True, "use_cpu": True}, "tf32: needs a GPU; remove the key"),
     "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau goes by"),
 }
 
@@ -96,6 +127,8 @@ def test_told_with_the_key(name: str, config: Config, project: Path) -> None:
     if name == "column":
         file = project / "data/a.jsonl"
         file.write_text(file.read_text().replace('"input":', '"source": "x", "input":'))
+    if name == "shift":
+        (project / "model/config.json").write_text('{"model_type": "llama"}')
     lines = refused(config(**changes), project)
     assert [line for line in lines if line.startswith(told)], lines
     assert len([line for line in lines if line.partition(":")[0] == told.partition(":")[0]]) == 1, lines

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dataflex.config.mappings import is_number, shown
-from dataflex.config.table import Key, defaults, table
+from dataflex.config.table import Key, accelerator_keys, defaults, table
 from dataflex.errors import did_you_mean
 from dataflex.version import install, version_of
 
@@ -61,6 +61,8 @@ _PACKAGES = {
     "predict_with_generate": ("jieba", "nltk", "rouge_chinese"),
     **{f"use_{name}": (name,) for name in ("adam_mini", "badam", "swanlab", "unsloth")},
     **{f"use_{name}": (f"{name}_torch",) for name in ("apollo", "galore")},
+    "mixture_of_depths": ("mixture_of_depth",),
+    "use_kt": ("kt_kernel", "transformers_kt", "accelerate_kt"),
 }
 _TRACKERS = {
     **{"azure_ml": ("azureml",), "dagshub": ("dagshub", "mlflow"), "flyte": ("flytekit",)},
@@ -78,6 +80,7 @@ _WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("finetuning_type", ("lora", "oft", "freeze"), ("use_llama_pro",)),
     ("finetuning_type", ("full", "oft", "freeze"), ("use_galore", "use_apollo", "use_badam")),
     ("stage", ("sft",), ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history")),
+    ("mix_strategy", ("interleave_under", "interleave_over", "interleave_once"), ("interleave_probs",)),
 )
 """A key, its values, and the keys that work with these values only."""
 _APART = (
@@ -88,7 +91,12 @@ _APART = (
     ("compute_accuracy", "predict_with_generate"),
     ("max_samples", "streaming"),
     ("bf16", "fp16"),
+    ("bf16_full_eval", "fp16_full_eval"),
+    *[(key, "quantization_bit") for key in ("pissa_init", "resize_vocab", "create_new_adapter", "fp8")],
 )
+_ONE_OF = dict.fromkeys(("ref_model_quantization_bit", "reward_model_quantization_bit"), (4, 8))
+_FILES = ("accelerator_config", "new_special_tokens_config")
+"""Keys whose texts are paths of files."""
 _DEVICES = ("/dev/nvidia[0-9]* /dev/dxg /dev/kfd /dev/dri/renderD* /dev/davinci* /dev/accel* /dev/neuron*").split()
 _OTHER_DEVICES = ("torch_npu", "torch_musa", "torch_mlu", "torch_xla", "habana_frameworks")
 
@@ -207,6 +215,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             if self.on(key) and self.on(other):
                 yield f"{key}: does not work together with {other}; remove one of the two"
         yield from self._of_stage_and_data()
+        yield from self._of_the_model()
         yield from self._of_the_trainer()
         for key, packages in _PACKAGES.items():
             if self.on(key):
@@ -231,8 +240,36 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             yield "val_size: with streaming it must be a whole number of rows"
         for key in ("image", "video"):
             least, most = getattr(self, f"{key}_min_pixels"), getattr(self, f"{key}_max_pixels")
-            if least and most and most < least:
-                yield f"{key}_max_pixels: must be at least {key}_min_pixels"
+            if None not in (least, most) and most < least:
+                yield f"{key}_max_pixels: must be at least {key}_min_pixels ({least}), found {most}"
+        if self.stage == "sft" and self.do_predict and not self.predict_with_generate:
+            yield "do_predict: at stage sft it needs 'predict_with_generate: true'"
+        shares = len(data_set_names(self.interleave_probs))
+        for key, names in (("dataset", self.train_sets), ("eval_dataset", self.eval_sets)):
+            if shares and self.mix_strategy != "concat" and names and len(names) != shares:
+                yield f"interleave_probs: expected {len(names)} numbers, one for each name in {key}, found {shares}"
+
+    def _of_the_model(self) -> Iterator[str]:
+        for key, values in _ONE_OF.items():
+            if getattr(self, key) not in (None, *values):
+                yield f"{key}: must be {' or '.join(map(str, values))}, found {getattr(self, key)}"
+        if self.infer_backend not in (None, "huggingface"):
+            yield f"infer_backend: training works with huggingface only, found {self.infer_backend}"
+        if self.quantization_device_map == "auto":
+            yield "quantization_device_map: is for inference, not for training; remove it"
+        if self.export_quantization_bit is not None and self.export_quantization_dataset is None:
+            yield "export_quantization_bit: needs 'export_quantization_dataset'"
+        referring = self.stage == "dpo" and self.pref_loss not in ("orpo", "simpo")
+        if self.on("pissa_init") and (self.stage in ("ppo", "kto") or referring):
+            yield f"pissa_init: does not work with stage {self.stage}, whose reference is the model without adapter"
+        for key in _FILES:
+            path = getattr(self, key)
+            if isinstance(path, str) and not os.path.isfile(path):
+                yield f"{key}: no such file: {path}"
+        if isinstance(self.accelerator_config, Mapping):
+            known = accelerator_keys()
+            for key in sorted(set(self.accelerator_config) - set(known) if known else ()):
+                yield f"accelerator_config.{key}: unknown key{did_you_mean(key, known)}"
 
     def _of_the_trainer(self) -> Iterator[str]:
         for name in ("logging", "eval", "save"):
@@ -246,6 +283,9 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             if self.on(key) and (not self.use_cpu or key == "pure_bf16") and not _device_is_possible():
                 way = "train in fp32" if key == "pure_bf16" else "set 'use_cpu: true' to train in bf16 on the CPU"
                 yield f"{key}: this machine has no device that computes in bf16; {way}, or remove the key"
+        for key in ("fp16", "tf32"):
+            if self.on(key) and (self.use_cpu or not _device_is_possible()):
+                yield f"{key}: needs a GPU; remove the key"
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.eval_strategy == "no":
             yield f"lr_scheduler_type: {self.lr_scheduler_type} goes by evaluation losses; set 'eval_strategy'"
         best = self.on("load_best_model_at_end")
@@ -270,8 +310,12 @@ class LlamaFactoryArgs(Mapping[str, Any]):
 
 
 def _not_installed(what: str, packages: Sequence[str]) -> Iterator[str]:
-    """Yield which packages are missing, of which ``a or b`` is one of either name."""
-    missing = [each for each in packages if not any(importlib.util.find_spec(name) for name in each.split(" or "))]
+    """Yield which packages are missing, modules or distributions; ``a or b`` is one of either name."""
+    missing = [
+        each
+        for each in packages
+        if not any(importlib.util.find_spec(name) or version_of(name) for name in each.split(" or "))
+    ]
     if missing:
         told = ", ".join(missing).replace("_", "-")
         yield f"{what} needs {told}, which {'is' if len(missing) == 1 else 'are'} not installed"

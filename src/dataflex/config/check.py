@@ -39,6 +39,7 @@ from dataflex.plan.proportions import by_domain, floors_by_domain, read_proporti
 from dataflex.plan.schedule import Interval
 from dataflex.signals.specs import losses_unknown
 from dataflex.validate import check_mix
+from dataflex.version import version_of
 
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
@@ -65,6 +66,13 @@ _REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
     "label_smoothing_factor": "smoothing replaces the loss that the {method} looks at; remove it or the {kind}",
 }
 
+_QUANTIZED: dict[str, tuple[str, tuple[int, ...]]] = {
+    "bnb": ("bitsandbytes", (4, 8)),
+    "hqq": ("hqq", (1, 2, 3, 4, 5, 6, 8)),
+    "eetq": ("eetq", (8,)),
+}
+"""Methods that quantize a model as it is loaded: the package of each, and the bits that it has."""
+
 _PARALLEL_KEYS = ("sequence_parallel_size context_parallel_size cp_size sp_size ulysses_degree ulysses_size").split()
 _KEPT_APART = "data sets are kept apart as domains; remove it and give proportions to a mixer (such as"
 _NOT_HELD_OUT = 1e-6
@@ -86,6 +94,8 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         sources, found = data_sets(lf, base_dir)
         if lf.streaming and not lf.on("dataloader_num_workers") and any(source.path is not None for source in sources):
             found = [*found, _NO_PARTS]
+        if lf.stage == "ppo" and lf.reward_model is None:
+            found = [*found, "reward_model: missing; stage ppo needs one"]
         return told_once(lf, [*model_problems(lf), *found])
     skip = dynamic.on_bad_shard == "skip"
     of_stage = [*stage_problems(dynamic, lf)]
@@ -268,7 +278,7 @@ def _takes_gradients(dynamic: DynamicConfig) -> str:
 
 def _sees_images(lf: LlamaFactoryArgs) -> bool:
     """Whether the model's configuration, if it lies here, has an image encoder."""
-    return "vision_config" in _mapping(str(Path(str(lf.model_name_or_path)).expanduser() / "config.json"))
+    return "vision_config" in _of_model(lf)
 
 
 def _above_one(value: Any) -> bool:
@@ -348,9 +358,29 @@ def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
     deepspeed = lf.deepspeed
     if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
         yield f"deepspeed: no such file: {deepspeed}"
+    yield from _quantization_problems(lf)
+    if lf.on("shift_attn") and _of_model(lf).get("model_type") == "llama":
+        yield "shift_attn: LLaMA-Factory has it for transformers below 4.48, and asks for newer ones; remove the key"
     if lf.on("use_muon") and partitioned_by(lf) == FSDP2:
         told = "LLaMA-Factory's Muon loses its state where FSDP2 replaces the parameters, and fails in the first step"
         yield f"use_muon: {told}; use plain data parallelism, or an AdamW optimizer"
+
+
+def _of_model(lf: LlamaFactoryArgs) -> Mapping[str, Any]:
+    """Return the configuration of a model in a folder; empty where it is not known."""
+    return _mapping(str(Path(str(lf.model_name_or_path)).expanduser() / "config.json"))
+
+
+def _quantization_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
+    """Yield problems of quantizing a model as it is loaded; one that is quantized already stays as it is."""
+    bits, method = lf.quantization_bit, lf.quantization_method or "bnb"
+    if bits is None or method not in _QUANTIZED or "quantization_config" in _of_model(lf):
+        return
+    package, allowed = _QUANTIZED[method]
+    if bits not in allowed:
+        yield f"quantization_bit: {method} has {', '.join(map(str, allowed))}, found {bits}"
+    elif version_of(package) is None:
+        yield f"quantization_bit: {method} needs {package}, which is not installed"
 
 
 def _output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:

@@ -92,6 +92,16 @@ def v1_table() -> Mapping[str, Key]:
     return {name: key for node in classes for name, key in _fields(node, choices)}
 
 
+def accelerator_keys() -> tuple[str, ...]:
+    """Return the keys of ``accelerator_config``, as the installed source says; none where it cannot be read."""
+    try:
+        tree = _parsed("transformers/trainer_pt_utils.py")
+    except (OSError, SyntaxError, UnicodeDecodeError, ImportError):
+        return ()
+    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "AcceleratorConfig"]
+    return tuple(name for node in found for name, _ in _fields(node, {}))
+
+
 def read_source() -> dict[str, Key]:
     """Return all keys as the installed source says.
 
@@ -177,6 +187,10 @@ def _fields(node: ast.ClassDef, choices: Mapping[str, tuple[str, ...]]) -> Itera
 
 
 def _constant(node: ast.expr | None) -> Any:
+    """Return the value of a literal or of a product of numbers, such as 768 * 768; None for anything else."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        factors = [_constant(side) for side in (node.left, node.right)]
+        return factors[0] * factors[1] if all(isinstance(factor, int | float) for factor in factors) else None
     try:
         return None if node is None else ast.literal_eval(node)
     except ValueError:

@@ -6,8 +6,7 @@ budget does not pay for enough pilots, rows that are served leave sketches too, 
 (``StepCapture``). Directions turn: pilots and target rows keep the scores of their own decision, served rows are
 compared with the newest directions, and count less beside pilots. Ridge regression predicts the rest
 (``select.predict``). A part of every plan is drawn uniformly; how well the scores of these rows and of the pilots are
-predicted by others decides whether the plan follows the predictions. Where the targets' own losses fall no more, plans
-choose less and draw more.
+predicted by others decides whether the plan follows the predictions.
 
 The budget is the most that all this may cost, in passes, relative to the training itself: a forward pass of a token
 counts 1, a backward pass 2, with adapters 1.
