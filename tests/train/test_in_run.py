@@ -222,6 +222,35 @@ def test_served_rows_count_less_beside_pilots(monkeypatch):
     assert both > 0.8
 
 
+def test_a_regression_is_fitted_to_a_bounded_number_of_rows_and_every_row_has_its_residuals(monkeypatch):
+    run, truth = judged(alike, pilots=40)
+    whole, fits = run._scores(run.seen, np.arange(300))[:, 0], []
+    fitted = in_run.fitted
+    monkeypatch.setattr(in_run, "fitted", lambda x, *rest, **more: fits.append(x.shape[0]) or fitted(x, *rest, **more))
+    monkeypatch.setattr(observations, "_FITTED_ROWS", 60)
+    some = run._scores(run.seen, np.arange(300))[:, 0]
+    assert fits == [120], "60 pilots and 60 served rows"
+    assert np.corrcoef(some, truth)[0, 1] > 0.97 * np.corrcoef(whole, truth)[0, 1] > 0.9
+    left = observations.fitted_to(run.seen.pilots)
+    unfitted = np.setdiff1d(np.arange(len(run.seen.rows)), left)
+    known = run.seen.rows[unfitted]
+    monkeypatch.setattr(
+        in_run, "row_effects", lambda rows, residuals, *rest: effects.append(residuals) or np.zeros((301, 1))
+    )
+    effects = []
+    linear = run._scores(run.seen, np.arange(300))[:, 0]
+    assert len(effects[0]) == len(run.seen.rows)
+    assert np.abs(some[known] - linear[known]).min() > 0, "rows that the fit left out have an effect of their own"
+
+
+def test_the_newest_pilots_and_served_rows_evenly_are_fitted_to(monkeypatch):
+    monkeypatch.setattr(observations, "_FITTED_ROWS", 3)
+    pilots = np.isin(np.arange(12), [1, 4, 5, 9])
+    assert observations.fitted_to(pilots).tolist() == [0, 4, 5, 6, 9, 11]
+    monkeypatch.setattr(observations, "_FITTED_ROWS", 8)
+    assert observations.fitted_to(pilots).tolist() == list(range(12))
+
+
 def interval(index, stop=50):
     return Interval(index=index, kind="dynamic", start_step=20, stop_step=stop)
 

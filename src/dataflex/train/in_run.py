@@ -58,7 +58,7 @@ from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS, by_rows
 from dataflex.train.loss import TokenLosses, sample_means, token_losses
-from dataflex.train.observations import LEAST_ROWS, Newest, Observations, centred, levels, spreads
+from dataflex.train.observations import LEAST_ROWS, Newest, Observations, centred, fitted_to, levels, spreads
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
@@ -659,16 +659,21 @@ class InRun:
             for columns, those in ((slice(num), slice(None)), (slice(num, None), ~goals)):
                 if not values[:, columns].shape[1]:
                     continue
-                ids, weight = known.rows[those], used[those]
-                features, wanted = self.features.matrix(ids), values[those, columns]
+                ids, weight, group, wanted = known.rows[those], used[those], groups[those], values[those, columns]
+                part = fitted_to(known.pilots[those])
+                features = self.features.matrix(ids[part])
                 noise = None
                 if draw is not None:
                     noise = (
-                        draw.standard_normal(wanted.shape),
+                        draw.standard_normal(wanted[part].shape),
                         draw.standard_normal((features.shape[1], wanted.shape[1])),
                     )
-                fit = fitted(features, groups[those], wanted, weight, perturbed=noise)
-                effects = row_effects(ids, fit.residuals, weight, int(self._firsts[-1]))
+                fit = fitted(features, group[part], wanted[part], weight[part], perturbed=noise)
+                residuals = fit.residuals
+                if len(part) < len(ids):
+                    left = wanted - self.features.times(ids, fit.weights)
+                    residuals = centred(left, np.unique(group, return_inverse=True)[1])
+                effects = row_effects(ids, residuals, weight, int(self._firsts[-1]))
                 out[:, columns] = self.features.times(rows, fit.weights) + fit.offset + effects[rows]
             return out * scales[np.argmax(known.kinds)]  # of the newest
 

@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 LEAST_ROWS = 8
 """Rows that a level is taken from, and that predictions are made from."""
 _KEPT_ROWS, _KEPT_SKETCHES = 2**20, 4096  # newest observations that are kept, and those with sketches
+_FITTED_ROWS = 2**14
 _KEPT_NUMBERS = 2**25  # of rows' newest scores, and of their embeddings
 
 
@@ -44,6 +45,14 @@ def centred(values: Floats, groups: NDArray[np.int64]) -> Floats:
     means = np.stack([np.bincount(groups, column) for column in values.T], axis=1) / counts
     found: Floats = values - means[groups]
     return found
+
+
+def fitted_to(pilots: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return which observations a regression is fitted to: the newest pilots, and served rows evenly, 2^14 of each."""
+    served = np.flatnonzero(~pilots)
+    if len(served) > _FITTED_ROWS:
+        served = served[np.linspace(0, len(served) - 1, _FITTED_ROWS).astype(np.int64)]
+    return np.sort(np.concatenate([np.flatnonzero(pilots)[-_FITTED_ROWS:], served]))
 
 
 def spreads(values: Floats, kinds: NDArray[np.int64], counted: Any) -> Floats:
