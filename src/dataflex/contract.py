@@ -261,6 +261,8 @@ def _calls(kind: str, cls: type[Method]) -> Iterator[str]:
         yield "state_dict and load_state_dict go together, and it has only one of them"
     if getattr(cls, "observes", False) is True and getattr(cls, "observe", None) is Mixer.observe:
         yield "observes is True, and observe(stats) is missing"
+    if kind == "mixer" and getattr(cls, "observes", True) is False and cls.observe is not Mixer.observe:  # type: ignore[attr-defined]
+        yield "observe(stats) is never called: write observes = True"
     if getattr(cls, "loss_weights", None) is DomainWeighter.loss_weights:
         yield "loss_weights() is missing"
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.contract import class_problems
+from dataflex import validate
+from dataflex.config.mappings import collect
+from dataflex.contract import class_problems, refuse_answer
 from dataflex.errors import DataFlexError
 from dataflex.method import (
     IN_RUN,
@@ -69,7 +71,7 @@ class FakeSignals:
         gradients: Gradient of every training row [N, P]; made of the losses if left out.
         target_rows: Gradient of every row of each target [m, P], by name; about ones if left out.
         values: What is returned for a type of signal instead, by the type: values of every training row, or a function
-            of (signal, rows, target). Types that are not known here need an entry.
+            of (signal, rows, target). A type that is not known here has values made of the losses.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class FakeSignals:
         """Return the values for the type of ``signal``, float32 [len(rows), ...]."""
         options = {**vars(signal), "target": target}
         self.calls.append(Call(signal=signal.needs, rows=rows, asked=signal, options=options))
-        given = self._given[type(signal)]
+        given = self._given.get(type(signal), self._of_ones_own)
         return np.asarray(given(signal, rows, target) if callable(given) else np.asarray(given)[rows], dtype=np.float32)
 
     def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
@@ -160,6 +162,20 @@ class FakeSignals:
         """Gradient of a response [P], made of its tokens; meant to be overridden."""
         places = 1.0 + np.arange(self._gradients.shape[1])
         return np.asarray(np.sin(np.outer(np.asarray(response.response, dtype=np.float64), places)).sum(axis=0))
+
+    def _of_ones_own(self, signal: Signal, rows: Rows, target: str | None) -> ArrayLike:
+        """Return the losses; where a row has several values, as many different ones."""
+        config = SimpleNamespace(hidden_size=4, vocab_size=8, num_hidden_layers=2)
+        access: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+        try:
+            tail = signal.tail(access)
+        except AttributeError as error:
+            told = f"FakeSignals: {type(signal).__name__}.tail asks for more than there is here ({error})"
+            raise AssertionError(f"{told}; give values={{{type(signal).__name__}: ...}}") from error
+        losses = self._finite(rows, target)
+        if not tail:
+            return losses
+        return np.sin(losses[:, None] + np.arange(math.prod(tail))).reshape(len(rows), *tail)
 
     def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return the losses, half of them under another model."""
@@ -478,14 +494,16 @@ def decision(method: Method, *, columns: Mapping[str, NDArray[Any]] | None = Non
     names = ctx.domains.names
     if isinstance(method, Selector):
         selection = method.select(rows, 16, ctx)
+        _check_kept(method, selection, rows, 16)
         if "rollouts" in needs.signals:
             method.observe_rollouts(_rollouts(selection.rows, ctx))
         return selection.rows.tolist(), None if selection.scores is None else selection.scores.tolist()
     if isinstance(method, Orderer):
-        keys = method.sort_keys(rows, ctx)
+        keys = validate.check_sort_keys(method, method.sort_keys(rows, ctx), rows)
         return keys.tolist(), method.ranks(_ROWS, ctx.rng("ranks")).tolist(), method.available(3, 9)
     if isinstance(method, Mixer):
-        proportions = method.mix(replace(ctx, targets=names if needs.targets else ())).proportions.tolist()
+        mix = method.mix(replace(ctx, targets=names if needs.targets else ()))
+        proportions = validate.check_mix(method, mix, names).tolist()
         weights = method.loss_weights().tolist() if isinstance(method, DomainWeighter) else None
         if "rollouts" in needs.signals:
             method.observe_rollouts(_rollouts(rows[:6], ctx))
@@ -499,10 +517,10 @@ def decision(method: Method, *, columns: Mapping[str, NDArray[Any]] | None = Non
     assert isinstance(method, Weighter)
     if method.due(step):
         method.prepare(ctx, rows[:8])
-    static = method.static_weights(rows, columns)
+    static = validate.check_static_weights(method, rows, columns)
     if static is not None:
         return static.tolist()
-    return method.weigh(example_batch([1.0, 2.0, 3.0, 0.5], step=ctx.interval.index)).tolist()
+    return _weights(method, example_batch([1.0, 2.0, 3.0, 0.5], step=ctx.interval.index)).tolist()
 
 
 def _rollouts(rows: Rows, ctx: Context) -> RolloutStats:
@@ -524,17 +542,21 @@ def contract(cls: type[Method], params: Mapping[str, Any] | None = None, **colum
 
     Args:
         cls: The method's class.
-        params: Parameters that have no default, or others to check with.
+        params: Parameters that have no default, or others to check with, as a configuration has them.
         columns: Columns that it requires, over 64 rows.
 
     Raises:
         AssertionError: One of them does not hold, with what was found.
+        ComponentError: An answer that a run refuses.
     """
     problems = class_problems(cls.kind, cls)
     assert not problems, "; ".join(problems)
 
+    made = collect(cls.Params, params or {}, cls.name, problems)
+    assert made is not None, "; ".join(problems)
+
     def build() -> Method:
-        return cls(cls.Params(**(params or {})))
+        return cls(made)
 
     def ask(method: Method, **context: Any) -> Any:
         return decision(method, columns=columns, **context)
@@ -588,73 +610,75 @@ def check_answers(method: Method, absent: Sequence[float] = (math.nan,), **colum
             if method.requires().signals - {"rollouts", *IN_RUN}:  # which tell nothing of rows that were not served
                 assert (selection.rows % 2 == 1).all(), f"rows with a loss of {bad} were selected"
     elif isinstance(method, Mixer):
-        mix = method.mix(example_context(targets=("web", "code", "math") if method.requires().targets else ()))
-        assert mix.proportions.dtype == np.float64
-        assert mix.proportions.shape == (3,)
-        assert (mix.proportions >= 0).all()
-        assert abs(mix.proportions.sum() - 1.0) < 1e-12
-        assert _one_line(mix.reason)
+        names = ("web", "code", "math")
+        mix = method.mix(example_context(targets=names if method.requires().targets else ()))
+        validate.check_mix(method, mix, names)
+        assert _one_line(mix.reason), f"{method.name}: a reason is one line, found {mix.reason!r}"
     elif isinstance(method, Orderer):
         for count in range(70):
-            ranks = method.ranks(count, np.random.default_rng(count))
-            assert ranks.dtype == np.int64
-            assert sorted(ranks.tolist()) == list(range(count)), f"ranks of {count} rows: no permutation"
+            validate.check_ranks(method, method.ranks(count, np.random.default_rng(count)), count)
         signals = FakeSignals(np.where(rows % 3, 1.0, math.nan))
         keys = method.sort_keys(rows[5:], example_context(columns=columns, signals=signals))
-        assert keys.shape == (_ROWS - 5,)
-        assert keys.dtype.kind == "f"
+        validate.check_sort_keys(method, keys, rows[5:])
         shares = [method.available(step, 100) for step in range(100)]
-        assert all(0 < share <= 1 for share in shares)
+        assert all(0 < share <= 1 for share in shares), f"{method.name}: available gives a share, above 0 and at most 1"
         assert shares == sorted(shares), "the available share falls"
-        assert (shares != [1.0] * 100) == method.paced
-        assert _one_line(method.reason)
+        told = f"{method.name}: paced is {method.paced}, and available gives {sorted(set(shares))}"
+        assert (shares != [1.0] * 100) == method.paced, told
+        assert _one_line(method.reason), f"{method.name}: a reason is one line, found {method.reason!r}"
     elif isinstance(method, Weighter):
         _check_weights(method, columns)
 
 
 def check_selection(selector: Selector, selection: Selection, pool: Rows, budget: int) -> None:
     """Check a selector's answer: rows of the pool, each once, within the budget, with scores that are numbers."""
-    rows = selection.rows
-    assert rows.dtype == np.int64
-    assert rows.ndim == 1
-    assert set(rows.tolist()) <= set(pool.tolist()), "rows that are not of the pool"
-    assert len(set(rows.tolist())) == len(rows), "a row twice"
-    if selector.selects_subset:
-        assert len(rows) <= budget, f"{len(rows)} rows for a budget of {budget}"
-    else:
-        assert rows.tolist() == pool.tolist()
-    if selection.scores is not None:
-        assert selection.scores.shape == pool.shape
-        assert np.issubdtype(selection.scores.dtype, np.floating)
+    name, rows, scores = selector.name, selection.rows, selection.scores
+    _check_kept(selector, selection, pool, budget)
+    assert len(set(rows.tolist())) == len(rows), f"{name}: a row twice"
+    if not selector.selects_subset:
+        assert rows.tolist() == pool.tolist(), f"{name}: selects_subset is False, and rows are not those of the pool"
+    found = "none" if scores is None else "some"
+    assert (found == "some") == selector.gives_scores, f"{name}: gives_scores is {selector.gives_scores}, found {found}"
+    if scores is not None:
+        assert np.issubdtype(scores.dtype, np.floating), f"{name}: scores are {scores.dtype}, expected floating point"
         position = {row: i for i, row in enumerate(pool.tolist())}
-        assert not any(math.isnan(selection.scores[position[row]]) for row in rows.tolist())
-    assert _one_line(selection.reason)
+        assert not any(math.isnan(scores[position[row]]) for row in rows.tolist()), f"{name}: rows whose score is NaN"
+    assert _one_line(selection.reason), f"{name}: a reason is one line, found {selection.reason!r}"
+
+
+def _check_kept(selector: Selector, selection: Selection, pool: Rows, budget: int) -> None:
+    """Check what a run checks, which stops where no row is kept."""
+    refuse_answer(selector, "select", selection)
+    if len(selection.rows):
+        validate.check_selection(selector, selection, pool, budget if selector.selects_subset else len(pool))
 
 
 def _check_weights(weighter: Weighter, columns: Mapping[str, NDArray[Any]]) -> None:
-    import torch
-
     assert weighter.normalizer in ("weight_sum", "num_tokens", "num_sequences")
-    assert weighter.active(99_999, 100_000) is True
+    assert weighter.active(99_999, 100_000) is True, f"{weighter.name}: not active at the end of a run"
     ctx = example_context(columns=dict(columns))
     if weighter.due(ctx.interval.start_step):
         weighter.prepare(ctx, np.arange(8))
-    rows = np.array([63, 0, 5, 5], dtype=np.int64)
-    static = weighter.static_weights(rows, dict(columns))
+    static = validate.check_static_weights(weighter, np.array([63, 0, 5, 5], dtype=np.int64), dict(columns))
     if static is not None:
-        assert static.dtype == np.float32
-        assert static.shape == rows.shape
-        assert np.isfinite(static).all()
-        assert (static >= 0).all()
+        assert (np.isfinite(static) & (static >= 0)).all(), f"{weighter.name}: weights {static.tolist()}"
         return
     for losses, tokens in (([1.0, 2.0, 3.0, 9.0], [3, 1, 0, 8]), ([1.0], [4]), ([0.0, 0.0], [0, 0])):
-        batch = example_batch(losses, tokens)
-        w = weighter.weigh(batch)
-        assert w.dtype == torch.float32
-        assert w.shape in (batch.loss_B.shape, batch.loss_BT.shape)
-        assert not w.requires_grad
-        assert bool(w.isfinite().all())
-        assert bool((w >= 0).all())
+        _weights(weighter, example_batch(losses, tokens))
+
+
+def _weights(weighter: Weighter, batch: BatchView) -> torch.Tensor:
+    """Return the weights of a batch that holds what the weighter requires and no more, checked."""
+    needs = weighter.requires()
+    given = {"reference_BT": needs.reference, "entropy_BT": needs.entropy, "embeddings_BH": needs.embedding}
+    left_out: dict[str, Any] = {name: None for name, asked in given.items() if not asked}
+    w = weighter.weigh(replace(batch, **left_out))
+    validate.check_weights(weighter, w, (tuple(batch.loss_B.shape), tuple(batch.loss_BT.shape)))
+    assert not w.requires_grad, f"{weighter.name}: weights are constants: no_grad, or detach()"
+    assert bool((w.isfinite() & (w >= 0)).all()), (
+        f"{weighter.name}: weights {w.tolist()} of losses {batch.loss_B.tolist()}"
+    )
+    return w
 
 
 def _one_line(text: str) -> bool:

@@ -12,7 +12,8 @@ import torch
 
 from dataflex.config.build import half_read, method_block
 from dataflex.contract import BASES
-from dataflex.method import IN_RUN, SIGNALS, STAGES, Card, Requires, Selection, Selector
+from dataflex.errors import ComponentError
+from dataflex.method import IN_RUN, SIGNALS, STAGES, Card, Mix, Mixer, Requires, Selection, Selector, Weighter
 from dataflex.registry import KINDS, find, names
 from dataflex.testing import (
     FakeSignals,
@@ -378,6 +379,7 @@ class Careless(Selector):
 
     name = "careless"
     card = Card(summary="Selects too much.", paper="baseline", cost="none")
+    gives_scores = False
 
     def select(self, pool, budget, ctx):
         return Selection(rows=pool, reason="everything")
@@ -400,22 +402,96 @@ class Forgetful(Careless):
         return Selection(rows=np.roll(pool, self.count)[:budget], reason="rolled")
 
 
+class Lopsided(Careless):
+    """Gives weights whose denominator it does not state."""
+
+    def select(self, pool, budget, ctx):
+        return Selection(rows=pool[:budget], reason="first", weights=np.ones(len(pool[:budget])))
+
+
+class Negative(Lopsided):
+    """Gives weights that are none."""
+
+    def requires(self):
+        return Requires(row_weights="weight_sum")
+
+    def select(self, pool, budget, ctx):
+        return Selection(rows=pool[:budget], reason="first", weights=-np.ones(len(pool[:budget])))
+
+
+class Silent(Careless):
+    """Says that it gives scores."""
+
+    gives_scores = True
+
+    def select(self, pool, budget, ctx):
+        return Selection(rows=pool[:budget], reason="first")
+
+
+class Unheard(Mixer):
+    """Does not say that it observes."""
+
+    name = "unheard"
+    card = Card(summary="Learns from what it is never told.", paper="baseline", cost="none")
+
+    def observe(self, stats):
+        pass
+
+    def mix(self, ctx):
+        return Mix(proportions=np.array([3.0, 1.0, 1.0]), reason="fixed")  # which a run brings to a sum of 1
+
+
+class Undemanding(Weighter):
+    """Uses a tensor that it does not require."""
+
+    name = "undemanding"
+    card = Card(summary="Weighs by entropy.", paper="baseline", cost="none")
+
+    def weigh(self, batch):
+        return batch.entropy_BT.float()
+
+
+class Demanding(Undemanding):
+    """Requires what it uses."""
+
+    def requires(self):
+        return Requires(entropy=True)
+
+
+class Heard(Unheard):
+    """Says that it observes."""
+
+    observes = True
+
+
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
         (Careless, "64 rows for a budget of 16"),
         (Restless, "two answers|global random state was moved"),
         (Forgetful, "a resumed method decides otherwise"),
+        (Lopsided, "state their denominator"),
+        (Negative, "negative or non-finite weights"),
+        (Silent, "gives_scores is True, found none"),
+        (Unheard, "write observes = True"),
+        (Undemanding, "NoneType"),
     ],
 )
 def test_the_contract_for_methods_of_ones_own_can_fail(broken, told):
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises((AssertionError, ComponentError, AttributeError), match=told):
         contract(broken)
 
 
-@pytest.mark.parametrize("name", ["random", "loss", "bm25"])
-def test_the_contract_for_methods_of_ones_own_holds_for_ours(name):
-    contract(find("selector", name))
+@pytest.mark.parametrize("good", [Heard, Demanding, *(find("selector", name) for name in ("random", "loss", "bm25"))])
+def test_the_contract_for_methods_of_ones_own_holds_for_good_ones(good):
+    contract(good)
+
+
+def test_the_contract_takes_parameters_as_a_configuration_has_them():
+    contract(find("selector", "loss"), {"focus": "medium"})
+    contract(find("selector", "rds_plus"), {"rule": {"name": "gumbel_top_k", "temperature": 2}, "aggregate": "mean"})
+    with pytest.raises(AssertionError, match=r"loss\.focus: .*'mdium'"):
+        contract(find("selector", "loss"), {"focus": "mdium"})
 
 
 def test_methods_are_imported_without_torch():

@@ -18,7 +18,7 @@ from dataflex.signals.kinds import Signal, TokenLoss
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.runner import SignalCache
 from dataflex.signals.store import ArrayStore
-from dataflex.testing import FakeSignals, example_context, example_values
+from dataflex.testing import FakeSignals, contract, example_context, example_values
 from tests.signals import tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -133,3 +133,36 @@ def test_few_frames_lie_between_a_selector_and_the_model(rows):
     selector.select(ROWS, 4, example_context({"a": 15}, signals=runner(rows, model), targets=()))
     assert len(depths) > 1
     assert 3 <= max(depths) <= 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wide(Signal):
+    """Two values a row, or as many as a hidden state has."""
+
+    name = "wide"
+    needs = "logits"
+    whole: bool = False
+
+    def tail(self, access):
+        return (access.model.config.hidden_size,) if self.whole else (2,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deep(Wide):
+    """As many values as only a model tells."""
+
+    def tail(self, access):
+        return (access.model.get_input_embeddings().embedding_dim,)
+
+
+def test_the_contract_makes_up_the_values_of_ones_own_signal():
+    contract(my_signal.SeldomGuessed)
+    signals = FakeSignals([1.0, np.nan, 2.0])
+    found = signals(Wide(), np.array([2, 1]))
+    assert found.shape == (2, 2)
+    assert np.isnan(found).tolist() == [[False, False], [True, True]]
+    assert signals(Wide(whole=True), np.arange(3)).shape == (3, 4)
+    assert signals.asked == {"logits"}
+    with pytest.raises(AssertionError, match=r"give values=\{Deep: \.\.\.\}"):
+        signals(Deep(), np.arange(3))
+    assert FakeSignals(np.ones(3), values={Deep: np.eye(3)})(Deep(), np.arange(3)).shape == (3, 3)
