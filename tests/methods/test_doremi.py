@@ -12,6 +12,7 @@ import torch
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers import loss_weights
 from dataflex.mixers.loss_weights import DoReMi, GroupDro
+from dataflex.mixing.doremi import _model
 from dataflex.plan.domains import SUMS, DomainStats
 from dataflex.plan.proportions import exponentiated, logs, read_proportions, softmax, write_proportions
 from dataflex.state import load_state, save_state
@@ -139,6 +140,20 @@ def test_a_domain_never_seen_has_the_score_of_a_blind_guess(tmp_path):
     assert method.scores.tolist() == [0.5, math.log(50257)]
     with pytest.raises(ConfigError, match=r"dynamic.mixer.initial_score: .* ln\(vocabulary\)"):
         doremi().observe(scored(0.5, None))
+
+
+def test_the_vocabulary_is_read_alike_wherever_it_is_asked_for(tmp_path):
+    """Of a model of several parts, and of an adapter on it."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder, name, told in (
+        (base, "config.json", {"text_config": {"vocab_size": 50257}}),
+        (adapter, "adapter_config.json", {"base_model_name_or_path": str(base)}),
+    ):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(told), encoding="utf-8")
+    for folder in (base, adapter):
+        assert loss_weights.vocabulary_size(folder) == _model(folder)["vocabulary"] == 50257
+    assert _model(tmp_path)["vocabulary"] is None
 
 
 def test_group_dro():

@@ -7,7 +7,6 @@ are not read, since the same is computed here from the targets.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from dataflex.config.schema import MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.ported import TABLE
 from dataflex.registry import names
+from dataflex.signals.other_models import sizes_of
 
 _SHIPPED_THERE = "configs/components.yaml"
 _WITHOUT_EFFECT: dict[str, str | None] = dict.fromkeys(
@@ -339,9 +339,8 @@ def five_layers(depth: int) -> list[int]:
 
 def _depth(folder: Path) -> int | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return int({**config, **(config.get("text_config") or {})}["num_hidden_layers"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return int(sizes_of(folder)["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

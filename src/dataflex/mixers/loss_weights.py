@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from dataflex.plan.proportions import (
     running_mean,
     softmax,
 )
-from dataflex.signals.other_models import base_model
+from dataflex.signals.other_models import sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +94,7 @@ class _LossWeighter(DomainWeighter, LearningMixer):
 def vocabulary_size(folder: Path) -> int:
     """Return the vocabulary of the model in a folder; that of its base model for an adapter."""
     try:
-        folder = Path(base_model(folder) or folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return int(config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"])
+        return int(sizes_of(folder)["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"dynamic.mixer.initial_score: a domain was absent before its first score, which is ln(vocabulary), and "

@@ -14,7 +14,6 @@ what is done: a finished step is not repeated, a killed run goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -313,7 +312,7 @@ def _model(folder: Path) -> dict[str, Any]:
     """
     from safetensors import safe_open
 
-    from dataflex.signals.other_models import base_model
+    from dataflex.signals.other_models import base_model, sizes_of
 
     base, parameters, tokenizer = base_model(folder), 0, folder / "tokenizer.json"
     whole = folder if base is None else Path(base)
@@ -321,14 +320,14 @@ def _model(folder: Path) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     try:
-        config = dict(json.loads((whole / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        config = {}
+        vocabulary = sizes_of(folder).get("vocab_size")
+    except (OSError, ValueError, KeyError, TypeError):
+        vocabulary = None
     return {
         "folder": str(folder),
         **({} if base is None else {"base": base}),
         "parameters": parameters or None,
-        "vocabulary": config.get("vocab_size"),
+        "vocabulary": vocabulary,
         "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else None,
     }
 

@@ -31,6 +31,16 @@ def base_model(name: str | Path) -> str | None:
     return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
+def sizes_of(folder: str | Path) -> dict[str, Any]:
+    """Return the ``config.json`` of the model in a folder, that of its base model for an adapter, its text part on top.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: It cannot be read, or is none.
+    """
+    found = dict(json.loads((Path(base_model(folder) or folder) / "config.json").read_text(encoding="utf-8")))
+    return {**found, **(found.get("text_config") or {})}
+
+
 def _load_causal(name: str | Path, dtype: torch.dtype | str, device: torch.device) -> torch.nn.Module:
     """Return a model by folder or hub id, or an adapter on its base model, frozen and in eval mode."""
     if (Path(name) / ADAPTER).is_file():
