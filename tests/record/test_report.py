@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -255,6 +256,30 @@ def test_watching_ends_with_a_run_that_does_not_tell_its_end(tmp_path, monkeypat
     monkeypatch.setattr("dataflex.record.plots.draw", lambda charts: {})
     report([tmp_path], watched=True)
     assert len(slept) == {"killed": 0, "finished": 6, "goes on": 61}[how]
+
+
+@pytest.mark.parametrize(("gap", "minutes"), [(0.0, 10), (240.0, 20)])
+def test_watching_ends_with_a_run_elsewhere_that_tells_nothing_any_more(tmp_path, monkeypatch, capsys, gap, minutes):
+    """After ten minutes, or five times its longest silence so far; a pause before a resume is none."""
+    simulate(tmp_path / "dataflex", **MIXTURE, stop_step=130)
+    path = tmp_path / "dataflex" / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    events[0]["process"] = {"host": "elsewhere", "pid": 1}
+    for number, event in enumerate(events):
+        event["time"] = 1000.0 + number + (gap - 1 if number >= 5 and gap else 0.0)
+    again = {**events[0], "time": events[-1]["time"] + 90000.0}
+    path.write_text("".join(json.dumps(event) + "\n" for event in [*events, again]))
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        assert now[0] < 10000
+
+    monkeypatch.setattr(report_module, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    monkeypatch.setattr("dataflex.record.plots.draw", lambda charts: {})
+    report([tmp_path], watched=True)
+    assert now[0] == 60.0 * minutes
+    assert f"no news for {minutes} minutes of a process that is not on this machine" in capsys.readouterr().err
 
 
 def test_drawing_opens_no_pyplot_and_reading_needs_neither_torch_nor_matplotlib(tmp_path):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,10 @@ _EVERY = 10.0
 """Seconds between two looks at a run that goes on; longer where a page takes more than a tenth of that."""
 _QUIET = 60.0
 """Seconds after which a run that has finished training, and does not tell its end, is over."""
+
+_SILENT = 600.0
+"""Seconds without news after which a run is given up whose process cannot be looked for; longer where it has been
+silent for more than a fifth of that before."""
 
 
 def require_drawing() -> None:
@@ -154,6 +160,10 @@ def _watch(run_dirs: Sequence[Path | str], out: Path | None, server: Served | No
                     changed = began
                 if server is None and _is_over(view, began - changed):
                     return
+                if server is None and began - changed >= (limit := _patience(view)):
+                    told = f"no news for {limit / 60:.0f} minutes of a process that is not on this machine"
+                    tell(f"{told}: the run seems to have been killed, and is not watched any more")
+                    return
             except (DataError, OSError) as error:
                 if not seen:
                     raise
@@ -170,9 +180,22 @@ def _is_over(view: Recorded, quiet_seconds: float) -> bool:
     return finished or (view.folder / ENDING).is_file() or _is_gone(view.run.started.get("process") or {})
 
 
+def _patience(view: Recorded) -> float:
+    """Return the seconds without news after which a run is given up: none where its process can be looked for."""
+    if _is_here(view.run.started.get("process") or {}):
+        return math.inf
+    times = [[event["time"] for event in process] for process in view.run.processes]
+    longest = max((after - before for each in times for before, after in pairwise(each)), default=0.0)
+    return max(_SILENT, 5 * longest)
+
+
+def _is_here(process: Mapping[str, Any]) -> bool:
+    return process.get("pid") is not None and process.get("host") == socket.gethostname()
+
+
 def _is_gone(process: Mapping[str, Any]) -> bool:
     """Whether a process is not there any more; False for one of another machine, of which that is not known."""
-    if process.get("pid") is None or process.get("host") != socket.gethostname():
+    if not _is_here(process):
         return False
     try:
         os.kill(process["pid"], 0)
