@@ -10,6 +10,7 @@ from dataflex.config.forecast import Forecast
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Orderer
+from dataflex.plan.mixture import cap_limits
 from dataflex.plan.schedule import Schedule, wanted_rows
 from dataflex.record.digest import digest
 from dataflex.record.read import EVENTS, read_events, record_dir
@@ -149,10 +150,14 @@ def _epoch_lines(view: Forecast) -> Lines:
     except UnsupportedError as error:
         return [(label, f"known during training ({dynamic.mixer.name}: {error})")]
     lines: Lines = []
-    for name, sequences, rows, cap in zip(view.domains.names, served, view.domains.num_rows, view.caps(), strict=True):
+    caps, sizes = view.caps(), view.domains.num_rows
+    limits = cap_limits(sizes, caps, view.unit)
+    for name, sequences, rows, cap, limit in zip(view.domains.names, served, sizes, caps, limits, strict=True):
         epochs = float(sequences) / int(rows)
-        over = ", at its cap" if epochs >= cap - 1e-9 else ""
-        if dynamic.at_cap == "error" and epochs > cap + 1e-9:
+        over = ", at its cap" if sequences >= limit - 1e-9 else ""
+        if limit == 0 < cap:
+            over = f", never: max_epochs {cap:g} leaves fewer rows than a micro-batch of {view.unit}"
+        if dynamic.at_cap == "error" and sequences > limit + 1e-9:
             over = f", more than max_epochs {cap:g}: the run would fail"
         told = f"{name}: {epochs:.3g} ({sequences:,.0f} sequences, {sequences / wanted:.1%}{over})"
         lines.append((label if not lines else "", told))

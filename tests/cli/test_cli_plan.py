@@ -333,6 +333,17 @@ def test_caps_that_end_the_run_are_told(plan: Plan) -> None:
     assert "b: 1.8 (90 sequences, 75.0%, more than max_epochs 1: the run would fail)" in error
 
 
+def test_a_domain_too_small_for_a_micro_batch_of_its_own_is_told(plan: Plan) -> None:
+    """A cap leaves whole micro-batches of 64: of a's 100 rows one, of b's 50 none."""
+    block = {"mixer": {"name": "odm", "variant": "exp3"}, "interval_steps": 1, "max_epochs": 1}
+    settings = {"max_steps": 2, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1}
+    text = plan(**settings, dynamic={**block, "at_cap": "redistribute"})
+    assert "a: 0.64 (64 sequences, 50.0%, at its cap)" in text
+    assert "b: 0 (0 sequences, 0.0%, never: max_epochs 1 leaves fewer rows than a micro-batch of 64)" in text
+    mixed = plan(**settings, dynamic={**block, "mixer": "uniform", "at_cap": "redistribute"})
+    assert "b: 1 (50 sequences, 39.1%, at its cap)" in mixed
+
+
 def test_processes_count(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_TORCHRUN", "1")
     assert "(2 per device x 1 accumulated x 1 process, as NPROC_PER_NODE is not set)" in plan()

@@ -76,6 +76,17 @@ def staged():
     return "staged", {"stages": tuple(Stage(start_step=6 * i, proportions=mix) for i, mix in enumerate(mixes))}
 
 
+def test_a_domain_that_its_cap_leaves_less_than_a_micro_batch_is_told(caplog):
+    """Of 7 rows no micro-batch of 8 can be made; of 31 three are served."""
+    one = controller(("odm", {"variant": "exp3"}), micro=8, max_epochs=1.0, at_cap="redistribute")
+    assert "leaves fewer rows of papers than a micro-batch of one domain has (8): never served" in caplog.text
+    served = one.space.domains.counts(one.plan_for(0).rows)
+    assert served[2] == 0
+    caplog.clear()
+    controller(staged(), micro=8, max_epochs=1.0, at_cap="redistribute")
+    assert not caplog.text
+
+
 class Ranks:
     """All ranks of a run, each with a controller of its own."""
 

@@ -35,7 +35,7 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
 from dataflex.plan.domains import Domains
-from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers
+from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers, whole_part
 from dataflex.plan.schedule import Interval
 from dataflex.signals.specs import losses_unknown
 from dataflex.validate import check_mix
@@ -727,7 +727,7 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
         stretches.append((warmup, view.warmup_shares(domains, mixer), total))
     for steps, shares, most in stretches:
         for name, share, rows in zip(domains.names, shares, domains.num_rows, strict=True):
-            wanted, there = int(steps * view.batch.global_batch * share), min(int(rows), most)
+            wanted, there = whole_part(share, steps * view.batch.global_batch), min(int(rows), most)
             if wanted > there:
                 yield (
                     f"dynamic.mixer: {steps:,} steps want {wanted:,} rows of domain {name!r}, and at most {there:,} of "

@@ -210,7 +210,7 @@ class Forecast:
         for steps, shares in self.mixture():
             total = steps * self.batch.global_batch
             drawn = np.rint(served).astype(np.int64)
-            epochs = expected_epochs(sizes, shares, total, self.caps(), self.dynamic.at_cap, drawn)
+            epochs = expected_epochs(sizes, shares, total, self.caps(), self.dynamic.at_cap, drawn, unit=self.unit)
             served = epochs * sizes
         return served
 
@@ -228,6 +228,12 @@ class Forecast:
             return bool((self.served() > self.domains.num_rows).all())
         except UnsupportedError:
             return False
+
+    @property
+    def unit(self) -> int:
+        """Sequences that are of one domain together: those of a micro-batch where the mixer wants it so."""
+        mixer = self.dynamic.mixer
+        return self.batch.micro_batch_size if mixer is not None and mixer.requires.pure_micro_batches else 1
 
     def caps(self) -> NDArray[np.float64]:
         """Return the most epochs of each domain, float64 [K]; infinite where there is no cap."""

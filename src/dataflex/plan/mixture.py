@@ -121,10 +121,11 @@ AtCap = Literal["error", "redistribute", "stop"]
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
-def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None) -> NDArray[np.int64]:
+def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None, unit: int = 1) -> NDArray[np.int64]:
     """Return how many sequences each domain may serve in all, int64 [K], given the most epochs of each or of all.
 
-    Fractions are allowed; NaN and inf mean no cap, and give a very large number.
+    Fractions are allowed; NaN and inf mean no cap, and give a very large number. ``unit`` sequences are served at once:
+    what is left of them at a cap is not.
     """
     limits = np.full(sizes.size, _NO_LIMIT)
     if max_epochs is not None:
@@ -133,7 +134,7 @@ def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None) -> NDArra
         finite = np.isfinite(caps)
         # The small addend keeps 0.29 epochs of 100 rows at 29.
         limits[finite] = np.floor(caps[finite] * sizes[finite] + 1e-6).astype(np.int64)
-    return limits
+    return limits - limits % unit
 
 
 def without(proportions: NDArray[np.float64], closed: NDArray[np.bool_]) -> NDArray[np.float64] | None:
@@ -150,6 +151,8 @@ def expected_epochs(
     max_epochs: ArrayLike | None = None,
     at_cap: AtCap = "error",
     drawn: NDArray[np.int64] | None = None,
+    *,
+    unit: int = 1,
 ) -> NDArray[np.float64]:
     """Return the epochs of each domain [K] after ``total`` more sequences at fixed proportions of sequences.
 
@@ -157,7 +160,7 @@ def expected_epochs(
     are ignored, so that the result shows by how much they would be exceeded.
     """
     sequences = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
-    limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
+    limits = cap_limits(sizes, None if at_cap == "error" else max_epochs, unit).astype(np.float64)
     left = float(total)
     closed = sequences >= limits
     while left > 0:
@@ -295,6 +298,11 @@ class MixtureSampler:
         self._open(shares, decided_at_step, reason)
         if closed.any():
             self._redistribute()
+
+    @property
+    def never(self) -> tuple[str, ...]:
+        """Domains whose caps leave them less than a unit, though not nothing."""
+        return tuple(name for name, most in zip(self.names, self.limits.tolist(), strict=True) if 0 < most < self.unit)
 
     @property
     def _left(self) -> NDArray[np.int64]:

@@ -116,6 +116,11 @@ class Controller:
                 shuffle=self.shape.shuffle,
                 order=None if self.orderer is None else order_of(self.orderer),
             )
+            if never := self.sampler.never:
+                told = (
+                    "dynamic.max_epochs leaves fewer rows of %s than a micro-batch of one domain has (%d): never served"
+                )
+                logger.warning(told, ", ".join(never), self.sampler.unit)
         self.ordering: Ordering | None = None
         if self.orderer is not None:
             self.ordering = Ordering(
