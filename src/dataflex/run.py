@@ -38,6 +38,9 @@ def train(args: list[str]) -> int:
 
     if wants_torchrun():
         return with_torchrun(["train", *args], began)
+    alone = "LOCAL_RANK" not in os.environ and not env_enabled("USE_RAY")
+    if config is not None and config[1].lf.get("deepspeed") and alone:
+        raise UnsupportedError("deepspeed: LLaMA-Factory runs it under torchrun only; set FORCE_TORCHRUN=1")
     return train_here(args, began, config)
 
 

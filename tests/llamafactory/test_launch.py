@@ -184,3 +184,27 @@ class Fragile(Selector):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 1
     assert "rank 1 lost its mind" in done.stderr + done.stdout
+
+
+def test_deepspeed_without_torchrun_is_refused_before_llamafactory_is_imported(
+    tiny_model, data_dir, tmp_path, monkeypatch
+):
+    """Its parser would say so after its imports."""
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "FORCE_TORCHRUN", "USE_RAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "device_count", lambda: 0)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    mapping = {
+        "model_name_or_path": str(tiny_model),
+        "do_train": True,
+        "template": "default",
+        "dataset_dir": str(data_dir),
+        "dataset": "alpha",
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "deepspeed": str(tmp_path / "ds.json"),
+        "dynamic": {"selector": "loss", "interval_steps": 2},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(mapping))
+    with pytest.raises(UnsupportedError, match="deepspeed: LLaMA-Factory runs it under torchrun only"):
+        train([str(tmp_path / "run.json")])

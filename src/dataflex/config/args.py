@@ -61,8 +61,8 @@ _PACKAGES = {
     "predict_with_generate": ("jieba", "nltk", "rouge_chinese"),
     **{f"use_{name}": (name,) for name in ("adam_mini", "badam", "swanlab", "unsloth")},
     **{f"use_{name}": (f"{name}_torch",) for name in ("apollo", "galore")},
-    "mixture_of_depths": ("mixture_of_depth",),
-    "use_kt": ("kt_kernel", "transformers_kt", "accelerate_kt"),
+    "mixture_of_depths": ("MoD",),
+    "use_kt": ("kt_kernel",),
 }
 _TRACKERS = {
     **{"azure_ml": ("azureml",), "dagshub": ("dagshub", "mlflow"), "flyte": ("flytekit",)},
@@ -310,12 +310,8 @@ class LlamaFactoryArgs(Mapping[str, Any]):
 
 
 def _not_installed(what: str, packages: Sequence[str]) -> Iterator[str]:
-    """Yield which packages are missing, modules or distributions; ``a or b`` is one of either name."""
-    missing = [
-        each
-        for each in packages
-        if not any(importlib.util.find_spec(name) or version_of(name) for name in each.split(" or "))
-    ]
+    """Yield which packages are missing, of which ``a or b`` is one of either name."""
+    missing = [each for each in packages if not any(importlib.util.find_spec(name) for name in each.split(" or "))]
     if missing:
         told = ", ".join(missing).replace("_", "-")
         yield f"{what} needs {told}, which {'is' if len(missing) == 1 else 'are'} not installed"
