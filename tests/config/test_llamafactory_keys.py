@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from dataflex.cli import main
 from dataflex.config import args as args_module
 from dataflex.config import table as table_module
 from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.check import model_problems
 from dataflex.config.load import MOST_LEVELS
 from dataflex.config.split import resolve
 from dataflex.config.table import FILE, installed, read_source, table
@@ -118,6 +120,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp16 on CPU": ({"fp16": True, "use_cpu": True}, "fp16: needs a GPU; remove the key"),
     "tf32 on CPU": ({"tf32": True, "use_cpu": True}, "tf32: needs a GPU; remove the key"),
     "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau goes by"),
+    "schedule text": ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs: expected a mapping, found 'x'"),
+    "schedule key": (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}},
+        "lr_scheduler_kwargs.num_cycle: unknown key; did you mean 'num_cycles'? (lr_scheduler_type cosine",
+    ),
+    "linear key": (
+        {"lr_scheduler_kwargs": {"min_lr": 1e-5}},
+        "lr_scheduler_kwargs.min_lr: unknown key (lr_scheduler_type linear takes none)",
+    ),
+    "least rate": (
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        "lr_scheduler_kwargs: lr_scheduler_type cosine_with_min_lr needs one of min_lr and",
+    ),
+    "decay": (
+        {"lr_scheduler_type": "warmup_stable_decay"},
+        "lr_scheduler_kwargs: lr_scheduler_type warmup_stable_decay needs num_decay_steps",
+    ),
+    "nothing trained": (
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 0},
+        "freeze_trainable_layers: with 0 nothing is trained",
+    ),
 }
 
 
@@ -164,7 +187,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "switch as text": {"plot_loss": "true", "overwrite_output_dir": "yes"},
     "number as name": {"run_name": 2024, "master_port": 29500},
     "list as text": {"lora_target": ["q_proj", "v_proj"], "dataset": ["a"], "report_to": ["none"]},
-    "mapping": {"deepspeed": {"zero_optimization": {"stage": 2}}, "lr_scheduler_kwargs": {"num_cycles": 1}},
+    "mapping": {
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": {"num_cycles": 1},
+    },
+    "schedule": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'},
     "resume": {"resume_from_checkpoint": False},
     "no clipping": {"max_grad_norm": float("inf")},
     "unlimited": {"save_total_limit": -1, "max_steps": -1},
@@ -246,6 +274,29 @@ def test_overrides_that_cannot_be_read(override: str, told: str, config: Config,
 def test_save_strategy_no_on_the_command_line(config: Config, project: Path) -> None:
     (project / "run.yaml").write_text(json.dumps(config()))
     assert main(["plan", "run.yaml", "save_strategy=no", "eval_strategy=no"]) == 0
+
+
+def test_schedules_take_what_transformers_gives_them() -> None:
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    for name, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        if name in args_module._SCHEDULE_KEYS:
+            assert set(args_module._SCHEDULE_KEYS[name]) == set(inspect.signature(function).parameters) - set(given), (
+                name
+            )
+
+
+@pytest.mark.parametrize(
+    ("target", "told"), [("q_porj", "'q_porj'; did you mean 'q_proj'?"), ("q_proj", ""), ("all", "")]
+)
+def test_layers_of_adapters_are_those_of_the_model(
+    target: str, told: str, config: Config, project: Path, tmp_path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    lf = LlamaFactoryArgs.read({"model_name_or_path": str(tmp_path), "finetuning_type": "lora", "lora_target": target})
+    found = [each for each in model_problems(lf) if each.startswith("lora_target")]
+    assert [f"lora_target: the model has no layer {told}"] == found if told else not found
 
 
 def test_table_is_of_the_newest_version() -> None:

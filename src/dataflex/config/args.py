@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -95,6 +96,24 @@ _APART = (
     *[(key, "quantization_bit") for key in ("pissa_init", "resize_vocab", "create_new_adapter", "fp8")],
 )
 _ONE_OF = dict.fromkeys(("ref_model_quantization_bit", "reward_model_quantization_bit"), (4, 8))
+_SCHEDULE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles", "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
+}
+"""What ``lr_scheduler_kwargs`` may hold; others take anything, or do not look at it."""
 _FILES = ("accelerator_config", "new_special_tokens_config")
 """Keys whose texts are paths of files."""
 _DEVICES = ("/dev/nvidia[0-9]* /dev/dxg /dev/kfd /dev/dri/renderD* /dev/davinci* /dev/accel* /dev/neuron*").split()
@@ -253,6 +272,9 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         for key, values in _ONE_OF.items():
             if getattr(self, key) not in (None, *values):
                 yield f"{key}: must be {' or '.join(map(str, values))}, found {getattr(self, key)}"
+        frozen = self.finetuning_type == "freeze" or self.on("use_llama_pro")
+        if frozen and self.freeze_trainable_layers == 0 and not self.freeze_extra_modules:
+            yield "freeze_trainable_layers: with 0 nothing is trained; give a number of layers"
         if self.infer_backend not in (None, "huggingface"):
             yield f"infer_backend: training works with huggingface only, found {self.infer_backend}"
         if self.quantization_device_map == "auto":
@@ -288,6 +310,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                 yield f"{key}: needs a GPU; remove the key"
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.eval_strategy == "no":
             yield f"lr_scheduler_type: {self.lr_scheduler_type} goes by evaluation losses; set 'eval_strategy'"
+        yield from self._of_the_schedule()
         best = self.on("load_best_model_at_end")
         if best and self.stage == "rm":
             yield "load_best_model_at_end: does not work with stage rm"
@@ -307,6 +330,27 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                 yield "early_stopping_steps: needs 'metric_for_best_model' or 'load_best_model_at_end: true'"
         if self.dataloader_prefetch_factor is not None and not self.on("dataloader_num_workers"):
             yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
+
+    def _of_the_schedule(self) -> Iterator[str]:
+        key, given = "lr_scheduler_kwargs", self.lr_scheduler_kwargs
+        if isinstance(given, str):
+            try:
+                given = json.loads(given) if given.startswith("{") else None
+            except ValueError:
+                given = None
+            if given is None:
+                yield f"{key}: expected a mapping, found {shown(self.lr_scheduler_kwargs)}"
+                return
+        given, name = given or {}, str(self.lr_scheduler_type)
+        known = _SCHEDULE_KEYS.get(name, tuple(given))
+        for each in given:
+            if each not in known:
+                listed = f"takes {', '.join(known)}" if known else "takes none"
+                yield f"{key}.{each}: unknown key{did_you_mean(str(each), known)} (lr_scheduler_type {name} {listed})"
+        if name.endswith("with_min_lr") and (given.get("min_lr") is None) == (given.get("min_lr_rate") is None):
+            yield f"{key}: lr_scheduler_type {name} needs one of min_lr and min_lr_rate, as in '{{min_lr_rate: 0.1}}'"
+        if name == "warmup_stable_decay" and given.get("num_decay_steps") is None:
+            yield f"{key}: lr_scheduler_type {name} needs num_decay_steps"
 
 
 def _not_installed(what: str, packages: Sequence[str]) -> Iterator[str]:

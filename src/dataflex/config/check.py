@@ -32,7 +32,7 @@ from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.mappings import shown
 from dataflex.config.needs import FSDP2, ZERO3, optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers, whole_part
@@ -50,6 +50,8 @@ _REFUSED: dict[str, str] = {
     "ignore_data_skip": "a resumed run continues the saved plan at its step, by itself; remove it",
 }
 
+_ADAPTED = ("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head").split()
+"""Layers of a decoder of Llama's kind that may have adapters."""
 _LOOPS = ("use_mca", "use_hyper_parallel")
 """Those without LLaMA-Factory's trainer, in which nothing can be recorded either."""
 
@@ -359,11 +361,26 @@ def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
     if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
         yield f"deepspeed: no such file: {deepspeed}"
     yield from _quantization_problems(lf)
+    yield from _adapter_problems(lf)
     if lf.on("shift_attn") and _of_model(lf).get("model_type") == "llama":
         yield "shift_attn: LLaMA-Factory has it for transformers below 4.48, and asks for newer ones; remove the key"
     if lf.on("use_muon") and partitioned_by(lf) == FSDP2:
         told = "LLaMA-Factory's Muon loses its state where FSDP2 replaces the parameters, and fails in the first step"
         yield f"use_muon: {told}; use plain data parallelism, or an AdamW optimizer"
+
+
+def _adapter_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
+    if lf.finetuning_type not in ("lora", "oft") or _of_model(lf).get("model_type") not in (
+        "llama",
+        "mistral",
+        "qwen2",
+    ):
+        return
+    given = getattr(lf, f"{lf.finetuning_type}_target")
+    names = given if isinstance(given, list | tuple) else [name.strip() for name in str(given).split(",")]
+    if not {name.rsplit(".", 1)[-1] for name in names} & {"all", *_ADAPTED}:
+        near = next((found for name in names if (found := did_you_mean(name, _ADAPTED))), "")
+        yield f"{lf.finetuning_type}_target: the model has no layer {' or '.join(map(repr, names))}{near}"
 
 
 def _of_model(lf: LlamaFactoryArgs) -> Mapping[str, Any]:
