@@ -38,7 +38,9 @@ def start(name, *arguments, data=("my/pool.jsonl", "my/more.jsonl")):
     return main(["init", name, *flags, "--model", MODEL, "--data", *data, *(set(arguments) - set(flags))])
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "mixer/static", "segment", "slm", "greats", "compose", "staged"])
+@pytest.mark.parametrize(
+    "name", [*RECIPES, "mixer/static", "segment", "slm", "greats", "compose", "staged", "all", "weighter/loss"]
+)
 def test_what_is_written_is_accepted(name, my, capsys):
     more = ["--targets", "my/goal.jsonl"] if name in ("towards", "words", "greats", "compose") else []
     more += [f"dynamic.weighter.reference={MODEL}"] if name == "slm" else []
@@ -109,6 +111,7 @@ def test_what_is_refused_leaves_nothing_behind(my, capsys):
             "the columns of my/odd.jsonl (a) are of no known format",
         ),
         (["grad_norm", "--data", "my/pool.jsonl", "--model", "m", "--out", "x.txt"], "must end in .yaml or .yml"),
+        (["grad_norm", "--data", "my/pool.jsonl", "--model", "m", "--out", "no/x.yaml"], "--out: no is no folder"),
     ],
 )
 def test_mistakes(arguments, message, my, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from dataflex.cli import main
 from dataflex.commands.methods import example
 from dataflex.commands.schema import schema_of_a_configuration
 from dataflex.config.build import parse_dynamic
@@ -37,6 +39,13 @@ def test_it_is_a_schema():
     defs = {name: made()["$defs"][name] for name in ("selector", "selector/compose", "weighter/product", "By/column")}
     keys = {name: made()["properties"][name] for name in ("dynamic", "adam_beta1", "dataset", "lr_scheduler_type")}
     jsonschema.Draft202012Validator.check_schema({**made(), "$defs": defs, "properties": keys})
+
+
+def test_what_is_printed_is_the_schema(capsys):
+    """Also below keys that are called like secrets."""
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == made()
+    assert "hf_hub_token" in made()["properties"]
 
 
 def test_every_example_is_accepted():

@@ -23,7 +23,7 @@ from dataflex.config.load import merged
 from dataflex.config.mappings import as_yaml, key_of, plain
 from dataflex.console import answers, ask
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Method
+from dataflex.method import Method, Selector, Weighter
 from dataflex.printable import Answer
 from dataflex.registry import KINDS, names
 from dataflex.state import replacing
@@ -140,6 +140,8 @@ def init(
         raise ConfigError(f"{file} exists; name another file with --out")
     if file.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out: {file} must end in .yaml or .yml")
+    if not file.parent.is_dir():
+        raise ConfigError(f"--out: {file.parent} is no folder")
     run = _run(found, given["model"], title, stage or found.stage, template, full)
     run["dynamic"] = _filled(block, methods, found, int(run["interval"]), domains)
     del run["interval"]
@@ -375,7 +377,8 @@ def _filled(
     for cls in methods:
         shown = example(cls)["dynamic"]
         found.update({key: value for key, value in shown.items() if key not in (cls.kind, "interval_steps")})
-        if "interval_steps" in shown or cls.kind == "selector":  # one selection would not do for several epochs
+        chooses = issubclass(cls, Selector) and cls.selects_subset
+        if "interval_steps" in shown or chooses:  # one selection would not do for several epochs
             at_once = requirements(cls).within_batch
             found |= {"interval_steps": 1} if at_once else {"warmup_steps": interval, "interval_steps": interval}
     if domains is not None:
@@ -386,6 +389,9 @@ def _filled(
         own, shown = found[cls.kind], example(cls)["dynamic"][cls.kind]
         if requirements(cls).targets:
             own["targets"] = list(data.targets)
+        if issubclass(cls, Weighter) and all(map(default_of, fields(cls.Params))):
+            steps = interval * _DECISIONS
+            own |= {"warmup_steps": interval} if cls(cls.Params()).warmup(steps) >= steps else {}
         given = {} if isinstance(shown, str) else shown
         own.update(
             {key: value for key, value in given.items() if key in ("updates", "by", "represent", "rule", "reward")}

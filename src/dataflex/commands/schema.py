@@ -7,7 +7,6 @@ newer ones.
 
 from __future__ import annotations
 
-import json
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields, is_dataclass
@@ -20,6 +19,7 @@ from dataflex.config.schema import Cadence, DynamicConfig
 from dataflex.config.table import Key, table
 from dataflex.method import Method
 from dataflex.parts import Part
+from dataflex.printable import Answer
 from dataflex.registry import KINDS, names
 
 Schema = dict[str, Any]
@@ -34,9 +34,9 @@ _TARGETS: Schema = {
 }
 
 
-def schema() -> str:
-    """Return the JSON schema of a configuration file, as text."""
-    return json.dumps(schema_of_a_configuration(), indent=1)
+def schema() -> Answer:
+    """Return the JSON schema of a configuration file, as values: its key ``hf_hub_token`` hides no secret."""
+    return Answer(_DIALECT, schema_of_a_configuration())
 
 
 def schema_of_a_configuration() -> Schema:
