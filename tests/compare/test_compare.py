@@ -110,7 +110,7 @@ def results():
 
 @pytest.mark.slow
 def test_a_suite_is_trained_interrupted_continued_and_judged(suite, capsys):
-    questions = [{"question": "one two", "choices": ["three four", "five"], "answer": 0}]
+    questions = [{"question": "one two", "choices": [each, "five"], "answer": 0} for each in ("three", "one " * 900)]
     Path("q.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
     claims = [
         {"claim": "slow is worse", **CLAIM, "arm": "slow", "better": "more"},
@@ -141,11 +141,12 @@ def test_a_suite_is_trained_interrupted_continued_and_judged(suite, capsys):
     assert [line["verdict"] for line in found["claims"]] == ["held", "not held", "not held", "held", "not held"]
     assert found["missing"] == []
     assert any("again and plain are the same configuration" in note for note in found["notes"])
+    assert sum(note.startswith("1 of 2 questions of q.jsonl were left out") for note in found["notes"]) == 1
     by_run = {(each["arm"], each["steps"], each["seed"]): each for each in found["runs"]}
     losses = {key: each["metrics"]["eval_loss"] for key, each in by_run.items()}
     lines = {(line["metric"], line["at"], line["arm"]): line for line in found["compared"]}
     gaps = [losses["slow", 3, seed] - losses["plain", 3, seed] for seed in (1, 2)]
-    assert lines["eval_loss", "steps", "slow"]["difference"] == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert lines["eval_loss", "steps", "slow"]["difference"] == pytest.approx(np.mean(gaps), rel=1e-12)
     assert lines["eval_loss", "steps", "again"]["p"] == 1.0
     assert lines["accuracy", "steps", "slow"]["runs"] == 2
 
@@ -156,7 +157,7 @@ def test_a_suite_is_trained_interrupted_continued_and_judged(suite, capsys):
     for seed in (1, 2):
         ends = lines["eval_loss", "compute", "loss"]["values"][str(seed)]
         curve = [losses["plain", steps, seed] for steps in (3, 24)]
-        assert ends[0] == pytest.approx(losses["loss", 3, seed], rel=1e-5)
+        assert ends[0] == losses["loss", 3, seed]
         assert min(curve) - 0.5 <= ends[1] <= max(curve) + 0.5
         assert by_run["loss", 3, seed]["passes"].keys() >= {"decide/forward", "train/backward"}
     for each in found["runs"]:
@@ -239,6 +240,48 @@ def test_losses_by_set_need_sets_that_are_evaluated_apart(suite, tmp_path, tiny_
     with pytest.raises(ConfigError, match="eval_macro_loss needs eval_on_each_dataset: true in the base"):
         read_suite(Path(suite(base=base, protocol=claims)), work=tmp_path)
     assert read_suite(Path(suite(base={**base, "eval_on_each_dataset": True}, protocol=claims)), work=tmp_path).claims
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"suite": None}, "suite: missing"),
+        ({"suite": ""}, "suite: the name is empty, or dots alone"),
+        ({"base": "nothing.yaml"}, "nothing.yaml: no such file"),
+        ({"steps": 0}, "steps: must be at least 1, found 0"),
+        ({"protocol": [{"claim": "c", "arm": "slow", "better": "less"}]}, "protocol[0].metric: missing"),
+    ],
+    ids=["no name", "an empty one", "no base", "no steps", "no metric"],
+)
+def test_a_mistake_is_told_once(suite, tmp_path, change, told):
+    """Nothing is told of what follows from it."""
+    with pytest.raises(ConfigError) as caught:
+        read_suite(Path(suite(**change)), work=tmp_path)
+    (problem,) = caught.value.problems
+    assert told in problem
+
+
+def test_draws_of_an_arms_own_are_others_for_each_seed(suite, tmp_path):
+    """Else the runs of an arm would be one and the same, and its differences no more independent than one is."""
+
+    def draws(**arms):
+        read = read_suite(Path(suite(arms=arms, seeds=3)), work=tmp_path)
+        assert not read.notes or "data_seed" in read.notes[0]
+        return [(run.mapping["dynamic"].get("seed"), run.mapping.get("data_seed")) for run in read.runs]
+
+    block = {"interval_steps": 2, "selector": "random"}
+    arms = {name: {"dynamic": {**block, "seed": seed}} for name, seed in (("a", 1), ("b", 2))}
+    found = [seed for seed, _ in draws(**arms)]
+    assert len(set(found)) == 6
+    assert found == [seed for seed, _ in draws(**arms)]
+    assert len({seed for _, seed in draws(a={"data_seed": 1}, b={"data_seed": 2})}) == 6
+    assert draws(a={}, b={"dynamic": block}) == [(None, None)] * 6
+
+
+def test_a_loss_of_an_arms_own_is_stated(suite, tmp_path):
+    arms = {"plain": {}, "smooth": {"label_smoothing_factor": 0.1}}
+    told = read_suite(Path(suite(arms=arms)), work=tmp_path).notes
+    assert told[1].startswith("the Trainer's eval_loss of smooth is another one than the base's (label_smoothing_fac")
 
 
 def test_patches_reach_into_blocks():
@@ -347,6 +390,7 @@ def test_runs_and_evaluations_of_other_inputs_are_others(copies, suite, change, 
         {"tool_format": "qwen"},
         {"tokenized_path": "copy"},
         {"val_size": 0.5},
+        {"bf16_full_eval": True},
     ],
 )
 def test_arms_that_change_what_is_measured_are_refused(suite, tmp_path, patch):

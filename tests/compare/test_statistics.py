@@ -108,6 +108,26 @@ def test_a_method_that_was_broken_is_not_held():
     assert judged[6]["gain"] == pytest.approx(0.05 - np.mean(values["close"] - static))
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "a and static were trained with other rows"),
+        ({"model_name_or_path": "other"}, "a and static make other tokens of the same data"),
+        ({"dataset": "other"}, ""),
+    ],
+)
+def test_other_tokens_of_the_same_data_are_stated(changes, told):
+    def outcome(fingerprint, **mapping):
+        run = SimpleNamespace(started={"row_space": {"fingerprint": fingerprint}})
+        return SimpleNamespace(run=run, job=SimpleNamespace(run=SimpleNamespace(mapping=mapping)))
+
+    found, both = results_of({"static": np.zeros(5), "a": np.zeros(5)}, []), {"dataset": "d", "model_name_or_path": "m"}
+    found.outcomes = {("static", 3, 0): outcome("1", **both), ("a", 3, 0): outcome("2", **{**both, **changes})}
+    lines = list(found.unlike())
+    assert len(lines) == bool(told)
+    assert all(line.startswith(told) for line in lines)
+
+
 def test_arms_that_failed_make_no_claim_easier():
     """p is .03 for the one arm that ran: with two others that failed it is corrected for three, the baseline not."""
     gaps = np.array([-0.4, -0.1, -0.3, -0.2, 0.05])

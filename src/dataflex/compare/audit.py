@@ -110,7 +110,7 @@ def read_audit(path: Path, overrides: Sequence[str] = ()) -> Audit:
     blocks = ("base", "scores", "subsets", "brittleness")
     given = values(Settings, mapping, "", problems, subject="an audit", extra=blocks)
     settings = Settings(**{"suite": "", "targets": (), **given})
-    if told := file_name_problem(settings.suite or "-"):
+    if "suite" in given and (told := file_name_problem(settings.suite)):
         problems.append(f"suite: the name {told}")
     base, base_dir = base_of(mapping.get("base"), path, problems)
     sizes = _sizes(mapping, problems)

@@ -22,6 +22,7 @@ from dataflex.state import replacing
 from dataflex.version import __version__
 
 FORMAT = 1
+_EXACT = 17  # digits that give every number back
 DATA, TEXT, PAGE = "results.json", "results.md", "report.html"
 _SCALES = {
     "steps": "optimizer step",
@@ -39,7 +40,7 @@ _UNIT = "forward passes of one token; a backward pass counts 2, or 1 where adapt
 def results_of(results: Results) -> dict[str, Any]:
     """Return everything that is said of a suite, as JSON values."""
     suite = results.suite
-    notes = [*suite.notes, *results.changed, *dict.fromkeys(results.unlike())]
+    notes = [*suite.notes, *results.changed, *dict.fromkeys([*results.unlike(), *results.left_out()])]
     if suite.lengths != (suite.steps,) and not suite.constant:
         notes.append(
             f"the learning rate depends on the number of steps: at equal compute {suite.baseline} is taken between the "
@@ -77,7 +78,7 @@ def results_of(results: Results) -> dict[str, Any]:
         "missing": results.missing,
         "runs": runs,
     }
-    cleaned: dict[str, Any] = clean(json.loads(json.dumps(found, default=str)))
+    cleaned: dict[str, Any] = clean(json.loads(json.dumps(found, default=str)), _EXACT)
     return cleaned
 
 

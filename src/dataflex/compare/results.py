@@ -227,12 +227,28 @@ class Results:
                 continue
             for what, told in _FACTS.items():
                 same_data = all(each.job.run.mapping.get(k) == one.job.run.mapping.get(k) for k in _OF_ROWS)
-                if told(each.run) != told(one.run) and (what != "rows" or same_data):
+                if told(each.run) == told(one.run) or (what == "rows" and not same_data):
+                    continue
+                if what == "rows" and each.job.run.mapping.get(_MODEL) != one.job.run.mapping.get(_MODEL):
+                    yield (
+                        f"{arm} and {self.suite.baseline} make other tokens of the same data, so that losses of one "
+                        "token are not comparable; bits_per_byte and shares of right answers are"
+                    )
+                else:
                     yield f"{arm} and {self.suite.baseline} were trained with other {what}"
+
+    def left_out(self) -> Iterator[str]:
+        """Yield how many questions with choices were not counted."""
+        for each in self.outcomes.values():
+            for found in (evaluated(each.job) or {}).get("choices") or ():
+                if out := found["left_out"]:
+                    told = f"{out:,} of {out + found['questions']:,} questions of {found['file']} were left out: "
+                    yield told + "a choice of theirs reaches cutoff_len, or LLaMA-Factory drops it"
 
 
 _WAYS = ("forward", "backward")
-_OF_ROWS = ("dataset", "model_name_or_path", "streaming", "mix_strategy", "interleave_probs")
+_MODEL = "model_name_or_path"
+_OF_ROWS = ("dataset", "streaming", "mix_strategy", "interleave_probs")
 _FACTS: dict[str, Callable[[Run], Any]] = {
     "rows": lambda run: (run.started.get("row_space") or {}).get("fingerprint"),
     "versions": lambda run: run.started.get("versions"),

@@ -22,6 +22,7 @@ from dataflex.method import param
 from dataflex.mixing.runs import configuration
 from dataflex.offline.evaluation import eval_request
 from dataflex.printable import file_name_problem
+from dataflex.rng import stream
 
 AT = ("steps", "compute")
 BETTER = ("less", "more")
@@ -32,6 +33,7 @@ _SAME = (
     *(
         "eval_dataset dataset_dir media_dir tokenized_path eval_on_start eval_strategy eval_steps do_eval "
         "eval_on_each_dataset per_device_eval_batch_size compute_accuracy predict_with_generate logging_steps "
+        "bf16_full_eval fp16_full_eval "
         "tokenizer_path tokenizer_name add_tokens add_special_tokens resize_vocab use_fast_tokenizer "
         "split_special_tokens"
     ).split(),
@@ -39,7 +41,12 @@ _SAME = (
 """Keys that decide what is measured, or what a token is: no arm may have others than the base."""
 _OF_THE_SPLIT = "dataset mix_strategy interleave_probs streaming buffer_size".split()
 """Keys that decide which rows ``val_size`` holds out."""
-
+_OF_THE_LOSS = (
+    "label_smoothing_factor use_dft_loss use_asft_loss use_eaft_loss asft_alpha moe_aux_loss_coef pref_loss pref_beta "
+    "pref_bco_weight pref_ftx simpo_gamma dpo_label_smoothing kto_chosen_weight kto_rejected_weight ref_model "
+    "ref_model_adapters ref_model_quantization_bit"
+).split()
+"""Keys that decide which loss is trained on, and with it what the Trainer's own evaluation measures."""
 
 _SCHEDULE = ("lr_scheduler_type", "warmup_ratio", "warmup_steps")
 
@@ -146,14 +153,17 @@ def read_suite(path: Path, overrides: Sequence[str] = (), *, work: Path) -> Suit
     blocks = ("base", "arms", "seeds", "evaluate", "protocol")
     given = values(Settings, mapping, "", problems, subject="a suite", extra=blocks)
     settings = Settings(**{"suite": "", **given})
-    if told := file_name_problem(settings.suite or "-"):
+    if "suite" in given and (told := file_name_problem(settings.suite)):
         problems.append(f"suite: the name {told}")
     base, base_dir = base_of(mapping.get("base"), path, problems)
+    if not base:
+        raise ConfigError(problems)  # all that follows would be told of keys that the base has
     arms = _arms(mapping.get("arms"), problems)
     seeds = _seeds(mapping.get("seeds"), problems)
     steps = settings.steps or base.get("max_steps")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        problems.append("steps: missing; the number of optimizer steps of every arm (or max_steps in the base)")
+        if mapping.get("steps") is None:
+            problems.append("steps: missing; the number of optimizer steps of every arm (or max_steps in the base)")
         steps = 1
     baseline = settings.baseline or next(iter(arms), "")
     if arms and baseline not in arms:
@@ -289,7 +299,7 @@ def _claims(
                 problems.append(f"{path}.{key}: no arm {name!r}{did_you_mean(name, list(arms))}")
         if given.get("arm") is not None and given["arm"] == (given.get("than") or baseline):
             problems.append(f"{path}.arm: {given['arm']} is compared with itself")
-        if told := _unmeasured(str(given.get("metric", "")), measures):
+        if "metric" in given and (told := _unmeasured(given["metric"], measures)):
             problems.append(f"{path}.metric: {told}")
         if len(problems) == before:
             claims.append(Claim(**given))
@@ -318,6 +328,8 @@ def _stated(arms: Mapping[str, Mapping[str, Any]], runs: Sequence[Run]) -> Itera
         changed = [key for key in dict.fromkeys(str(key).split(".")[0] for key in patch) if key != "dynamic"]
         if changed:
             yield f"{arm} differs from the base beyond its dynamic block: {', '.join(changed)}"
+        if other := [key for key in changed if key in _OF_THE_LOSS]:
+            yield f"the Trainer's eval_loss of {arm} is another one than the base's ({', '.join(other)}); ask evaluate"
         mapping = next((dict(run.mapping) for run in runs if run.arm == arm), {})
         mapping.pop("run_name", None)
         text = json.dumps(mapping, sort_keys=True, default=str)
@@ -369,10 +381,17 @@ def _resolved(
     assert parts.dynamic is not None
     plugins = parts.dynamic.plugins
     for seed in seeds:
-        block = mapping["dynamic"]
-        whole = configuration({**mapping, "seed": seed}, Path(), f"{arm}-{seed}", block, plugins)
+        given = {**mapping, "seed": seed, **_drawn(mapping, ("data_seed",), seed)}
+        block = {**mapping["dynamic"], **_drawn(mapping["dynamic"], ("seed",), seed)}
+        whole = configuration(given, Path(), f"{arm}-{seed}", block, plugins)
         whole.pop("output_dir")
         yield Run(arm=arm, seed=seed, steps=mapping["max_steps"], mapping=whole, parts=parts)
+
+
+def _drawn(block: Mapping[str, Any], keys: Sequence[str], seed: int) -> dict[str, int]:
+    """Return seeds of draws, which are others for each of the suite's: else its runs would be the same one again."""
+    found = {key: block[key] for key in keys if block.get(key) is not None}
+    return {key: int(stream(value, "suite", seed).integers(1 << 31)) for key, value in found.items()}
 
 
 ADAPTS = ("lora", "oft")

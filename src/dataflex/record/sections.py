@@ -78,18 +78,18 @@ def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json)
     )
 
 
-def clean(value: Any) -> Any:
-    """Return JSON values with printable text of limited length and numbers of six significant digits."""
+def clean(value: Any, digits: int = _DIGITS) -> Any:
+    """Return JSON values with printable text of limited length and numbers of so many significant digits."""
     if isinstance(value, str):
         text = printable(value[: _YAML + 1])
         most = _YAML if "\n" in text else _TEXT
         return text if len(text) <= most else text[: most - 2] + ".."
     if isinstance(value, Mapping):
-        return {clean(str(key)): clean(item) for key, item in value.items()}
+        return {clean(str(key)): clean(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
+        return [clean(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 
