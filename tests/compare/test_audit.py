@@ -200,7 +200,12 @@ def test_mistakes_are_told_together(suite):
     changes = {"scores": {"lesss": {}, "loss": 3, "ledger": {"a": 1}, "f": {"file": "none.parquet", "column": "x"}}}
     with pytest.raises(ConfigError) as told:
         read_audit(suite(**changes))
-    for text in ("did you mean 'less'", "scores.loss: expected parameters", "scores.ledger.a", "scores.f"):
+    for text in (
+        "did you mean 'less'",
+        "scores.loss: expected parameters",
+        "scores.ledger.a",
+        "scores.f.file: no such file: none.parq",
+    ):
         assert text in str(told.value)
     with pytest.raises(ConfigError) as told:
         read_audit(suite(subsets={"count": 1, "share": 0.5}, scores={}, targets=["gaol"]))
@@ -208,6 +213,12 @@ def test_mistakes_are_told_together(suite):
         assert text in str(told.value)
     with pytest.raises(ConfigError, match="did you mean 'goal'"):
         read_audit(suite(targets=["gaol"]))
+    pq.write_table(pa.table({"y": [1.0]}), "some.parquet")
+    with pytest.raises(ConfigError, match=r"scores.f.column: some.parquet has no column 'x' \(columns: y\)"):
+        read_audit(suite(scores={"f": {"file": "some.parquet", "column": "x"}}))
+    Path("none.txt").write_text("nothing")
+    with pytest.raises(ConfigError, match=r"scores.f: expected file \(parquet\)"):
+        read_audit(suite(scores={"f": {"file": "none.txt", "column": "x"}}))
     with pytest.raises(ConfigError, match="at least one experiment"):
         read_audit(suite(subsets=None, leave_one_out=0, brittleness=None))
     assert Path(read_audit(suite()).out).name == "out"

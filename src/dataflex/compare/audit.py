@@ -219,13 +219,20 @@ def _inputs(method: MethodConfig, lf: LlamaFactoryArgs) -> dict[str, Any]:
 
 def _column(block: Mapping[str, Any], at: str, problems: list[str]) -> Floats:
     """Return a column of a parquet file as scores."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file, column = str(block["file"]), str(block.get("column", ""))
     try:
-        return np.asarray(pq.read_table(block["file"])[block["column"]].to_numpy(), dtype=np.float64)
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        known = pq.read_schema(file).names
+        if column in known:
+            return np.asarray(pq.read_table(file, columns=[column])[column].to_numpy(), dtype=np.float64)
+        problems.append(f"{at}.column: {file} has no column {column!r} (columns: {', '.join(known)})")
+    except FileNotFoundError:
+        problems.append(f"{at}.file: no such file: {file}")
+    except (OSError, pa.ArrowException, ValueError, TypeError) as error:
         problems.append(f"{at}: expected file (parquet) and column (numbers): {error}")
-        return np.zeros(0)
+    return np.zeros(0)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
