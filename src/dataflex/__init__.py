@@ -1,6 +1,7 @@
 """DataFlex: data-centric dynamic training of large language models on top of LLaMA-Factory."""
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dataflex.method import (
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from dataflex.select.scoring import ScoringParams, ScoringSelector
     from dataflex.train.row_space import RowSpace
     from dataflex.train.session import Loop, Session
+
+    plan: Callable[[Any], str]
+
 
 _LATER = {
     "BatchShape": "plan.plan",
@@ -71,6 +75,7 @@ __all__ = [
     "Weighter",
     "WeighterParams",
     "__version__",
+    "plan",
     "wrap",
 ]
 

@@ -127,6 +127,10 @@ def none_of_one(completions, row_id, **_):
     return [None if row == min(row_id) else 1.0 for row in row_id]
 
 
+def infinite(completions, **_):
+    return [float("-inf"), *[1.0] * (len(completions) - 1)]
+
+
 def raising(completions, **_):
     raise KeyError("answer")
 
@@ -139,6 +143,7 @@ def raising(completions, **_):
             DataError,
             r"\(none_of_one\): none of the 4 answers to row \d+ \('once upon \d+ day'\) got a rew",
         ),
+        (infinite, DataError, r"\(infinite\): a reward is infinite"),
         (raising, ComponentError, r"a reward function \(raising\) raised KeyError: 'answer'"),
     ],
 )

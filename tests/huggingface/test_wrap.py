@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -401,10 +402,13 @@ def test_all_trainers_serve_the_same_rows(kind, tmp_path):
 
 def test_a_trainer_tells_its_plan(kind, tmp_path):
     trainer = kind.make("Trainer", tmp_path, **door(kind, "Trainer", BLOCKS["less"]))
-    told = trainer.plan()
+    told = dataflex.plan(trainer)
+    assert told == trainer.plan()
     assert "4 sequences (2 per device x 2 accumulated x 1 process)" in told
     assert "24 (a 8, b 8, c 8)" in told
     assert "6 (max_steps)" in told
+    with pytest.raises(UnsupportedError, match="plan: SimpleNamespace is no trainer of a class that dataflex.wrap"):
+        dataflex.plan(SimpleNamespace())
 
 
 TWO_RANKS = """
@@ -619,6 +623,8 @@ def test_data_that_cannot_be_planned_is_refused(kind, tmp_path):
     stream = tokenized(kind.tokenizer, texts(8)).to_iterable_dataset()
     with pytest.raises(ConfigError, match=r"train_dataset: IterableDataset; give a datasets\.Dataset"):
         cls(model=kind.model(), args=args, train_dataset=stream, data_collator=padded)
+    with pytest.raises(ConfigError, match=r"train_dataset: has no rows"):
+        cls(model=kind.model(), args=args, train_dataset=Dataset.from_dict({"input_ids": [], "labels": []}))
     bare = Dataset.from_list([{"input_ids": [1, 2, 3]}] * 4)
     trainer = cls(
         model=kind.model(),

@@ -1,4 +1,4 @@
-"""A session serves any loop: the plain one of the examples trains, resumes exactly, and runs on two ranks."""
+"""A session serves any loop: a plain one trains, resumes exactly, and runs on two ranks; examples are such loops."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Loop, Session
 
 ROOT = Path(__file__).resolve().parents[2]
+LOOP = Path(__file__).with_name("plain_loop.py")
 BLOCKS = {
     "selector": {"selector": {"name": "loss"}, "warmup_steps": 2, "interval_steps": 3},
     "mixer": {"mixer": {"name": "odm"}, "interval_steps": 2},
@@ -44,7 +45,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def plain_loop():
-    spec = importlib.util.spec_from_file_location("plain_loop", ROOT / "examples" / "plain_loop.py")
+    spec = importlib.util.spec_from_file_location("plain_loop", LOOP)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -80,7 +81,7 @@ def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    command += [str(ROOT / "examples" / "plain_loop.py"), str(tmp_path / "two"), json.dumps(BLOCKS), str(tiny_model)]
+    command += [str(LOOP), str(tmp_path / "two"), json.dumps(BLOCKS), str(tiny_model)]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
     found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]
     assert [name for losses in found for name in losses] == list(BLOCKS)
@@ -90,6 +91,28 @@ def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny
             one = plain_loop.train(BLOCKS[name], tmp_path / "one" / name, model_dir=tiny_model, micro=4)
             assert two == pytest.approx(one, rel=1e-4), name
             np.testing.assert_array_equal(served(tmp_path / "two" / name), served(tmp_path / "one" / name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+def test_the_examples_train_and_go_on(tmp_path, name):
+    example = ROOT / "examples" / f"{name}.py"
+    assert len(example.read_text().splitlines()) < 40
+    for folder, more in (("a", []), ("b", [str(tmp_path / "a" / "checkpoint-4")])):
+        subprocess.run([sys.executable, str(example), str(tmp_path / folder), *more], capture_output=True, check=True)
+    one, two = (tmp_path / each / "checkpoint-8" / "model.safetensors" for each in "ab")
+    assert one.read_bytes() == two.read_bytes()
+    assert [event["event"] for event in read_events(tmp_path / "b")][-1] == "finished"
+
+
+@pytest.mark.gloo
+def test_a_loop_with_accelerate_runs_on_two_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(ROOT / "examples" / "accelerate_loop.py"), str(tmp_path)]
+    subprocess.run(command, capture_output=True, check=True)
+    (started,) = (event for event in read_events(tmp_path) if event["event"] == "run_started")
+    assert (started["world"], started["global_batch"]) == (2, 8)
+    assert len(set(served(tmp_path).tolist())) > 32  # every rank has rows of its own
 
 
 @pytest.mark.slow

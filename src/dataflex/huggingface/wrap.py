@@ -275,6 +275,8 @@ class _Door(Trainer):
             kind = "no training set" if rows is None else type(rows).__name__
             yield f"train_dataset: {kind}; give a datasets.Dataset, whose rows can be read in any order"
             return
+        if not len(rows):
+            yield "train_dataset: has no rows"
         names = (asked.domains, *asked.config.columns, *asked.columns)
         for name in dict.fromkeys(name for name in names if name is not None and name not in rows.column_names):
             known = f"{did_you_mean(name, rows.column_names)} (found: {', '.join(rows.column_names)})"
