@@ -407,7 +407,7 @@ def test_a_trainer_tells_its_plan(kind, tmp_path):
     assert "4 sequences (2 per device x 2 accumulated x 1 process)" in told
     assert "24 (a 8, b 8, c 8)" in told
     assert "6 (max_steps)" in told
-    with pytest.raises(UnsupportedError, match="plan: SimpleNamespace is no trainer of a class that dataflex.wrap"):
+    with pytest.raises(UnsupportedError, match=r"plan: SimpleNamespace is no trainer of a class that dataflex\.wrap"):
         dataflex.plan(SimpleNamespace())
 
 

@@ -113,8 +113,8 @@ class PromptMixin(TrainerMixin):
         total = each.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
         stats = self.dataflex.rollouts(index, rows, total.cpu().numpy().reshape(ids.shape), lengths, truncated)
         if np.isinf(stats.rewards_PG).any():
-            told = ", ".join(self.reward_func_names)
-            raise DataError(f"reward functions ({told}): a reward is infinite, and so are advantages; return a number")
+            names = ", ".join(self.reward_func_names)
+            raise DataError(f"reward functions ({names}): a reward is infinite, and so are advantages; return a number")
         if index == 0 and not stats.scored_PG.any(axis=1).all():
             self._dataflex_refuse_unscored(stats)
         kept = self.dataflex.observe_rollouts(stats)
