@@ -220,6 +220,26 @@ def test_what_a_weighter_costs(plan: Plan, tiny_model: Path, weighter: dict, cos
     assert told[2].split(None, 3)[3] == f"{share / (share + 240):.1%} of all passes, a B counted as two F"
 
 
+@pytest.mark.parametrize(
+    ("budget", "cost", "beside"),
+    [
+        (0.5, "at most 0.5 x the passes of the training (dynamic.signals.budget): F + B of about 40 rows", "0.5"),
+        (
+            0.2,
+            "about 0.4 x the passes of the training: 8 rows of each target in 4 decisions, more than dynamic.",
+            "0.4",
+        ),
+    ],
+)
+def test_what_a_budget_buys(budget: float, cost: str, beside: str, plan: Plan) -> None:
+    """Four decisions over 80 sequences look at 8 of the 10 target rows each at least, which are .4 of the training."""
+    less = {"name": "less", "targets": ["t"]}
+    block = {"selector": less, "interval_steps": 10, "warmup_steps": 0, "signals": {"budget": budget}}
+    told = section(plan(max_steps=40, dynamic=block), "Cost")
+    assert told[1].split(None, 2)[2].startswith(cost)
+    assert told[-1] == f"  beside training      {beside} x the passes of the training itself"
+
+
 def test_a_pool_that_is_drawn_and_kept_in_part(plan: Plan) -> None:
     """60 of 150 rows are scored in each interval, a tenth of those is kept: 20 sequences of 6 rows."""
     block = {"selector": "loss", "interval_steps": 10, "keep_ratio": 0.1, "signals": {"pool_fraction": 0.4}}

@@ -81,6 +81,15 @@ def test_what_leaves_no_place_for_the_weights_of_a_selection(
     assert (found == []) if told is None else any(told in line for line in found), found
 
 
+def test_a_budget_that_pays_for_no_target_row(config: Config, project: Path) -> None:
+    block = {"selector": {"name": "less", "targets": ["t"]}, "interval_steps": 2, "signals": {"budget": 0.01}}
+    (line,) = problems(config(max_steps=4, per_device_train_batch_size=2, dynamic=block), project)
+    told = (
+        "dynamic.signals.budget: 0.01 of 8 sequences pays for 0.08 rows, and the run looks at one target row at least"
+    )
+    assert line == f"{told}; raise it to 0.125 or more"
+
+
 @pytest.mark.parametrize(
     "block", [{"weighter": "group"}, {"selector": "random_balanced"}, {"weighter": ["focal", "group"]}]
 )

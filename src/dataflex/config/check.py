@@ -7,6 +7,7 @@ no effect, or another effect than expected, are reported by ``notes``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -614,6 +615,7 @@ def _domain_problems(
         file = getattr(dynamic.mixer.params, "from_file", None)
         yield from () if file is None else _raised(lambda: read_proportions(file, "dynamic.mixer.from"))
     yield from _too_few_rows(dynamic, view)
+    yield from _too_small_budget(dynamic, view)
     yield from unmet(dynamic, RunFacts(total_steps=view.steps, num_rows=view.rows))
 
 
@@ -730,6 +732,20 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
         f"dynamic.{'selector.' * own}{key}: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data "
         f"sets hold {view.rows:,}{left}. {advice} 'repeat: true'."
     )
+
+
+def _too_small_budget(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
+    """Yield that a budget does not pay for one row of each target in the whole run."""
+    budget, selector = dynamic.signals.budget, dynamic.selector
+    if budget is None or selector is None or not view.sequences or "gradients" not in selector.requires.signals:
+        return
+    paid, asked = budget * view.sequences, len(selector.targets)
+    if paid < asked:
+        rows = "one target row" if asked == 1 else f"one row of each of {asked} targets"
+        yield (
+            f"dynamic.signals.budget: {budget:g} of {view.sequences:,} sequences pays for {paid:.2g} rows, and the run "
+            f"looks at {rows} at least; raise it to {math.ceil(1000 * asked / view.sequences) / 1000:g} or more"
+        )
 
 
 def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:

@@ -12,6 +12,7 @@ from dataflex.config.schema import LedgerConfig, MethodConfig
 from dataflex.errors import UnsupportedError
 from dataflex.method import Method, Weighter
 from dataflex.plan.schedule import pilot_rows
+from dataflex.signals.specs import LEAST_ROWS
 
 _BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and of weights
 _PILOT_TARGET_PASSES = 2.0  # unit gradients of targets take a pass for the norms and one for the sum
@@ -141,6 +142,13 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
         told = f"at most {budget:g} x the passes of the training (dynamic.signals.budget)"
         if passes is not None:
             told += f": F + B of about {passes:,.0f} rows, of targets first, then of pilots, less what sketches cost"
+            least = _least_for_targets(method, view)
+            if view.sequences and least > passes:
+                told = (
+                    f"about {least / view.sequences:.2g} x the passes of the training: {LEAST_ROWS} rows of each target in "
+                    f"{view.num_decisions('selector'):,} decisions, more than dynamic.signals.budget ({budget:g}) pays for"
+                )
+                passes = float(least)
         return Cost(text=told, forward=passes, backward=passes or 0.0)
     if view.rows is None:
         return Cost(text=f"{_passes(*each)} per row of the pool and interval ({method.cost})")
@@ -159,6 +167,13 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
         size = min(size, 0 if first is None else first.steps * view.batch.global_batch)
         rows, told = decisions * size, f"{decisions:,} intervals x {size:,} rows"
     return _cost(rows, each, f"{told} x {_passes(*each)}; {method.cost}", bound)
+
+
+def _least_for_targets(method: MethodConfig, view: Forecast) -> int:
+    """Return the target rows that decisions look at, whatever a budget pays for; 0 where they are not known."""
+    if "gradients" not in method.requires.signals:
+        return 0
+    return view.num_decisions("selector") * sum(min(view.targets.get(name) or 0, LEAST_ROWS) for name in method.targets)
 
 
 def _once(method: MethodConfig, view: Forecast) -> Cost | None:

@@ -18,6 +18,8 @@ Part = Literal["all", "prompt", "completion"]
 
 SKETCH = 16
 """Numbers per side of the sketch of a matrix's gradient, which a row leaves in its own training step."""
+LEAST_ROWS = 8
+"""Rows that a level is taken from, that predictions are made from, and of each target that a decision looks at."""
 HELD_ROWS = 4096
 """Rows of a rank of which the device holds what they left in their steps, until the next decision."""
 

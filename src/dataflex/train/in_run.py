@@ -53,12 +53,12 @@ from dataflex.signals.losses import document_ids, model_inputs, real_tokens
 from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.passes import backward_cost
 from dataflex.signals.runner import SignalRunner
-from dataflex.signals.specs import HELD_ROWS, SKETCH, EmbeddingSpec, GradientSpec
+from dataflex.signals.specs import HELD_ROWS, LEAST_ROWS, SKETCH, EmbeddingSpec, GradientSpec
 from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS, by_rows
 from dataflex.train.loss import TokenLosses, sample_means, token_losses
-from dataflex.train.observations import LEAST_ROWS, Newest, Observations, centred, fitted_to, levels, spreads
+from dataflex.train.observations import Newest, Observations, centred, fitted_to, levels, spreads
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)

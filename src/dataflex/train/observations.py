@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Rows
+from dataflex.signals.specs import LEAST_ROWS
 
 Floats = NDArray[np.float64]
 
-LEAST_ROWS = 8
-"""Rows that a level is taken from, and that predictions are made from."""
 _KEPT_ROWS, _KEPT_SKETCHES = 2**20, 4096  # newest observations that are kept, and those with sketches
 _FITTED_ROWS = 2**14
 _KEPT_NUMBERS = 2**25  # of rows' newest scores, and of their embeddings
