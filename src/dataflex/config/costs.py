@@ -145,8 +145,9 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
             least = _least_for_targets(method, view)
             if view.sequences and least > passes:
                 told = (
-                    f"about {least / view.sequences:.2g} x the passes of the training: {LEAST_ROWS} rows of each target in "
-                    f"{view.num_decisions('selector'):,} decisions, more than dynamic.signals.budget ({budget:g}) pays for"
+                    f"about {least / view.sequences:.2g} x the passes of the training: {LEAST_ROWS} rows of each "
+                    f"target in {view.num_decisions('selector'):,} decisions, more than "
+                    f"dynamic.signals.budget ({budget:g}) pays for"
                 )
                 passes = float(least)
         return Cost(text=told, forward=passes, backward=passes or 0.0)
