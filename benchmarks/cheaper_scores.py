@@ -111,7 +111,7 @@ def plain_forward(model, pool: Rows, budget: int) -> None:
 def derivatives(model, optimizer, pool: Rows, target: Rows, budget: int) -> np.ndarray:
     """Return the derivative of each row's loss along the mean target gradient over sqrt(v) + eps, by forward mode."""
     engine = GradientEngine(model)
-    builder = TargetBuilder(engine, num_targets=1)
+    builder = TargetBuilder(engine, ["target"])
     with engine.observing():
         for positions in bucketed(target.lengths, budget):
             builder.add(

@@ -85,7 +85,7 @@ def measured(args: argparse.Namespace) -> Measured:
     direction = preconditioner(PRESETS[args.precondition], moments)
     pool = read(args.pool)
     rows = [tokens(tokenizer, pool[row]) for row in stream(0, "rows").permutation(len(pool))[: args.rows]]
-    builder = TargetBuilder(engine, num_targets=len(args.targets))
+    builder = TargetBuilder(engine, args.targets)
     for place, path in enumerate(args.targets):
         target = [tokens(tokenizer, row) for row in read(path)[: args.target_rows]]
         for start in range(0, len(target), 8):

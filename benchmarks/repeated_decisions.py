@@ -97,7 +97,7 @@ class Planted:
         self.model.eval()
         kind = replace(PRESETS["true_adam"], include_momentum=momentum)
         direction = preconditioner(kind, moments_of(self.optimizer, self.engine.parameters))
-        builder = TargetBuilder(self.engine, num_targets=1, normalize_rows=True)
+        builder = TargetBuilder(self.engine, ["target"])
         products, norms = np.zeros(POOL), np.zeros(POOL)
         with self.engine.observing():
             for start in range(0, len(self.target), BATCH):

@@ -147,7 +147,7 @@ class Less:
         self.bench = bench
         self.engine = GradientEngine(bench.model, autocast=bench.autocast)
         self.direction = preconditioner(PRESETS["true_adam"], moments_of(bench.optimizer, self.engine.parameters))
-        builder = TargetBuilder(self.engine, num_targets=1)
+        builder = TargetBuilder(self.engine, ["target"])
         builder.add(bench.batch([0, 1, 2, 3], bench.targets), torch.zeros(4, dtype=torch.int64))
         self.dots = Dots(builder.finish())
         self.batch = bench.batch([*range(bench.shape.rows)])

@@ -62,7 +62,7 @@ class Bench:
         torch = self.torch
         moments = moments_of(self.optimizer, self.engine.parameters)
         self.direction = preconditioner(PRESETS["true_adam"], moments)
-        builder = TargetBuilder(self.engine, num_targets=TARGETS)
+        builder = TargetBuilder(self.engine, [str(target) for target in range(TARGETS)])
         for start in range(0, len(self.targets), 8):
             part = self.targets[start : start + 8]
             builder.add(collate(torch, part), (torch.arange(len(part)) + start) % TARGETS)

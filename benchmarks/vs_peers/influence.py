@@ -78,7 +78,7 @@ def ours(model: Any, optimizer: Any, rows: Tokens, aims: Tokens, *, less: bool) 
     from dataflex.signals.gradients.scorers import TargetBuilder
 
     engine = GradientEngine(model)
-    builder = TargetBuilder(engine, num_targets=len(aims), normalize_rows=False)
+    builder = TargetBuilder(engine, [str(i) for i in range(len(aims))], normalize_rows=False)
     direction = preconditioner(PRESETS["true_adam"], moments_of(optimizer, engine.parameters)) if less else None
     with engine.observing():
         for batch in batches(aims):

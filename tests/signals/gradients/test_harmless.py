@@ -46,7 +46,7 @@ def same(a, b):
 def everything(model, optimizer, seed=0):
     """Run every consumer, a preconditioned pass, targets and a forward-mode pass."""
     engine, batch = engine_of(model), ragged([5, 9, 3], seed=seed)
-    builder = TargetBuilder(engine, num_targets=1)
+    builder = TargetBuilder(engine, ["target"])
     builder.add(batch, torch.zeros(3, dtype=torch.int64))
     targets = builder.finish()
     direction = preconditioner(PRESETS["true_adam"], moments_of(optimizer, engine.parameters))

@@ -59,7 +59,7 @@ def test_planted_pool_is_recovered():
     for name in ("lora", "llama"):
         model, optimizer = warmed_up(name)
         engine = engine_of(model)
-        builder = TargetBuilder(engine, num_targets=1)
+        builder = TargetBuilder(engine, ["target"])
         builder.add(batch_of(sequences("target", 24, 77)), torch.zeros(24, dtype=torch.int64))
         targets = builder.finish()
         moments = moments_of(optimizer, engine.parameters)
