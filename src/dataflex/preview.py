@@ -127,9 +127,9 @@ def _order_lines(dynamic: DynamicConfig) -> Lines:
     orderer = None if dynamic.orderer is None else dynamic.orderer.build()
     if not isinstance(orderer, Orderer):
         return []
-    within = "an interval's selection" if dynamic.narrows else "the epochs of all rows"
+    within = "an interval's selection" if dynamic.selects_subset else "the epochs of all rows"
     if dynamic.mixer is not None:
-        within = f"each domain{' of ' + within if dynamic.narrows else ', epoch by epoch'}"
+        within = f"each domain{' of ' + within if dynamic.selects_subset else ', epoch by epoch'}"
     return [("order", f"{orderer.reason.removeprefix('order: ')}; within {within}")]
 
 

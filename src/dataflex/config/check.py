@@ -706,7 +706,13 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     """Yield that a selector without a mixer cannot fill an interval."""
     selector, first = dynamic.selector, view.first_decision("selector")
-    if selector is None or not dynamic.narrows or dynamic.mixer is not None or view.rows is None or first is None:
+    if (
+        selector is None
+        or not dynamic.selects_subset
+        or dynamic.mixer is not None
+        or view.rows is None
+        or first is None
+    ):
         return
     size, pool = view.batch.global_batch, view.pool
     wanted = first.steps * size
@@ -751,7 +757,7 @@ def _too_small_budget(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
 def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
     """Yield the domains that cannot fill their share of an interval: a selected row is served once."""
     first, domains, pool = view.first_decision("selector"), view.domains, view.pool
-    if not dynamic.narrows or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
+    if not dynamic.selects_subset or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
         return
     total = len(domains.domain_of)
     kept = max(1, round((dynamic.keep_ratio or 1.0) * (total if pool is None else pool.left)))
@@ -832,7 +838,7 @@ def _note_on_the_rate(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[
 def _notes_on_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     mixer, signals = dynamic.mixer, dynamic.signals
     decides_once = not dynamic.requires.needs_interval and not (dynamic.paces and mixer is not None)
-    if not dynamic.narrows and decides_once:
+    if not dynamic.selects_subset and decides_once:
         own = next((each for each in (mixer, dynamic.orderer) if each is not None and each.every is not None), None)
         if dynamic.interval_steps is not None or own is not None:
             key = "interval_steps" if dynamic.interval_steps is not None or own is None else f"{own.kind}.every"

@@ -38,7 +38,7 @@ def _passes(forward: float, backward: float, form: str = "g") -> str:
 
 
 def _cost(rows: float, each: tuple[float, float], why: str, bound: str = "") -> Cost:
-    """Return the cost of so many forward and backward passes of each row."""
+    """Return the cost of a number of forward and backward passes of each row."""
     forward, backward = rows * each[0], rows * each[1]
     text = f"{bound}{_passes(forward, backward, ',.0f')}{f' ({why})' if why else ''}"
     return Cost(text=text, forward=forward, backward=backward)
@@ -85,7 +85,7 @@ def _ledger(view: Forecast, ledger: LedgerConfig) -> Cost:
 def _screening(view: Forecast) -> Cost | None:
     """Return the passes by which a pool is screened before the selector sees it."""
     options, pool, decisions = view.dynamic.signals, view.pool, view.num_decisions("selector")
-    if options.screen_fraction >= 1.0 or not view.dynamic.narrows or view.dynamic.candidate_batches is not None:
+    if options.screen_fraction >= 1.0 or not view.dynamic.selects_subset or view.dynamic.candidate_batches is not None:
         return None
     by_embeddings = options.screen_by == "embeddings"
     if pool is None:
@@ -262,7 +262,7 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
     if not dynamic.full_steps:  # less than an epoch, or ``serves_all_again``
         return most, ""
     begins_late = isinstance(method, Weighter) and method.warmup(view.steps) > 0
-    known = not dynamic.narrows and view.domains is not None and dynamic.unit == "sequences" and not begins_late
+    known = not dynamic.selects_subset and view.domains is not None and dynamic.unit == "sequences" and not begins_late
     if not known or dynamic.mixer is None or dynamic.mixer.requires.needs_interval:
         return most, "at most "
     assert view.domains is not None

@@ -116,7 +116,7 @@ class Forecast:
     def pool(self) -> Pool | None:
         """The selector's pool in the first interval that it decides for; None without a selector, or unknown."""
         first, options, batches = self.first_decision("selector"), self.dynamic.signals, self.dynamic.candidate_batches
-        if not self.dynamic.narrows or not self.rows or first is None:
+        if not self.dynamic.selects_subset or not self.rows or first is None:
             return None
         drawn, left = pool_sizes(self.rows, options.pool_fraction, options.screen_fraction)
         if batches is not None:
@@ -218,7 +218,7 @@ class Forecast:
     def serves_all_again(self) -> bool:
         """Whether every row is expected to be served more than once; False where that is unknown."""
         dynamic = self.dynamic
-        if self.rows is None or self.steps is None or dynamic.narrows or dynamic.paces:
+        if self.rows is None or self.steps is None or dynamic.selects_subset or dynamic.paces:
             return False
         if dynamic.mixer is None:
             return self.steps * self.batch.global_batch > self.rows

@@ -180,7 +180,7 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
     selector = dynamic.selector
     if needs.selector_scores and method.kind == "orderer":
         built = selector.build() if selector is not None else None
-        if not isinstance(built, Selector) or not dynamic.narrows:
+        if not isinstance(built, Selector) or not dynamic.selects_subset:
             told = "goes by a selector's scores, and no selector chooses rows; add one, or order by something else"
             yield f"dynamic.{method.kind}: {method.name} {told}"
         elif not built.gives_scores:
@@ -188,7 +188,7 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
                 f"dynamic.{method.kind}: {method.name} goes by the selector's scores, and the {built.name} selector "
                 "gives none; order by something else, or use a selector that scores rows"
             )
-    if needs.pure_micro_batches and selector is not None and dynamic.narrows:
+    if needs.pure_micro_batches and selector is not None and dynamic.selects_subset:
         yield (
             f"dynamic.{method.kind}: {method.name} requires micro-batches of one domain each, which the "
             f"{selector.name} selector cannot provide; use one of the two"

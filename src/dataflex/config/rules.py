@@ -88,7 +88,7 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
     own = [each.every for each in dynamic.methods if each.decides]
     if "interval_steps" in given and own and None not in own:
         yield "dynamic.interval_steps: has no effect, as each method that decides has its own 'every'; remove the key"
-    if "interleave" in given and dynamic.mixer is not None and dynamic.selector is not None and dynamic.narrows:
+    if "interleave" in given and dynamic.mixer is not None and dynamic.selector is not None and dynamic.selects_subset:
         yield (
             f"dynamic.interleave: has no effect beside the {dynamic.selector.name} selector, whose rows fill each "
             f"interval's quotas in random order; remove the key"
@@ -133,7 +133,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
             "dynamic.signals.screen_fraction: rows are screened by their similarity to targets, and the "
             f"{selector.name} selector has none; remove the key, or use a selector with targets"
         )
-    if not dynamic.narrows:
+    if not dynamic.selects_subset:
         yield from _idle(given, _OF_SUBSETS, f"with the {selector.name} selector, which keeps every row;")
         return
     if dynamic.exclude_seen and mixer is not None:
@@ -189,7 +189,7 @@ def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collect
                 f"dynamic.max_epochs: the {mixer.name} mixer corrects its weights by the proportions that it "
                 "samples in, which a cap would change; remove it"
             )
-    if dynamic.max_epochs is not None and selector is not None and dynamic.narrows:
+    if dynamic.max_epochs is not None and selector is not None and dynamic.selects_subset:
         yield (
             f"dynamic.max_epochs: has no effect beside the {selector.name} selector, which decides anew in "
             "every interval what is served; remove one of the two"
@@ -209,7 +209,7 @@ def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collect
 def _orderer_rules(dynamic: DynamicConfig, orderer: MethodConfig, unread: Collection[str]) -> Iterator[str]:
     """Yield why rows cannot be put in order, or why their order would not matter."""
     key, selector, name = "dynamic.orderer", dynamic.selector, orderer.name
-    if selector is not None and dynamic.narrows:
+    if selector is not None and dynamic.selects_subset:
         if dynamic.every(selector) == 1:
             yield (
                 f"{key}: has no effect where the {selector.name} selector chooses the rows of one step: they are "

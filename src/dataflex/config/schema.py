@@ -261,7 +261,7 @@ class DynamicConfig:
         return self.record and not self.methods and self.ledger is None and self.average_weights is None
 
     @property
-    def narrows(self) -> bool:
+    def selects_subset(self) -> bool:
         """Whether a selector leaves rows out."""
         selector = self.selector
         return selector is not None and issubclass(selector.cls, Selector) and selector.cls.selects_subset
@@ -308,7 +308,7 @@ class DynamicConfig:
     @property
     def full_steps(self) -> bool:
         """Whether every optimizer step is a full one, instead of epochs over all rows with a short last step."""
-        return self.mixer is not None or self.narrows or self.paces
+        return self.mixer is not None or self.selects_subset or self.paces
 
     @property
     def watches(self) -> MethodConfig | None:

@@ -161,7 +161,7 @@ def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
 
 
 def drawer(sizes_K: Floats, settings: SwarmSettings) -> Drawer:
-    """Return what draws candidates for mixtures: of so many draws those within the caps, tidied [B, K]."""
+    """Return what draws candidates for mixtures: of a number of draws those within the caps, tidied [B, K]."""
     natural = sizes_K / sizes_K.sum()
     prior = prior_of(sizes_K, settings.prior_power)
     caps = np.ones_like(natural) if settings.max_ratio is None else np.minimum(settings.max_ratio * natural, 1.0)

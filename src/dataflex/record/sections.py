@@ -79,7 +79,7 @@ def report_of(runs: Sequence[Recorded], charts: Mapping[str, Chart], rows: Json)
 
 
 def clean(value: Any, digits: int = _DIGITS) -> Any:
-    """Return JSON values with printable text of limited length and numbers of so many significant digits."""
+    """Return JSON values with printable text of limited length and numbers of at most ``digits`` significant digits."""
     if isinstance(value, str):
         text = printable(value[: _YAML + 1])
         most = _YAML if "\n" in text else _TEXT
