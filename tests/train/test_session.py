@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.plan.plan import BatchShape
+from dataflex.record.curves import tokens_at
+from dataflex.record.digest import digest
 from dataflex.record.read import load_plan, read_events
 from dataflex.train.loader import ROWS
 from dataflex.train.row_space import RowSpace
@@ -248,3 +250,19 @@ def test_a_resumed_loop_keeps_the_losses_since_its_last_log(rows, tmp_path):
     found = {name: value for name, value in whole.log(2, {}).items() if "loss" in name or "weight" in name}
     assert {"dataflex/loss/a", "dataflex/plain_loss", "dataflex/weight_max"} <= found.keys()
     assert rest.log(2, {}).items() >= found.items()
+
+
+def test_what_was_served_since_the_last_log_is_in_the_record(rows, tmp_path):
+    session = Session.open({"selector": "all"}, rows, loop(tmp_path))
+    session.start()
+    for index in range(4):
+        for batch in session.step(index).batches:
+            session.loss(batch, torch.zeros(2, 3, 8))
+        session.end_step()
+        if index == 2:
+            session.log(3, {"loss": 2.0})
+    session.finish(4, {})
+    run = digest(read_events(tmp_path / "out"))
+    assert tokens_at(run) == [(3, 3 * 4 * 3), (4, 4 * 4 * 3)]
+    assert [event["event"] for event in read_events(tmp_path / "out")][-2:] == ["stepped", "finished"]
+    assert run.logged("loss") == [(3, 2.0)]

@@ -168,6 +168,7 @@ class Session:
         self._loss: Reweighter
         self._step: Step | None = None
         self._micro = 0  # micro-batches of the step that went forward
+        self._logged = 0  # step of the last log
         self._hidden: list[torch.Tensor] = []
         self._run = ""
         self._unsealed: tuple[Path, float] | None = None
@@ -406,6 +407,7 @@ class Session:
             run=self._run,
             forecast=passes_by_label(_forecast(self.setup, self.loop)),
         )
+        self._logged = step
         if resumed is not None:
             self.recorder.resumed(step=step, checkpoint=str(resumed), **self._extended)
         self.recorder.rows_known(controller.space, self._moved)
@@ -574,6 +576,7 @@ class Session:
         many = len(self.setup.rows.domains.names) > LOGGED_DOMAINS
         found = {**logs, **{name: value for name, value in ours.items() if not many or name.count("/") == 1}}
         show(found)
+        self._logged = step
         told = {"no_loss_by_domain": self._loss.missing} if self._loss.missing else {}
         self.recorder.stepped(step, {**found, **ours, **told, **costs})
         return found
@@ -668,8 +671,10 @@ class Session:
     # -- the end ---------------------------------------------------------------------------------
 
     def finish(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the end of training after ``step`` optimizer steps, with its metrics (collective with a ledger)."""
+        """Record the end of training after ``step`` optimizer steps, with its metrics (collective)."""
         self.settle(step)
+        if step > self._logged:
+            self.log(step, {})  # what was served since the loop's last log
         if self._loss.row_weights is not None:
             self._loss.row_weights.gather()
         seconds = {**dict.fromkeys(_TRAINING, 0.0), **self.clock.totals()}
