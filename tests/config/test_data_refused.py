@@ -53,6 +53,48 @@ FILES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         "has no column 'input' for the query",
     ),
     "messages that are not there": ({"x.jsonl": LINE}, {"formatting": "sharegpt"}, "has no column 'conversations'"),
+    "no response in any row": (
+        {"x.jsonl": json.dumps({**ROW, "output": None}) + "\n" + json.dumps({**ROW, "output": None})},
+        {},
+        "has no row that stage sft can use: line 1 of",
+    ),
+    "responses that are numbers": (
+        {"x.json": json.dumps([{**ROW, "output": 3}])},
+        {},
+        "has a number in 'output'; the response must be text",
+    ),
+    "prompts that are numbers": (
+        {"x.jsonl": json.dumps({**ROW, "input": 7})},
+        {},
+        "has a number in 'input'; the query",
+    ),
+    "answers marked good or bad": (
+        {"x.jsonl": json.dumps({**ROW, "good": True})},
+        {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "good"}},
+        "the kto_tag must be left out of 'columns' in stage sft",
+    ),
+    "roles of another name": (
+        {
+            "x.jsonl": json.dumps(
+                {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
+            )
+        },
+        {"formatting": "sharegpt"},
+        "has 'from': 'user' in message 1, where 'human' or 'observation' is expected",
+    ),
+    "a question without an answer": (
+        {"x.jsonl": json.dumps({"conversations": [{"from": "human", "value": "a"}]})},
+        {"formatting": "sharegpt"},
+        "has 1 messages of the two sides in turn; the number must be even",
+    ),
+    "one conversation that is null": (
+        {
+            "x.jsonl": json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+            + '\n{"conversations": null}'
+        },
+        {"formatting": "sharegpt"},
+        "cannot be loaded: line 2 of",
+    ),
     "messages that are not named": (
         {"x.jsonl": LINE},
         {"formatting": "openai", "columns": {"prompt": "instruction"}},
@@ -129,6 +171,21 @@ def test_a_data_set_that_cannot_be_loaded(name: str, key: str, config: Config, p
     assert any(line.startswith(f"{where}: 'x' ") and told in line for line in caught.value.problems), (
         caught.value.problems
     )
+
+
+def test_a_row_that_is_not_read_ends_nothing(config: Config, project: Path) -> None:
+    rows = [ROW, {**ROW, "output": None}, {**ROW, "instruction": None}]
+    broken = {"formatting": "sharegpt", "file_name": "x.jsonl"}
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    lines = [*[good] * 30, {"conversations": None}]
+    (project / "data/x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (project / "data/y.jsonl").write_text("\n".join(map(json.dumps, rows * 30)))
+    info = json.loads((project / "data/dataset_info.json").read_text())
+    (project / "data/dataset_info.json").write_text(json.dumps(info | {"x": broken, "y": {"file_name": "y.jsonl"}}))
+    resolve(config(dataset="x", max_samples=30), project)
+    resolve(config(dataset="y"), project)
+    with pytest.raises(ConfigError, match="has null in 'conversations'; the messages must be a list of messages"):
+        resolve(config(dataset="x"), project)
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -25,6 +25,7 @@ from dataflex.config.data import (
     columns_of,
     count_rows,
     find_sources,
+    rows_problem,
     target_data_sets,
     train_rows,
     turn_weights,
@@ -446,7 +447,7 @@ def data_sets(lf: LlamaFactoryArgs, base_dir: Path, *, skip: bool = False) -> tu
     if twice:
         problems.append(f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs")
     sources, missing = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir, skip=skip)
-    problems += [*missing, *_without_rows(sources, lf, "dataset")]
+    problems += [*missing, *_without_rows(sources, lf, "dataset", lf.stage)]
     if missing:
         return [], problems
     counts = [count_rows(source, lf) for source in sources]
@@ -467,10 +468,14 @@ def _empty_name(value: Any) -> str:
     return f"a name is empty in {shown(value)}; write one comma between two names"
 
 
-def _without_rows(sources: Sequence[Source], lf: LlamaFactoryArgs, key: str) -> Iterator[str]:
+def _without_rows(sources: Sequence[Source], lf: LlamaFactoryArgs, key: str, stage: str | None) -> Iterator[str]:
     for source in sources:
         if source.path is not None and count_rows(source, lf) == 0:
             yield f"{key}: {source.name!r} has no rows ({source.path})"
+        else:
+            whole = source.split == "train" and source.num_samples is None and lf.max_samples is None
+            told = rows_problem(source, stage, every=whole)
+            yield from [f"{key}: {source.name!r} {told}"] if told else []
 
 
 def _held_out_problems(lf: LlamaFactoryArgs, base_dir: Path, skip: bool) -> Iterator[str]:
@@ -482,7 +487,8 @@ def _held_out_problems(lf: LlamaFactoryArgs, base_dir: Path, skip: bool) -> Iter
         yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf.val_size)}"
     sources, problems = find_sources(named, lf, "eval_dataset", base_dir, skip=skip) if named else ([], [])
     yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or lf.tokenized)
-    yield from _without_rows(sources, lf, "eval_dataset")
+    # Generation needs no response.
+    yield from _without_rows(sources, lf, "eval_dataset", "" if lf.on("predict_with_generate") else lf.stage)
     if lf.eval_dataset or share > _NOT_HELD_OUT or lf.tokenized:
         return
     for key in ("eval_strategy", "do_eval", "do_predict", "eval_on_start"):
@@ -517,7 +523,7 @@ def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path
         sources, problems = find_sources(named, lf, key, base_dir, skip=skip)
         # That there is no dataset_dir is told once, for the training data.
         yield from (problem for problem in problems if not problem.startswith("dataset_dir:"))
-        yield from _without_rows(sources, LlamaFactoryArgs(), key)
+        yield from _without_rows(sources, LlamaFactoryArgs(), key, lf.stage)
     if dynamic.leakage == "error":
         for key, name, other in _targets_in_training(dynamic, lf, base_dir):
             same = "is also trained on" if name == other else f"has the file of {other!r}, which is trained on"

@@ -1,10 +1,10 @@
 """The data sets of a run, as far as they are known without tokenizing: ``dataset_info.json`` and the files.
 
 Three questions: what a local file holds (rows, columns, why it cannot be read; as the readers of ``datasets`` do),
-what LLaMA-Factory's loader would refuse of an entry (as its ``data.parser`` and ``data.converter`` do), and which rows
-a run gets of it (as it reads ``dataset``, ``dataset_dir``, ``max_samples`` and ``val_size``). Rows are counted in local
-files only, where that is quick; the count is an upper bound, since rows without a response are dropped when they are
-tokenized.
+what LLaMA-Factory's loader would refuse of an entry or make of its rows (as its ``data.parser``, ``data.converter`` and
+processors do), and which rows a run gets of it (as it reads ``dataset``, ``dataset_dir``, ``max_samples`` and
+``val_size``). Rows are counted in local files only, where that is quick; the count is an upper bound, since rows
+without a response are dropped when they are tokenized.
 """
 
 from __future__ import annotations
@@ -205,19 +205,23 @@ def column_values(path: Path, name: str) -> list[tuple[str, Any]] | None:
 
 def _column(file: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Yield place and value of each row; ValueError for a file that is not read here."""
+    yield from ((place, row.get(name)) for place, row in _records(file, [name]))
+
+
+def _records(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and these columns at least of each row; ValueError for a file that is not read here."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        values = pq.read_table(file, columns=[name]).column(name).to_pylist()
-        yield from ((f"row {number:,}", value) for number, value in enumerate(values, start=1))
+        rows = pq.read_table(file, columns=columns).to_pylist()
+        yield from ((f"row {number:,}", row) for number, row in enumerate(rows, start=1))
     elif file.suffix in (".json", ".jsonl"):
         text = file.read_bytes().decode("utf-8-sig")
         if text.lstrip(_SPACE).startswith("["):
-            rows = ((f"item {number:,}", row) for number, row in enumerate(json.loads(text, strict=False), start=1))
+            yield from ((f"item {number:,}", row) for number, row in enumerate(json.loads(text, strict=False), start=1))
         else:
             lines = enumerate(text.split("\n"), start=1)
-            rows = ((f"line {number:,}", json.loads(line, strict=False)) for number, line in lines if line.strip())
-        yield from ((place, row.get(name)) for place, row in rows)
+            yield from ((f"line {number:,}", json.loads(line, strict=False)) for number, line in lines if line.strip())
     else:
         raise ValueError(file.suffix)
 
@@ -229,6 +233,15 @@ _MARKS_OF_SAVED = ("state.json", "dataset_dict.json")
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _CHAT = {"messages": "conversations"}
 _ANY = ("system", "tools", "images", "videos", "audios")
+_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
 _LENIENT = ("system", "tools")
 """Columns that are optional in the openai format."""
 
@@ -318,6 +331,122 @@ def _needed(entry: Mapping[str, Any], formatting: str, ranking: bool) -> Iterato
     keys += ["chosen", "rejected"] if ranking else ["response"] if alpaca else []
     keys += [key for key in _ANY if not (formatting == "openai" and key in _LENIENT)]
     yield from ((key, names[key]) for key in keys if names.get(key))
+
+
+_Texts = list[tuple[str, Any]]
+
+
+class _Fatal(Exception):
+    """A row that ends the conversion of all rows."""
+
+
+class _Row:
+    """What LLaMA-Factory's converters and a stage make of one row, by an entry of ``dataset_info.json``."""
+
+    def __init__(self, entry: Mapping[str, Any], stage: str) -> None:
+        self.format, self.stage = str(entry.get("formatting") or "alpaca"), stage
+        given = entry.get("columns")
+        self.names: Mapping[str, Any] = {**_ALPACA, **_CHAT} if given is None else given
+        self.tags = {key: (entry.get("tags") or _TAGS).get(key) for key in _TAGS}
+        self.answers = ("chosen", "rejected") if entry.get("ranking") is True else ("response",)
+        self.roles = [
+            [self.tags[tag] for tag in tags]
+            for tags in (("user_tag", "observation_tag"), ("assistant_tag", "function_tag"))
+        ]
+
+    @property
+    def columns(self) -> list[str]:
+        keys = ("prompt", "query") if self.format == "alpaca" else ("messages",)
+        return [str(self.names[key]) for key in (*keys, *self.answers, "kto_tag") if self.names.get(key)]
+
+    def fault(self, row: Mapping[str, Any]) -> str:
+        """Return why a row is dropped, or an empty text; _Fatal for one that ends the conversion."""
+        prompt, answers, told = (self._of_texts if self.format == "alpaca" else self._of_messages)(row)
+        if self.stage == "pt":  # takes the first message alone
+            if told and self.format != "alpaca":
+                raise _Fatal(told)
+            prompt, answers, told = prompt[:1], [], ""
+        if not told and self._tagged(row) != (self.stage == "kto") and self.stage in ("sft", "kto"):
+            wanted = "true or false" if self.stage == "kto" else f"left out of 'columns' in stage {self.stage}"
+            told = self._wanted(row, "kto_tag", wanted)
+        if told:
+            return told
+        for where, text in [*prompt, *answers]:
+            if not isinstance(text, str):
+                raise _Fatal(f"has {_kind(text)} in {where}, where text is expected")
+        return ""
+
+    def _value(self, row: Mapping[str, Any], key: str) -> Any:
+        return row.get(self.names[key]) if self.names.get(key) else None
+
+    def _tagged(self, row: Mapping[str, Any]) -> bool:
+        return isinstance(self._value(row, "kto_tag"), bool)
+
+    def _wanted(self, row: Mapping[str, Any], key: str, wanted: str) -> str:
+        return f"has {_kind(self._value(row, key))} in {self.names.get(key)!r}; the {key} must be {wanted}"
+
+    def _of_texts(self, row: Mapping[str, Any]) -> tuple[_Texts, _Texts, str]:
+        """Return places and texts of prompt and answers, and why the row is dropped."""
+        for key in ("prompt", "query"):
+            if self._value(row, key) and not isinstance(self._value(row, key), str):
+                raise _Fatal(self._wanted(row, key, "text"))
+        answers = [(repr(self.names.get(key)), self._value(row, key)) for key in self.answers]
+        bad = next((key for key in self.answers if not isinstance(self._value(row, key), str)), None)
+        if bad is None or self._tagged(row):  # an answer with a tag is taken as it is
+            return [], answers, ""
+        return [], [], self._wanted(row, bad, "text")
+
+    def _of_messages(self, row: Mapping[str, Any]) -> tuple[_Texts, _Texts, str]:
+        turns, pairs = self._turns(row), len(self.answers) == 2
+        prompt = [(f"{self.tags['content_tag']!r} of message {place}", text) for place, _, text in turns]
+        for index, (place, role, _) in enumerate(turns):
+            if role not in self.roles[index % 2]:
+                wanted = " or ".join(map(repr, self.roles[index % 2]))
+                found = f"{self.tags['role_tag']!r}: {shown(role)}"
+                return prompt, [], f"has {found} in message {place}, where {wanted} is expected"
+        if not turns or len(turns) % 2 != pairs:
+            kind = "odd" if pairs else "even"
+            return prompt, [], f"has {len(turns)} messages of the two sides in turn; the number must be {kind}"
+        answers = [(key, self._value(row, key)) for key in self.answers] if pairs else []
+        for key, message in answers:
+            if not isinstance(message, dict):
+                return prompt, [], self._wanted(row, key, "a message")
+        for key, message in answers:
+            role = message.get(self.tags["role_tag"])
+            if role not in [*self.tags.values()][2:]:
+                raise _Fatal(f"has {self.tags['role_tag']!r}: {shown(role)} in {key}")
+        return prompt, [(key, message.get(self.tags["content_tag"])) for key, message in answers], ""
+
+    def _turns(self, row: Mapping[str, Any]) -> list[tuple[int, Any, Any]]:
+        """Return place, role and text of each message after that of the system."""
+        messages = self._value(row, "messages")
+        if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+            raise _Fatal(self._wanted(row, "messages", "a list of messages"))
+        found = [
+            (place, each.get(self.tags["role_tag"]), each.get(self.tags["content_tag"]))
+            for place, each in enumerate(messages, start=1)
+        ]
+        if found and self.tags["system_tag"] and found[0][1] == self.tags["system_tag"]:
+            found = found[1:]
+        if self.format != "openai":
+            return found
+        turns: list[tuple[int, Any, Any]] = []
+        pending: list[Any] = []  # answers of tools in a row: one message, where another comes after them
+        for place, role, text in found:
+            if messages[place - 1].get("tool_calls") and role in self.roles[1]:
+                role, text = self.tags["function_tag"], "[]"
+            if role == self.tags["observation_tag"]:
+                pending.append(text)
+                continue
+            if role not in [*self.tags.values()][2:]:
+                raise _Fatal(f"has {self.tags['role_tag']!r}: {shown(role)} in message {place}")
+            if pending:
+                if not all(isinstance(each, str) for each in pending):
+                    raise _Fatal(f"has an answer of a tool before message {place} that is no text")
+                turns.append((place - 1, self.tags["observation_tag"], ""))
+                pending = []
+            turns.append((place, role, text))
+        return turns
 
 
 INFO_FILE = "dataset_info.json"
@@ -500,6 +629,32 @@ def _head_bytes(file: Path, rows: int) -> int | None:
             total += len(line)
             rows -= bool(text or line.strip())
     return total
+
+
+def rows_problem(source: Source, stage: str | None, *, every: bool) -> str:
+    """Return why a data set leaves no row to a stage, or which row ends its conversion; a predicate, or an empty text.
+
+    ``every``: whether all of its rows are read by the run. Only local files of moderate size are looked at.
+    """
+    if stage not in ("pt", "sft", "rm", "dpo", "kto") or source.path is None or source.bad:
+        return ""
+    if sum(map(os.path.getsize, files_of(source.path))) > _MOST_READ_BYTES:
+        return ""
+    row, first, kept = _Row(source.entry, stage or ""), "", False
+    for file in files_of(source.path):
+        try:
+            for place, found in _records(file, row.columns):
+                try:
+                    told = row.fault(found)
+                except _Fatal as error:
+                    told = str(error)
+                    if every:
+                        return f"cannot be loaded: {place} of {file} {told}"
+                kept = kept or not told
+                first = first or (told and f"{place} of {file} {told}")
+        except (ValueError, AttributeError):  # of a form that is not read here
+            return ""
+    return f"has no row that stage {stage} can use: {first}" if first and not kept else ""
 
 
 def train_rows(counts: Sequence[int | None], lf: LlamaFactoryArgs) -> int | None:
