@@ -66,3 +66,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         return f"]({config.repo_url}/{kind}/main/{there.relative_to(ROOT).as_posix()}{anchor})"
 
     return _LINK.sub(changed, markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Take away the mark at which the theme asks GitHub for stars: pages ask nobody but their own server."""
+    return output.replace(' data-md-component="source"', "")

@@ -15,24 +15,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.metadata import Distribution
 
 OURS, THEIRS = "dataflex-llm", "dataflex"
-_MISTAKE = 2
+_FAILED, _MISTAKE = 1, 2
 _AGAIN = f"pip install --force-reinstall --no-deps {OURS}"
 _HOME = Path(__file__).resolve().parent
 
 
 def main() -> int:
     """Run the command that the process's arguments name, and return its exit code."""
+    try:
+        run = _command()
+    except KeyboardInterrupt:  # numpy is imported until then
+        sys.stderr.write("dataflex: interrupted\n")
+        return _FAILED
+    return _MISTAKE if run is None else run()
+
+
+def _command() -> Callable[[], int] | None:
+    """Return what runs the command, or tell why there is none."""
     told, is_theirs = other_package()
     if told and (is_theirs or os.environ.get("RANK", "0") == "0"):
         sys.stderr.write(f"dataflex: {'' if is_theirs else 'warning: '}{told}\n")
     if is_theirs:
-        return _MISTAKE
+        return None
     from dataflex.cli import main as run
 
-    return run()
+    return run
 
 
 def other_package() -> tuple[str, bool]:

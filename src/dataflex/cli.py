@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataflex.console import VERBOSE, others_aside, tell
+from dataflex.console import VERBOSE, lost_reader, open_closed_streams, others_aside, tell, write
 from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 from dataflex.printable import Answer, plain, shown
@@ -84,23 +84,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(action: Callable[[], int]) -> int:
     """Run ``action`` and turn mistakes of the user's into plain lines on stderr and an exit code."""
+    open_closed_streams()
     try:
         with ends_on_term("ended by SIGTERM; what was not saved by then is lost"):
             return action()
-    except DataFlexError as error:
-        _tell(str(error))
-        return _MISTAKE
     except KeyboardInterrupt:
         _tell("interrupted")
         return _FAILED
     except Terminated as ended:
         _tell(str(ended))
         return TERMINATED
-    except BrokenPipeError:
-        # The reader of our output has closed it; keep Python from failing when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if lost_reader(error):
+            _tell("ended, since the reader of its output has closed it")
+            return _FAILED
+        if isinstance(error, DataFlexError):
+            _tell(str(error))
+            return _MISTAKE
         told = storage_problem(error)
         if told is None:
             raise
@@ -148,7 +148,7 @@ def _run(arguments: list[str]) -> int:
             told = options.handler(options)
         if as_json and isinstance(told, Answer) and told:  # ranks other than 0 have nothing to say
             # ASCII that no terminal obeys; what is made of messages would change the data.
-            sys.stdout.write(json.dumps(plain(told.values), indent=1, allow_nan=False) + "\n")
+            write(json.dumps(plain(told.values), indent=1, allow_nan=False) + "\n")
             return 0
     if isinstance(told, int):
         return told if told in _CODES else _FAILED
@@ -450,8 +450,7 @@ def _add_overrides(command: argparse.ArgumentParser, told: str) -> None:
 
 def _write(text: str) -> None:
     text = shown(text, sys.stdout)
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    sys.stdout.flush()
+    write(text if text.endswith("\n") else text + "\n")
 
 
 if __name__ == "__main__":

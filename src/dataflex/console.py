@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from typing import IO
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
+from typing import IO, TextIO
 
+from dataflex.errors import chain
 from dataflex.printable import shown
 
 logger = logging.getLogger(__name__)
@@ -28,11 +30,57 @@ def tell(text: str) -> None:
     """Write lines to stderr, above progress bars if there are any, without secrets and control characters."""
     text = shown(text, sys.stderr)
     tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
-        sys.stderr.write(text + "\n")
-    else:
-        tqdm.tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody reads it: what is told ends nothing, and changes no exit code
+        if tqdm is None:
+            sys.stderr.write(text + "\n")
+        else:
+            tqdm.tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def write(text: str) -> None:
+    """Write an answer to stdout, or as much of it as its reader wants."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _to_nowhere(sys.stdout)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Keep Python from failing when it flushes a stream at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def lost_reader(error: BaseException) -> bool:
+    """Return whether the command failed since what reads its stdout or stderr has closed it; both then lead nowhere."""
+    if not any(isinstance(one, BrokenPipeError) for one in chain(error)):
+        return False
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    lost = [number for number, event in poll.poll(0) if event & select.POLLERR]
+    for stream in (sys.stdout, sys.stderr):
+        if stream.fileno() in lost:
+            _to_nowhere(stream)
+    return bool(lost)
+
+
+def open_closed_streams() -> None:
+    """Let stdin, stdout and stderr that were closed (``>&-``) lead nowhere, for this process and its children.
+
+    Else the next file that is opened would be the one that children, and libraries in C, print into.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, open(nowhere, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def answers() -> bool:

@@ -7,7 +7,7 @@ text without a stack trace and exits with 2. Anything else that escapes is a def
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class DataFlexError(Exception):
@@ -61,3 +61,15 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known spelling, or an empty string."""
     match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, and those that it was raised from, or during."""
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        one = left.pop(0)
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            left += [one.__cause__, one.__context__]

@@ -10,10 +10,9 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from dataflex.errors import DataFlexError
+from dataflex.errors import DataFlexError, chain
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (*_FULL, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -34,7 +33,7 @@ def storage_problem(error: BaseException, output_dir: Path | None = None) -> str
         error: The exception; those that it was raised from, or during, are examined too.
         output_dir: The run's folder, whose newest complete checkpoint is named.
     """
-    for one in _chain(error):
+    for one in chain(error):
         number, path = _reason(one)
         if number is None:
             continue
@@ -49,17 +48,6 @@ def storage_problem(error: BaseException, output_dir: Path | None = None) -> str
             lines.append(_intact(output_dir))
         return "\n".join(lines)
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    left = [error]
-    while left:
-        one = left.pop(0)
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            left += [one.__cause__, one.__context__]
 
 
 def _reason(error: BaseException) -> tuple[int | None, str | None]:

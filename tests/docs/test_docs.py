@@ -229,6 +229,9 @@ def test_the_site_has_no_broken_link(tmp_path, monkeypatch):
     finally:
         counted.removeHandler(handler)
     assert found == []
+    start = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "md-source" in start
+    assert 'data-md-component="source"' not in start
     for kind, name in METHODS:
         assert "<h1" in (tmp_path / "site" / "methods" / kind / name / "index.html").read_text(encoding="utf-8")
     assert "doremi" in (tmp_path / "site" / "zh" / "index.html").read_text(encoding="utf-8")
