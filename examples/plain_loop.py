@@ -15,7 +15,7 @@ rows = Dataset.from_json(str(HERE / "data/pool.jsonl")).map(lambda row: tokenize
 model = AutoModelForCausalLM.from_pretrained(FROM or HERE / "models/base-4m")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 if FROM is not None:
-    optimizer.load_state_dict(torch.load(f"{FROM}/optimizer.pt"))
+    optimizer.load_state_dict(torch.load(f"{FROM}/optimizer.pt", weights_only=True))
 loop = Loop(
     **{"model": model, "optimizer": lambda: optimizer, "learning_rate": lambda: 1e-3, "device": model.device},
     **{"collate": DataCollatorForLanguageModeling(tokenizer, mlm=False), "output_dir": OUT},

@@ -87,7 +87,7 @@ def watch_peer(meter: Meter, found: dict[str, Any], name: str, number: int) -> N
                 kept = [
                     Path(self.cache_dir, part, str(step_id), "all_projected_grads.pt") for part in ("train", "eval")
                 ]
-                ours, aims = (torch.load(file) for file in kept)
+                ours, aims = (torch.load(file, weights_only=True) for file in kept)
                 seen["scores"] = (ours @ aims.T).mean(dim=1)
             found["fidelity"] = compared(name, seen["scores"], model, self.dataset, targets, state, number)
         return rows

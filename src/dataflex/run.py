@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def _is_config(args: list[str]) -> bool:
-    return bool(args) and args[0].endswith((".yaml", ".yml", ".json"))
+    """Whether a file is named; else LLaMA-Factory reads its own flags."""
+    return bool(args) and (not args[0].startswith("-") or args[0].endswith((".yaml", ".yml", ".json")))
 
 
 def train(args: list[str]) -> int:

@@ -254,3 +254,9 @@ def test_a_reader_that_stops_early_is_no_failure(project: Path) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("named", ["run", "run.txt", "no/such/run.YAML"])
+def test_what_is_no_flag_names_a_configuration(named, capsys):
+    assert main(["train", named]) == 2
+    assert capsys.readouterr().err.startswith(f"dataflex: {named}: ")

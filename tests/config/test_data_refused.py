@@ -39,6 +39,7 @@ FILES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         "'input' is text in line 1 and a number in line 2",
     ),
     "not text": ({"x.jsonl": "\udcff"}, {}, "is not UTF-8 text (byte 0)"),
+    "a mark before an array": ({"x.json": f"\ufeff[{LINE}]"}, {}, "begins with a byte order mark and holds an array"),
     "an empty file": ({"x.csv": ""}, {}, "dataset: 'x' has no rows"),
     "a header alone": ({"x.csv": "instruction,input,output\n"}, {}, "dataset: 'x' has no rows"),
     "no parquet": ({"x.parquet": "not at all"}, {}, "is no readable Parquet"),

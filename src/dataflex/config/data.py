@@ -95,7 +95,7 @@ def _contents(file: Path, size: int, changed: int, through: bool) -> Contents:
         if ending == ".txt":
             return Contents(rows=sum(1 for _ in _lines(file)) if countable else None, columns=frozenset({"text"}))
         if ending in (".json", ".jsonl") and through:
-            return _json(file.read_bytes().decode("utf-8-sig"))
+            return _json(file.read_bytes().decode("utf-8"))
         if ending in (".json", ".jsonl") and countable:
             first = next((line for line in _lines(file) if line.strip()), b"")
             if isinstance(json.loads(first), dict):
@@ -114,7 +114,12 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 def _json(text: str) -> Contents:
     """Read an array of objects, or objects one after the other."""
+    marked, text = text.startswith("\ufeff"), text.removeprefix("\ufeff")
     if text.lstrip(_SPACE).startswith("["):
+        if marked:  # pyarrow skips it, but only before lines
+            return Contents(
+                problem="begins with a byte order mark and holds an array; save it as UTF-8 without the mark"
+            )
         try:
             items = json.loads(text, strict=False)
         except json.JSONDecodeError as error:
