@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -150,6 +151,28 @@ def test_whole_or_absent(store):
     blocked = ArrayStore(store.directory / key().name / "array.npy")  # a file where a folder should be
     with pytest.raises(CheckpointError, match="cannot write a stored array"):
         put(blocked, key(), np.ones(2))
+
+
+def test_a_full_disk_is_an_error_before_the_first_row_and_no_signal_at_one(store, monkeypatch):
+    with store.create(key(), shape=(2**20,), dtype=np.float32):
+        (scratch,) = store.directory.glob(".*.npy")
+        assert scratch.stat().st_blocks * 512 >= 2**22
+
+    def refuse(number):
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "posix_fallocate", fail)
+
+    refuse(errno.ENOSPC)
+    with (
+        pytest.raises(CheckpointError, match="No space left"),
+        store.create(key(data="d2"), shape=(4,), dtype=np.int64),
+    ):
+        pass
+    assert [path.name for path in store.directory.iterdir()] == [key().name]
+    refuse(errno.EOPNOTSUPP)  # a file system that cannot tell
+    assert put(store, key(data="d2"), np.arange(4)).tolist() == [0, 1, 2, 3]
 
 
 def test_list_size_and_evict(store):

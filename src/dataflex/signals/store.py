@@ -7,6 +7,7 @@ by field; a file that is stale, foreign or broken is never used, it is computed 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -119,6 +120,7 @@ class ArrayStore:
             with refusals(f"a stored array into {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 array = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.dtype(dtype), shape=shape)
+                _reserve(scratch)
             yield array
             with refusals(f"a stored array into {self.directory}"):
                 array.flush()
@@ -182,6 +184,18 @@ class ArrayStore:
                 total -= entry.size_bytes
                 removed.append(entry.name)
         return removed
+
+
+def _reserve(path: Path) -> None:
+    """Take the room of a file that is written through memory: there, a full disk ends the process (SIGBUS)."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+                raise
 
 
 class ResumablePass:
