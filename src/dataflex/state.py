@@ -29,7 +29,7 @@ State = dict[str, Any]
 """JSON values and numpy arrays only; saved without pickle."""
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
-_OWNED = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)(\.|$)")
+_OWNED = re.compile(r"\.(?P<meant>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)(\.|$)")
 _UNFINISHED = re.compile(r"\..+(\.tmp|\.[0-9a-f]{8}\.(npy|ready))")
 
 
@@ -46,13 +46,19 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{owner()}.tmp")
 
 
+def meant(path: Path) -> Path:
+    """Return what a file is written for, where its own name is a temporary one."""
+    owned = _OWNED.match(path.name)
+    return path if owned is None else path.with_name(owned["meant"])
+
+
 def is_left(name: str) -> bool:
     """Whether a name is that of an unfinished file of a process of this machine that has ended."""
     owned = _OWNED.match(name)
-    if owned is None or owned[1] != _HOST or int(owned[2]) == os.getpid():
+    if owned is None or owned["host"] != _HOST or int(owned["process"]) == os.getpid():
         return False
     try:
-        os.kill(int(owned[2]), 0)
+        os.kill(int(owned["process"]), 0)
     except (OSError, OverflowError) as error:
         return isinstance(error, ProcessLookupError)
     return False

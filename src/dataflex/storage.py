@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from dataflex.errors import DataFlexError, chain
+from dataflex.state import meant
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (*_FULL, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -33,21 +34,22 @@ def storage_problem(error: BaseException, output_dir: Path | None = None) -> str
         error: The exception; those that it was raised from, or during, are examined too.
         output_dir: The run's folder, whose newest complete checkpoint is named.
     """
+    reasons = []
     for one in chain(error):
         number, path = _reason(one)
-        if number is None:
-            continue
         # A file that may not be read is reported where it is opened; a mistake of the user's has its own text.
-        if number == errno.EACCES and (path is None or isinstance(error, DataFlexError)):
-            continue
-        place = Path(path) if path is not None else output_dir
-        lines = [_told(number, place)]
-        if isinstance(error, DataFlexError):
-            lines.insert(0, str(error))
-        if output_dir is not None:
-            lines.append(_intact(output_dir))
-        return "\n".join(lines)
-    return None
+        refused = number != errno.EACCES or not (path is None or isinstance(error, DataFlexError))
+        if number is not None and refused:
+            reasons.append((number, path))
+    if not reasons:
+        return None
+    number, path = next((reason for reason in reasons if reason[1] is not None), reasons[0])
+    lines = [_told(number, output_dir if path is None else meant(Path(path)))]
+    if isinstance(error, DataFlexError):
+        lines.insert(0, str(error))
+    if output_dir is not None:
+        lines.append(_intact(output_dir))
+    return "\n".join(lines)
 
 
 def _reason(error: BaseException) -> tuple[int | None, str | None]:

@@ -17,7 +17,7 @@ from dataflex.cli import main
 from dataflex.errors import ConfigError, DataError
 from dataflex.record.read import read_events
 from dataflex.record.recorder import RunRecorder
-from dataflex.state import write_json
+from dataflex.state import aside, write_json
 from dataflex.storage import StorageError, storage_problem
 from tests.ending.conftest import dataflex, environment
 from tests.record.synthetic import Spent, intervals, record_plan, started
@@ -90,6 +90,15 @@ def test_other_errors_stay_what_they_are():
 def test_our_own_message_stays_the_first():
     error = raised(DataError("output_dir: cannot write events.jsonl"), OSError(errno.ENOSPC, "No space left", "/x/e"))
     assert storage_problem(error).splitlines()[0] == "output_dir: cannot write events.jsonl"
+
+
+def test_the_file_that_was_refused_is_named_and_not_the_runs_folder_or_a_temporary_one(tmp_path):
+    cache = OSError(errno.EROFS, "Read-only file system", "/x/cache")
+    told = storage_problem(raised(DataError("dataset: 'a': [Errno 30] Read-only file system"), cache), tmp_path)
+    assert told.splitlines()[1].startswith("/x/cache cannot be written: Read-only file system")
+    path = aside(tmp_path / "subset.jsonl")
+    told = storage_problem(OSError(errno.EROFS, "Read-only file system", str(path)))
+    assert told.startswith(f"{tmp_path / 'subset.jsonl'} cannot be written")
 
 
 def test_a_full_disk_under_the_trainers_own_writing(run, monkeypatch):

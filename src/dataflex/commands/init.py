@@ -26,7 +26,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import Method, Selector, Weighter
 from dataflex.printable import Answer
 from dataflex.registry import KINDS, names
-from dataflex.state import replacing
+from dataflex.state import owner, replacing
 
 RECIPES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "baseline": ("LLaMA-Factory's own run, recorded: what the others are compared with", {"record": True}),
@@ -324,7 +324,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _write_new(file: Path, text: str) -> None:
     """Write a file that is not there yet, whole or not at all; ConfigError where it is."""
-    aside = file.with_name(f".{file.stem}.{os.getpid()}.yaml")
+    aside = file.with_name(f".{file.name}.{owner()}.yaml")
     try:
         _replace(aside, text.encode())
         os.link(aside, file)  # fails where the name is taken
