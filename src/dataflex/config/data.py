@@ -564,7 +564,7 @@ def count_rows(source: Source, lf: LlamaFactoryArgs) -> int | None:
     rows = _rows_of_files(source)
     kept = None if rows is None else _kept(source.split, rows)
     if kept is None and source.path is None and not lf.streaming:
-        kept = source.num_samples  # so many are drawn, again if there are fewer
+        kept = source.num_samples  # this number is drawn, some twice if there are fewer
     if kept is None:
         return None
     if source.num_samples is not None and kept and not lf.streaming:

@@ -150,7 +150,7 @@ class Msft:
         return train_unfinished(f"stage {number}", self.config(number), self.output_dir(number), is_finished, overrides)
 
     def stages(self, most: int) -> list[Stage] | int:
-        """Go through at most so many stages, training those that are not finished; or return an exit code."""
+        """Go through at most ``most`` stages, training those that are not finished; or return an exit code."""
         done: list[Stage] = []
         number, start, active = 1, 0, self.served
         checkpoint: Path | None = None

@@ -70,7 +70,7 @@ _JUDGED_INTERVALS, _JUDGED_ROWS = 3, 64  # the least of what was drawn uniformly
 _PARTS = 10
 _GRAM = 64  # numbers that stand for a row's sketch where products of rows are predicted
 _SERVED = 0.3  # what a row that was served counts beside pilots, which count 1
-_ENOUGH = 16  # pilots beside which training steps are not listened to; half of what is left is for so many
+_ENOUGH = 16  # pilots beside which training steps are not listened to; half of what is left pays for them
 _FEWEST_PILOTS = 4
 _SAVED = tuple("aims aimed explored trust deaf _heard _interval _looked _rounded _spent".split())
 
@@ -249,8 +249,8 @@ class InRun:
     def _hold(self, step: int, rows: Rows, shown: dict[str, torch.Tensor]) -> None:
         """Keep what a micro-batch showed until ``gather``; the device holds what is of the newest rows.
 
-        Of sketches no others are used. All else goes to the host, of so many rows at once, since that makes the device
-        wait.
+        Of sketches no others are used. All else goes to the host, of ``HELD_ROWS`` rows at once, since each copy makes the
+        device wait.
         """
         if self._sketches:
             self._sketched.append((step, rows, {"": shown.pop("")}))
