@@ -249,8 +249,8 @@ class InRun:
     def _hold(self, step: int, rows: Rows, shown: dict[str, torch.Tensor]) -> None:
         """Keep what a micro-batch showed until ``gather``; the device holds what is of the newest rows.
 
-        Of sketches no others are used. All else goes to the host, of ``HELD_ROWS`` rows at once, since each copy makes the
-        device wait.
+        Of sketches no others are used. All else goes to the host, of ``HELD_ROWS`` rows at once, since each copy makes
+        the device wait.
         """
         if self._sketches:
             self._sketched.append((step, rows, {"": shown.pop("")}))

@@ -63,7 +63,7 @@ class Ordering:
         """Return the orderer's keys [N], NaN for rows that it was not asked about, and the reason.
 
         They stand while it is not asked anew, but for a ``fresh`` selection. During warm-up they are random. ``rows``
-        gives the rows to ask about, for a number of sequences until its next decision; ``scores`` are the selector's [N].
+        gives the rows to ask about, for sequences until its next decision; ``scores`` are the selector's [N].
         """
         own, asked = self.schedule.own_interval("orderer", interval, 0 if self._standing is None else self._until)
         needs, reason = self.orderer.requires(), self.orderer.reason
