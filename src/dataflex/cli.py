@@ -376,6 +376,8 @@ def _add_query(command: argparse.ArgumentParser) -> None:
     add("--target", dest="targets", required=True, nargs="+", metavar="NAME", help="data sets, one target each")
     add("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
     add("--sample", type=int, metavar="ROWS", help="rows that exact scores are compared on (default: 128; 0: none)")
+    told = "whiten gradients, the target's own rows weighing this much, such as 0.9 (TrackStar)"
+    add("--whiten", type=float, metavar="WEIGHT", help=told)
     _add_overrides(command, "overrides")
 
 

@@ -10,10 +10,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from scipy.linalg import sqrtm
 
 from dataflex.offline import indexing
 from dataflex.offline.index import agreement, read_index
 from dataflex.score_table import read_scores
+from dataflex.signals.gradients.projection import packed, row_type, second_moment, whitened_cosines, whitening
 from dataflex.signals.store import ResumablePass
 from tests.distributed.ranks import errors_of
 from tests.offline.conftest import rows_of
@@ -120,6 +123,68 @@ def test_several_checkpoints_and_a_new_target_elsewhere(scoring, wide, capsys):
     swapped.write_text(json.dumps(text))
     assert scoring.run(*command, f"dataset_dir={elsewhere}") == 2
     assert "was made with other weights" in capsys.readouterr().err
+
+
+def whitened_by_hand(pool, target, weight):
+    """TrackStar's scores, row by row: R^(-1/2) g of length one against that of each of the target's rows."""
+    moment = np.zeros((pool.shape[1], pool.shape[1]))
+    for row in target:
+        moment += weight * np.outer(row, row) / len(target)
+    for row in pool:
+        moment += (1 - weight) * np.outer(row, row) / len(pool)
+    root = np.linalg.inv(np.real(sqrtm(moment)))
+    units = [[root @ row / np.linalg.norm(root @ row) for row in rows] for rows in (pool, target)]
+    return np.array([np.mean([row @ aim for aim in units[1]]) for row in units[0]])
+
+
+def test_whitening_by_hand():
+    """Rows of fixed numbers; one without a loss, and a direction that is rounding only."""
+    pool = np.array([[3, 0, 1, 0], [0, 2, 1, 0], [4, 1, 0, 0], [1, 1, 1, 0], [0, 1, 2, 0], [-2, 1, 0, 0]], dtype=float)
+    target = np.array([[1, 2, 0, 0], [2, 0, 3, 0]], dtype=float)
+    rows = packed(*map(torch.tensor, (pool, np.linalg.norm(pool, axis=1))), torch.eye(4), row_type(4, "int8"))
+    rows = np.concatenate([rows, rows[:1]])
+    rows["norm"][-1], rows["scale"][-1] = np.nan, np.nan
+    rows["values"][:, 3] = [1, -1, 0, 1, -1, 0, 0]
+    moment, least = second_moment(rows)
+    np.testing.assert_allclose(moment[:3, :3], pool[:, :3].T @ pool[:, :3] / 6, atol=0.05)
+    assert 0 < moment[3, 3] < least < 0.01
+    for weight in (0.0, 0.5, 0.9):
+        turn = whitening(weight * target.T @ target / 2 + (1 - weight) * moment, (1 - weight) * least)
+        assert turn.shape == (4, 3)
+        found = whitened_cosines(rows, target.astype(np.float32), turn)
+        assert np.isnan(found[-1])
+        np.testing.assert_allclose(found[:-1], whitened_by_hand(pool[:, :3], target[:, :3], weight), atol=0.02)
+    # In the coordinates that all rows share: R = diag(16, 1), so [4, 0] and [0, 1] count alike and [4, 1] lies between.
+    pool = np.array([[4 * 2**0.5, 0], [0, 2**0.5]])
+    assert whitened_by_hand(pool, np.array([[4.0, 1.0]]), 0.0) == pytest.approx([0.5**0.5] * 2)
+
+
+def test_a_whitened_query_under_a_checkpoint(scoring, wide, capsys):
+    """Rows of the target go through Adam as those of the index do: the index holds the same rows, read by hand."""
+    scoring.write("pool", rows_of(40))
+    scoring.write("goal", rows_of(6, seed=8))
+    trained = {**LORA, "dataset": "pool", "output_dir": str(scoring.folder / "run"), "max_steps": 3}
+    assert scoring.run("train", scoring.config(**trained, adam_epsilon=1e-3, save_strategy="steps", save_steps=3)) == 0
+    both = scoring.config(**{**trained, "dataset": "pool,goal"})
+    step = f"resume_from_checkpoint={scoring.folder}/run/checkpoint-3"
+    command = ["score", both, "--method", "less", "--index", "index", "--precision", "fp16", "less.sketch_size=16"]
+    assert scoring.run(*command, "less.precondition=adam_scale", step) == 0
+    command = ["query", "index", "--target", "goal,pool", "--out", "found.parquet", "--whiten"]
+    for weight, told in (("1", "from 0 to below 1"), ("nan", "from 0 to below 1")):
+        assert scoring.run(*command, weight) == 2
+        assert f"--whiten: {weight}; a weight {told}" in capsys.readouterr().err
+    assert scoring.run(*command, "0.5", "--sample", "9") == 2
+    assert "--sample: exact scores are not whitened" in capsys.readouterr().err
+    assert scoring.run(*command, "0.5") == 0
+    index = read_index(scoring.folder / "index")
+    rows = index.rows(index.parts[0])
+    gradients = rows["values"].astype(float) * (rows["scale"] * rows["norm"])[:, None]
+    found = read_scores(scoring.folder / "found.parquet")
+    for name, part in (("goal", gradients[40:]), ("pool", gradients[:40])):
+        wanted = whitened_by_hand(gradients, part, 0.5)
+        np.testing.assert_allclose(found.columns[f"less/{name}"], wanted, rtol=0, atol=5e-3)
+    assert found.provenance["index"]["whiten"] == 0.5
+    assert found.provenance["index"]["agreement"] == {"goal": None, "pool": None}
 
 
 def test_rows_that_lie_in_both_and_secrets(scoring, caplog):

@@ -34,10 +34,17 @@ class QueryRequest:
     out: Path  # the file to write
     work: Path  # folder that LLaMA-Factory may write to, removed at the end
     sample: int  # rows that exact scores are compared on
+    whiten: float | None  # weight of the target's own second moment in what gradients are whitened by; None: not at all
 
 
 def query_request(
-    index: Path, overrides: Sequence[str], *, targets: Sequence[str], out: Path, sample: int | None = None
+    index: Path,
+    overrides: Sequence[str],
+    *,
+    targets: Sequence[str],
+    out: Path,
+    sample: int | None = None,
+    whiten: float | None = None,
 ) -> QueryRequest:
     """Read and check what ``dataflex query`` is asked for; ``ConfigError`` with all problems.
 
@@ -47,6 +54,7 @@ def query_request(
         targets: Names of data sets, each text one or several with commas; ``a + b`` are the rows of both as one target.
         out: The parquet file to write.
         sample: Number of rows that exact scores are compared on; None: 128, or as many as the index holds.
+        whiten: Whitens projected gradients, with this weight (0 to below 1) of the second moment of the target's rows.
 
     Raises:
         DataError: There is no such index, or a part of it is missing.
@@ -81,9 +89,15 @@ def query_request(
     problems += out_problems(out)
     if sample is not None and not 0 <= sample <= len(found.sample):
         problems.append(f"--sample: {sample} rows; between 0 and {len(found.sample)}, which the index holds")
+    if whiten is not None and not 0 <= whiten < 1:
+        problems.append(f"--whiten: {whiten:g}; a weight from 0 to below 1, such as 0.9")
+    if whiten is not None and sample:
+        problems.append("--sample: exact scores are not whitened; leave it out beside --whiten")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     assert method is not None
+    if whiten is not None:
+        sample = 0
     return QueryRequest(
         index=found,
         lf=lf,
@@ -92,4 +106,5 @@ def query_request(
         out=out,
         work=work,
         sample=min(SAMPLE_ROWS, len(found.sample)) if sample is None else sample,
+        whiten=whiten,
     )

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.config.data import target_data_sets
 from dataflex.config.schema import MethodConfig
-from dataflex.errors import DataError, UnsupportedError
+from dataflex.errors import DataError, UnsupportedError, without_loss
 from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, SAMPLE, Agreement, Index, agreement, told_agreement
 from dataflex.offline.query import QueryRequest
@@ -32,11 +32,14 @@ from dataflex.plan.domains import Domains
 from dataflex.printable import Answer, redacted
 from dataflex.score_table import ScoreTable, write_scores
 from dataflex.selectors.influence import Less, lr_weighted
-from dataflex.signals.gradients.projection import products
+from dataflex.signals.gradients.projection import products, second_moment, whitened_cosines, whitening
 from dataflex.signals.gradients.scorers import GradientScorers
 from dataflex.signals.kinds import GradientScores, Signal
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.runner import SignalRunner
+from dataflex.signals.specs import GradientSpec
+from dataflex.signals.sweep import row_pass
+from dataflex.signals.texts import row_tokens
 from dataflex.train.row_space import RowSpace, measure, row_fingerprints, target_corpus
 
 logger = logging.getLogger(__name__)
@@ -47,26 +50,41 @@ class Answers:
     """What the model says about M targets.
 
     Attributes:
-        aims: By checkpoint, the targets' projected vectors [M, k].
+        aims: By checkpoint, the targets' projected vectors [M, k]; with whitening, by target those of its rows [n, k].
         exact: By checkpoint, exact scores of the sample [n, M]; empty without a sample.
         targets: Tokenized targets by name.
     """
 
-    aims: tuple[NDArray[np.float32], ...]
+    aims: tuple[Sequence[NDArray[np.float32]] | NDArray[np.float32], ...]
     exact: tuple[NDArray[np.float32], ...]
     targets: Mapping[str, Corpus]
 
 
-def scores_of(index: Index, aims: tuple[NDArray[np.float32], ...], rows: Rows | None = None) -> NDArray[np.float32]:
+def scores_of(
+    index: Index, aims: Sequence[Any], rows: Rows | None = None, whiten: float | None = None
+) -> NDArray[np.float32]:
     """Return the scores of an index's rows towards targets [N, M], averaged over checkpoints by learning rate.
 
-    ``aims`` are by checkpoint the targets' projected vectors [M, k]; ``rows`` are some rows instead of all.
+    ``aims`` are as in ``Answers``; ``rows`` are some rows instead of all; ``whiten`` is the weight of the second moment
+    of a target's own rows in what gradients are whitened by.
     """
     normalize, found = bool(index.params["normalize"]), []
     for part, aim in zip(index.parts, aims, strict=True):
         kept = index.rows(part)
-        found.append(products(kept if rows is None else kept[rows], aim, normalize=normalize))
+        kept = kept if rows is None else kept[rows]
+        found.append(products(kept, aim, normalize=normalize) if whiten is None else _whitened(kept, aim, whiten))
     return lr_weighted(found, [part.rate for part in index.parts]).astype(np.float32)
+
+
+def _whitened(rows: NDArray[np.void], targets: Sequence[NDArray[np.float32]], weight: float) -> NDArray[np.float32]:
+    """Return the mean cosines of rows with the rows of each target [N, M], whitened for each target by itself."""
+    pool, least = second_moment(rows)
+    found = []
+    for target in targets:
+        own = target.T.astype(np.float64) @ target / len(target)
+        turn = whitening(weight * own + (1 - weight) * pool, (1 - weight) * least)
+        found.append(whitened_cosines(rows, target, turn))
+    return np.stack(found, axis=1)
 
 
 class _Answered(Exception):
@@ -102,7 +120,8 @@ class _QueryMixin(WorkflowMixin):
                 )
             runner.begin(step)
             options = _params(request).options(sketch_seed=index.seed)
-            aims.append(_aims(runner, index, part.projection, options, names))
+            ask = _aims if request.whiten is None else _rows
+            aims.append(ask(runner, index, part.projection, options, names))
             if len(asked):
                 exact.append(runner(GradientScores(targets=names, **{**options, "sketch_size": None}), asked))
         raise _Answered(Answers(aims=tuple(aims), exact=tuple(exact), targets=corpora))
@@ -131,6 +150,29 @@ def _aims(
         if signal.normalize and not signal.mean_of_cosines:
             wide = wide / vectors.norms().cpu().clamp_min(1e-30).unsqueeze(1)
     return wide.numpy() @ index.array(projection).astype(np.float32)
+
+
+def _rows(
+    runner: SignalRunner, index: Index, projection: str, options: Mapping[str, Any], names: tuple[str, ...]
+) -> list[NDArray[np.float32]]:
+    """Return the rows of each target, projected as the index's rows are, Adam included [n, k] (collective).
+
+    Rows without a loss are left out; DataError where a target has no others.
+    """
+    access, found = runner.access, []
+    scorers = GradientScorers(access, GradientSpec(**{**options, "sketch_size": None}))
+    score = scorers.of(scorers.wide_sketch(size=index.wide, seed=index.seed))
+    matrix = torch.from_numpy(index.array(projection).astype(np.float32)).to(scorers.engine.device)
+    with torch.no_grad(), scorers.engine.observing():
+        for name in names:
+            sweep = access.target_sweep(name)
+            rows = row_pass(sweep, lambda batch: score(batch) @ matrix, (matrix.shape[1],))
+            known = np.isfinite(rows).all(axis=1)
+            if not known.any():
+                responses = row_tokens(access.corpus(name).dataset, sweep.rows, "completion")
+                raise without_loss(f"target {name!r}", labelled=any(map(len, responses)))
+            found.append(rows[known])
+    return found
 
 
 def targets_of(space: RowSpace, names: tuple[str, ...]) -> dict[str, Corpus]:
@@ -168,7 +210,7 @@ def run_query(request: QueryRequest) -> Answer:
     if comm.rank() == 0:
         index, names = request.index, request.method.targets
         table, began = index.table(), time.perf_counter()
-        scores = scores_of(index, answers.aims)
+        scores = scores_of(index, answers.aims, whiten=request.whiten)
         columns = columns_of(request.method, table, scores, seed=index.seed)
         seconds = time.perf_counter() - began
         found = _agreements(request, answers)
@@ -225,7 +267,11 @@ def _with_columns(
         "methods": [{**request.index.params, "targets": list(names)}],
         "targets": {name: answers.targets[name].identity for name in names},
         "columns": {column.name: column.told for column in columns},
-        "index": {"folder": str(request.index.folder), "agreement": told_agreement(found, names)},
+        "index": {
+            "folder": str(request.index.folder),
+            "agreement": told_agreement(found, names),
+            "whiten": request.whiten,
+        },
     }
     told = redacted(json.loads(json.dumps(provenance, default=str)))
     return replace(table, columns={column.name: column.values for column in columns}, provenance=told)

@@ -59,6 +59,9 @@ class Less(_Influence):
     Muon leaves to AdamW (embeddings, head, vectors) goes through Adam. Not exact: the polynomial would turn a little as
     the row's gradient turns the momentum, and the optimizer rounds to bfloat16.
 
+    ``precondition: adam_scale`` divides by the root of Adam's second moment as it is, for all rows alike (OPUS, arXiv
+    2602.05400; TrackStar, arXiv 2410.17413, whose whitened scores ``dataflex query`` gives).
+
     ``precondition: ekfac`` asks for influence on the targets' loss instead of an optimizer's step: targets' gradients
     go through the damped inverse of the curvature, in Kronecker-factored eigenbases (EK-FAC, arXiv 1806.03884;
     influence: arXiv 2308.03296, with ``normalize: false`` as published). It is measured anew for each decision, on
@@ -91,7 +94,7 @@ class Less(_Influence):
     class Params(InfluenceOptions, ScoringParams):
         """Parameters of LESS. ``precondition: paper_repo`` repeats the original code's Adam."""
 
-        precondition: Literal["true_adam", "paper_repo", "sign", "none", "ekfac"] = param(  # type: ignore[assignment]
+        precondition: Literal["true_adam", "paper_repo", "adam_scale", "sign", "none", "ekfac"] = param(  # type: ignore[assignment]
             "true_adam", "what turns training gradients into directions; ekfac: inverse curvature"
         )
         ekfac_rows: int = param(256, "training rows that the curvature of ekfac is measured on", minimum=1)

@@ -5,7 +5,10 @@ near a space of far fewer dimensions than parameters, so a sample of their wide 
 hold most of them; a random rotation then spreads each row evenly over the k numbers, so that one scale a row is enough
 for 8 bits.
 
-Legend: b rows, F rows of the sample, W numbers of a wide sketch, k numbers kept, M target vectors.
+Whitening turns what is kept by R^(-1/2), R being the second moment of projected gradients, so that directions which
+most rows share count for little (TrackStar, arXiv 2410.17413, section 3; damped by the target's own rows).
+
+Legend: b rows, F rows of the sample, W numbers of a wide sketch, k numbers kept, M target vectors, n rows of a target.
 """
 
 from __future__ import annotations
@@ -79,4 +82,49 @@ def products(
         part = out[start : start + block_rows]
         np.matmul(block["values"].astype(np.float32), wanted, out=part)
         part *= factor[:, None]
+    return out
+
+
+def second_moment(rows: NDArray[np.void], block_rows: int = 8192) -> tuple[NDArray[np.float64], float]:
+    """Return the mean outer product of rows' projected gradients [k, k], and the most that rounding makes of it.
+
+    The latter is the largest eigenvalue of a matrix of rounding errors alone (Marchenko and Pastur), twice for safety.
+    Rows without a loss are left out.
+    """
+    known = np.flatnonzero(np.isfinite(rows["norm"]))
+    size = rows.dtype["values"].shape[0]
+    total, squares = np.zeros((size, size)), 0.0
+    for start in range(0, len(known), block_rows):
+        block = rows[known[start : start + block_rows]]
+        factor = block["scale"] * block["norm"]
+        values = block["values"].astype(np.float32) * factor[:, None]
+        total += values.T @ values
+        squares += float(np.square(factor, dtype=np.float64).sum())
+    count = max(1, len(known))
+    step = 1.0 if rows.dtype["values"].base == np.int8 else float(np.finfo(np.float16).eps)
+    return total / count, 2 * (1 + (size / count) ** 0.5) ** 2 * step**2 / 12 * squares / count
+
+
+def whitening(moment: NDArray[np.float64], least: float) -> NDArray[np.float32]:
+    """Return what turns projected gradients so that their second moment [k, k] is one [k, r].
+
+    Directions whose eigenvalue is at most ``least`` are left out: rounding is all that rows have of them.
+    """
+    values, vectors = np.linalg.eigh(moment)
+    there = values > max(least, _LEAST * float(values.max(initial=0.0)))
+    return np.ascontiguousarray(vectors[:, there] / np.sqrt(values[there]), dtype=np.float32)
+
+
+def whitened_cosines(
+    rows: NDArray[np.void], target: NDArray[np.float32], turn: NDArray[np.float32], block_rows: int = 8192
+) -> NDArray[np.float32]:
+    """Return rows' mean cosines [N] with a target's projected rows [n, k] after ``turn`` [k, r]; NaN without a loss."""
+    turned = target @ turn
+    aim = (turned / np.maximum(np.linalg.norm(turned, axis=1, keepdims=True), 1e-30)).mean(axis=0)
+    out = np.full(len(rows), np.nan, dtype=np.float32)
+    for start in range(0, len(rows), block_rows):
+        block = rows[start : start + block_rows]
+        values = block["values"].astype(np.float32) @ turn
+        part = values @ aim / np.maximum(np.linalg.norm(values, axis=1), 1e-30)
+        out[start : start + block_rows] = np.where(np.isfinite(block["norm"]), part, np.nan)
     return out
