@@ -378,6 +378,8 @@ def _add_query(command: argparse.ArgumentParser) -> None:
     add("--sample", type=int, metavar="ROWS", help="rows that exact scores are compared on (default: 128; 0: none)")
     told = "whiten gradients, the target's own rows weighing this much, such as 0.9 (TrackStar)"
     add("--whiten", type=float, metavar="WEIGHT", help=told)
+    told = "new folder for the projected gradients of rows and targets, in files that bergson reads"
+    add("--bergson", type=Path, metavar="FOLDER", help=told)
     _add_overrides(command, "overrides")
 
 

@@ -34,6 +34,18 @@ def columns_of(path):
     return read_scores(path).columns
 
 
+def bergson_map(folder):
+    """Return a gradient store [rows, numbers] as bergson maps it: by its base type, or before 2 by a structure."""
+    info = json.loads((folder / "info.json").read_text())
+    sizes = info["grad_sizes"]
+    shape = (info["num_grads"], sum(sizes.values()))
+    flat = np.memmap(folder / "gradients.bin", dtype=info["base_dtype"], mode="r", shape=shape)
+    parts = np.memmap(folder / "gradients.bin", dtype=info["dtype"], mode="r", shape=shape[:1])
+    assert parts.dtype.names == tuple(sizes)
+    np.testing.assert_array_equal(np.concatenate([parts[name] for name in sizes], axis=1), flat)
+    return flat
+
+
 @pytest.mark.parametrize(
     ("precision", "changes"),
     [
@@ -56,7 +68,8 @@ def test_a_query_gives_the_scores_of_less(scoring, wide, precision, changes):
     assert sorted(path.name for path in (scoring.folder / "index/store").iterdir()) == sorted(
         name for part in read_index(scoring.folder / "index").parts for name in (part.rows, part.projection)
     )
-    assert scoring.run("query", "index", "--target", "goal,aim", "--out", "found.parquet") == 0
+    query = ["query", "index", "--target", "goal,aim", "--out", "found.parquet", "--bergson", "store"]
+    assert scoring.run(*query) == 0
     exact, found = read_scores(scoring.folder / "exact.parquet"), read_scores(scoring.folder / "found.parquet")
     assert list(found.columns) == list(exact.columns)
     assert found.position.tolist() == exact.position.tolist()
@@ -68,6 +81,10 @@ def test_a_query_gives_the_scores_of_less(scoring, wide, precision, changes):
     told = found.provenance["index"]["agreement"]["aim"]
     assert told["rows"] == 29
     assert told["correlation"] > 0.99
+    # Products of the gradients written for bergson are the scores; a row without a loss is zero there.
+    told = np.array([found.columns["less/goal"], found.columns["less/aim"]]).T
+    products = bergson_map(scoring.folder / "store/rows") @ bergson_map(scoring.folder / "store/targets").T
+    np.testing.assert_allclose(products, np.nan_to_num(told), rtol=0, atol=1e-5 * np.nanmax(np.abs(told)))
     # The file is one that a subset can be taken of, with the order of preference too.
     assert scoring.run("select", "found.parquet", "--score", "less.rank", "--budget", "7", "--out", "best.jsonl") == 0
     assert len((scoring.folder / "best.jsonl").read_text().splitlines()) == 7
@@ -123,6 +140,14 @@ def test_several_checkpoints_and_a_new_target_elsewhere(scoring, wide, capsys):
     swapped.write_text(json.dumps(text))
     assert scoring.run(*command, f"dataset_dir={elsewhere}") == 2
     assert "was made with other weights" in capsys.readouterr().err
+    assert scoring.run(*command, "--bergson", str(elsewhere), "--whiten", "0.5") == 2
+    told = capsys.readouterr().err
+    for reason in (
+        "one checkpoint, and the index has 2",
+        "whitening of its own",
+        "elsewhere is there; name a new folder",
+    ):
+        assert reason in told
 
 
 def whitened_by_hand(pool, target, weight):

@@ -8,7 +8,7 @@ projected by, memory-mapped) and ``index.json``, which is written last: a folder
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.score_table import ScoreTable, read_scores
-from dataflex.state import is_unfinished, replacing
+from dataflex.state import is_unfinished, refusals, replacing, write_json
 
 TOLD, ROWS, FINGERPRINTS, SAMPLE = "index.json", "rows.parquet", "fingerprints.npy", "sample"
 STORE, WORK = "store", "work"
@@ -130,6 +130,28 @@ def read_index(folder: Path) -> Index:
         if not (folder / name).exists():
             raise DataError(f"{folder}: {name} is missing; write the index again")
     return index
+
+
+def write_bergson(folder: Path, rows: Iterable[NDArray[np.float32]], count: int, size: int) -> None:
+    """Write ``count`` rows of gradients, given as blocks [b, size], as the gradient store of EleutherAI's bergson.
+
+    ``gradients.bin`` has the numbers row after row, and ``info.json`` their shape: ``base_dtype`` for bergson 2,
+    ``dtype`` for versions before, which map a structure of the parts in ``grad_sizes``.
+    """
+    told = {
+        "attribute_tokens": False,
+        "num_items": count,
+        "num_grads": count,
+        "grad_sizes": {"gradients": size},
+        "base_dtype": "float32",
+        "dtype": {"names": ["gradients"], "formats": [f"({size},)<f4"], "itemsize": 4 * size},
+    }
+    with refusals(folder, DataError, key="--bergson"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "gradients.bin", None) as file:
+            for block in rows:
+                file.write(block.astype("<f4").tobytes())
+    write_json(folder / "info.json", told)
 
 
 def index_problems(folder: Path) -> list[str]:

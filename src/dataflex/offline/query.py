@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ class QueryRequest:
     work: Path  # folder that LLaMA-Factory may write to, removed at the end
     sample: int  # rows that exact scores are compared on
     whiten: float | None  # weight of the target's own second moment in what gradients are whitened by; None: not at all
+    bergson: Path | None  # folder to write projected gradients into, as bergson reads them
 
 
 def query_request(
@@ -45,6 +47,7 @@ def query_request(
     out: Path,
     sample: int | None = None,
     whiten: float | None = None,
+    bergson: Path | None = None,
 ) -> QueryRequest:
     """Read and check what ``dataflex query`` is asked for; ``ConfigError`` with all problems.
 
@@ -55,6 +58,7 @@ def query_request(
         out: The parquet file to write.
         sample: Number of rows that exact scores are compared on; None: 128, or as many as the index holds.
         whiten: Whitens projected gradients, with this weight (0 to below 1) of the second moment of the target's rows.
+        bergson: New folder for the projected gradients of rows and targets, in files that bergson reads.
 
     Raises:
         DataError: There is no such index, or a part of it is missing.
@@ -93,6 +97,8 @@ def query_request(
         problems.append(f"--whiten: {whiten:g}; a weight from 0 to below 1, such as 0.9")
     if whiten is not None and sample:
         problems.append("--sample: exact scores are not whitened; leave it out beside --whiten")
+    if bergson is not None:
+        problems += _bergson_problems(bergson, found, whiten)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     assert method is not None
@@ -107,4 +113,17 @@ def query_request(
         work=work,
         sample=min(SAMPLE_ROWS, len(found.sample)) if sample is None else sample,
         whiten=whiten,
+        bergson=bergson,
     )
+
+
+def _bergson_problems(folder: Path, index: Index, whiten: float | None) -> list[str]:
+    """Return why projected gradients could not be written there."""
+    problems = []
+    if len(index.parts) > 1:
+        problems.append(f"--bergson: holds gradients of one checkpoint, and the index has {len(index.parts)}")
+    if whiten is not None:
+        problems.append("--bergson: every target has a whitening of its own; leave out --bergson or --whiten")
+    if os.path.lexists(folder):
+        problems.append(f"--bergson: {folder} is there; name a new folder")
+    return problems

@@ -25,14 +25,14 @@ from dataflex.config.data import target_data_sets
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import DataError, UnsupportedError, without_loss
 from dataflex.method import Rows
-from dataflex.offline.index import FINGERPRINTS, SAMPLE, Agreement, Index, agreement, told_agreement
+from dataflex.offline.index import FINGERPRINTS, SAMPLE, Agreement, Index, agreement, told_agreement, write_bergson
 from dataflex.offline.query import QueryRequest
 from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, left_by, written
 from dataflex.plan.domains import Domains
 from dataflex.printable import Answer, redacted
 from dataflex.score_table import ScoreTable, write_scores
 from dataflex.selectors.influence import Less, lr_weighted
-from dataflex.signals.gradients.projection import products, second_moment, whitened_cosines, whitening
+from dataflex.signals.gradients.projection import gradients, products, second_moment, whitened_cosines, whitening
 from dataflex.signals.gradients.scorers import GradientScorers
 from dataflex.signals.kinds import GradientScores, Signal
 from dataflex.signals.model_access import Corpus
@@ -215,6 +215,8 @@ def run_query(request: QueryRequest) -> Answer:
         seconds = time.perf_counter() - began
         found = _agreements(request, answers)
         _tell_leaks(index, answers.targets)
+        if request.bergson is not None:
+            _write_gradients(request.bergson, index, np.asarray(answers.aims[0]))
         write_scores(request.out, _with_columns(request, table, columns, answers, found))
         shutil.rmtree(request.work, ignore_errors=True)
         told = f"{table.num_rows:,} rows of {', '.join(table.datasets)} -> {request.out}"
@@ -226,6 +228,13 @@ def run_query(request: QueryRequest) -> Answer:
         values = {**written(request.out, table, columns), "agreement": told_agreement(found, names)}
     comm.barrier()
     return Answer("\n".join(lines), values)
+
+
+def _write_gradients(folder: Path, index: Index, aims: NDArray[np.float32]) -> None:
+    """Write the rows' and the targets' projected gradients, whose products are the scores, as bergson reads them."""
+    rows, size = index.rows(index.parts[0]), aims.shape[1]
+    write_bergson(folder / "rows", gradients(rows, normalize=bool(index.params["normalize"])), len(rows), size)
+    write_bergson(folder / "targets", [aims], len(aims), size)
 
 
 def columns_of(method: MethodConfig, table: ScoreTable, scores: NDArray[np.float32], *, seed: int) -> list[Column]:

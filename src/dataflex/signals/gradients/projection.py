@@ -13,6 +13,8 @@ Legend: b rows, F rows of the sample, W numbers of a wide sketch, k numbers kept
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -83,6 +85,14 @@ def products(
         np.matmul(block["values"].astype(np.float32), wanted, out=part)
         part *= factor[:, None]
     return out
+
+
+def gradients(rows: NDArray[np.void], *, normalize: bool, block_rows: int = 8192) -> Iterator[NDArray[np.float32]]:
+    """Yield what ``products`` compares of rows, block by block [b, k]; zeros for rows without a loss."""
+    for start in range(0, len(rows), block_rows):
+        block = rows[start : start + block_rows]
+        factor = block["scale"] if normalize else block["scale"] * block["norm"]
+        yield block["values"] * np.nan_to_num(factor).astype(np.float32)[:, None]
 
 
 def second_moment(rows: NDArray[np.void], block_rows: int = 8192) -> tuple[NDArray[np.float64], float]:
