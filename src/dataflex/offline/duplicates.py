@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
 from dataflex.select.words import letter_runs
+from dataflex.state import blake2b
 from dataflex.version import install
 
 _WORDS = 5
@@ -37,15 +39,16 @@ def near_duplicates(rows: Iterable[bytes], share: float) -> NDArray[np.bool_]:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
         raise UnsupportedError(f"--near-duplicates: {error}; install the extra: {install('dedup')}") from error
-    kept = MinHashLSH(threshold=min(share, _MOST_THRESHOLD), num_perm=_PERMUTATIONS)
+    # Bands are kept as short hashes: rows that share one by chance are told apart by their sketches.
+    kept = MinHashLSH(threshold=min(share, _MOST_THRESHOLD), num_perm=_PERMUTATIONS, hashfunc=partial(blake2b, size=8))
     sketches, found = dict[int, Any](), list[bool]()
     for number, row in enumerate(rows):
         sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
         sketch.update_batch(list(_shingles(row)))
-        near = any(sketch.jaccard(sketches[other]) >= share for other in kept.query(sketch))
+        near = any((sketch.hashvalues == sketches[other]).mean() >= share for other in kept.query(sketch))
         found.append(near)
         if not near:
-            sketches[number] = sketch
+            sketches[number] = sketch.hashvalues
             kept.insert(number, sketch)
     return np.array(found, dtype=np.bool_)
 
