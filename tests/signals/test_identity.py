@@ -176,3 +176,21 @@ def test_a_store_gives_no_other_models_answers(tmp_path, change):
         assert ask(book("other", "none"), 3.0) == [3.0, 3.0]
     else:
         assert ask(book("now", "bf16"), 3.0) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool])
+def test_the_number_of_threads_changes_no_identity(dtype):
+    """Stored passes and indexes are taken up by ranks too, on which torchrun sets other numbers of threads."""
+    tensor = torch.randn(300_001, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    threads, found = torch.get_num_threads(), set[str]()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.add(state_identity([("weight", tensor)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+    changed = tensor.clone()
+    changed[7] = 1 - changed[7].to(torch.float64)
+    assert state_identity([("weight", changed)]) not in found
+    assert state_identity([("weight", tensor[::3].contiguous())]) == state_identity([("weight", tensor[::3])])

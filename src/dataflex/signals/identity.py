@@ -22,6 +22,7 @@ from dataflex import comm
 from dataflex.signals.sweep import fetch
 from dataflex.state import blake2b
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLED = 64
 _PROBED_ROWS = 16
 _OF_NO_EFFECT = (
@@ -44,7 +45,8 @@ def state_identity(named: Iterable[tuple[str, torch.Tensor]]) -> str:
         flat = (torch.view_as_real(local) if local.is_complex() else local).reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if flat.numel():
-            wide = flat.double()
+            # Bits as integers: their sums wrap around, and are the same in any order, so for any number of threads.
+            wide = flat.view(_BITS[flat.element_size()]).long()
             numbers = [wide.sum(), (wide * wide).sum(), *wide[:: max(1, wide.numel() // _SAMPLED)][:_SAMPLED]]
             digest.update(torch.stack(numbers).cpu().numpy().tobytes())
     mine = digest.hexdigest()
