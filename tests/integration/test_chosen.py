@@ -150,7 +150,8 @@ def test_rows_of_a_folder_are_told_with_their_files_whatever_the_order(run, plan
     """Three shards, listed as c, a, b; the weights that ``plan`` looks at are those of the rows, too."""
     import pandas as pd
 
-    from dataflex.config.data import column_values
+    from dataflex.config.args import LlamaFactoryArgs
+    from dataflex.config.data import Source, loaded_values
 
     rows = [json.loads(line) for line in (planted / "pool.jsonl").read_text().splitlines() if line]
     (planted / "shards").mkdir()
@@ -170,4 +171,6 @@ def test_rows_of_a_folder_are_told_with_their_files_whatever_the_order(run, plan
     files = {row["id"]: name for name, part in parts.items() for row in part}
     told = [path.rsplit("/", 1)[1][0] for path in column(table, "file")]
     assert told == [files[name] for name in column(table, "id")]
-    assert [value for _, value in column_values(planted / "shards", "id")] == [row["id"] for row in in_order]
+    source = Source(name="shards", path=planted / "shards")
+    known = [value for _, value in loaded_values(source, LlamaFactoryArgs.read({"stage": "sft"}), "id")]
+    assert known == [row["id"] for row in in_order if row["output"]]

@@ -16,27 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
 from dataflex.config.copies import described, stale
 from dataflex.config.data import (
     Source,
-    column_values,
     columns_of,
     count_rows,
     find_sources,
+    loaded_values,
     rows_problem,
     target_data_sets,
     train_rows,
     turn_weights,
 )
-from dataflex.config.forecast import Forecast, forecast
+from dataflex.config.forecast import Forecast, forecast, labelled_rows
 from dataflex.config.mappings import shown
 from dataflex.config.needs import FSDP2, ZERO3, optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
-from dataflex.plan.domains import Domains
+from dataflex.plan.domains import WANTED_LABELS, Domains, unusable_labels
 from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers, whole_part
 from dataflex.plan.schedule import Interval
 from dataflex.signals.specs import losses_unknown
@@ -568,11 +569,15 @@ def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Sou
     columns = {source.name: columns_of(source.path) for source in sources if source.path is not None}
     if copy is not None:
         columns = {f"tokenized copy {lf.tokenized_path}": frozenset(copy["columns"])}
+    labelled = labelled_rows(dynamic, lf, sources)
+    num_domains = None if labelled is None else len(labelled)
+    if sources and dynamic.domains_are_sources:
+        num_domains = 1 if copied else len(sources)
     return RunFacts(
         packed=lf.packed and not recorded_by_document(dynamic, lf),
         copied=copied,
         columns={name: known for name, known in columns.items() if known is not None},
-        num_domains=(1 if copied else len(sources)) if sources and dynamic.domains_are_sources else None,
+        num_domains=num_domains,
     )
 
 
@@ -616,7 +621,7 @@ def _domain_problems(
     if dynamic.mixer is not None and facts.num_domains is not None:
         if facts.num_domains < max(2, dynamic.requires.domains):
             return  # told already
-        yield from _mixture_problems(dynamic, view, [source.name for source in sources])
+        yield from _mixture_problems(dynamic, view, [*(view.labelled or view.counts)])
     elif dynamic.mixer is not None and dynamic.domain_column is not None:
         file = getattr(dynamic.mixer.params, "from_file", None)
         yield from () if file is None else _raised(lambda: read_proportions(file, "dynamic.mixer.from"))
@@ -629,24 +634,32 @@ def _value_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Seque
     """Yield the first value of a column that a method cannot use, where the rows that are trained on are known."""
     if lf.val_size > _NOT_HELD_OUT:
         return
-    for method in dynamic.methods:
-        for name in method.requires.columns:
-            for source in sources:
-                known = source.path is not None and source.num_samples is None and source.split == "train"
-                found = column_values(source.path, name) if known and source.path is not None else None
-                if not found:
-                    continue
-                found = found[: lf.max_samples]
-                values = np.empty(len(found), dtype=object)
-                values[:] = [value for _, value in found]
-                refused = method.build().refused_values(name, values)
-                if refused is None or not refused[0].any():
-                    continue
-                bad, wanted = refused
-                place, value = found[int(np.flatnonzero(bad)[0])]
-                others = f" (and {int(bad.sum()) - 1:,} more rows)" if bad.sum() > 1 else ""
-                told = f"data set {source.name!r}, {place}, has {name} = {shown(value)}{others}; {wanted}"
-                yield f"dynamic.{method.kind}: {told}"
+    asked: list[tuple[str, str, Callable[[str, NDArray[Any]], tuple[NDArray[np.bool_], str] | None]]] = [
+        (f"dynamic.{method.kind}", name, method.build().refused_values)
+        for method in dynamic.methods
+        for name in method.requires.columns
+    ]
+    if dynamic.domain_column is not None:
+        told = (
+            "dynamic.domain_column",
+            dynamic.domain_column,
+            lambda _, values: (unusable_labels(values), WANTED_LABELS),
+        )
+        asked.append(told)
+    for key, name, refuses in asked:
+        for source in sources:
+            found = loaded_values(source, lf, name)
+            if not found:
+                continue
+            values = np.empty(len(found), dtype=object)
+            values[:] = [value for _, value in found]
+            refused = refuses(name, values)
+            if refused is None or not refused[0].any():
+                continue
+            bad, wanted = refused
+            place, value = found[int(np.flatnonzero(bad)[0])]
+            others = f" (and {int(bad.sum()) - 1:,} more rows)" if bad.sum() > 1 else ""
+            yield f"{key}: data set {source.name!r}, {place}, has {name} = {shown(value)}{others}; {wanted}"
 
 
 def _score_problems(dynamic: DynamicConfig, sources: Sequence[Source]) -> Iterator[str]:

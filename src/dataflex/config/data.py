@@ -192,27 +192,6 @@ def _parquet(file: Path) -> Contents:
         return Contents(problem=f"is no readable Parquet: {str(error).splitlines()[0]}")
 
 
-def column_values(path: Path, name: str) -> list[tuple[str, Any]] | None:
-    """Return place ("line 3 of a.jsonl") and value of a column in each row of a data set, None for a missing one.
-
-    None where the files are not of moderate size, or of a form that is not read here.
-    """
-    files, found = files_of(path), []
-    if sum(file.stat().st_size for file in files) > _MOST_READ_BYTES:
-        return None
-    for file in files:
-        try:
-            found += [(f"{place} of {file}", value) for place, value in _column(file, name)]
-        except ValueError:
-            return None
-    return found
-
-
-def _column(file: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield place and value of each row; ValueError for a file that is not read here."""
-    yield from ((place, row.get(name)) for place, row in _records(file, [name]))
-
-
 def _records(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield place and these columns at least of each row; ValueError for a file that is not read here."""
     if file.suffix == ".parquet":
@@ -634,6 +613,26 @@ def _head_bytes(file: Path, rows: int) -> int | None:
             total += len(line)
             rows -= bool(text or line.strip())
     return total
+
+
+def loaded_values(source: Source, lf: LlamaFactoryArgs, name: str) -> list[tuple[str, Any]] | None:
+    """Return place ("line 3 of a.jsonl") and value of a column in each row that is loaded, those of ``val_size`` too.
+
+    A value that is missing is None. None for all where that is not quick to tell.
+    """
+    if source.num_samples is not None or source.split != "train" or lf.tokenized or source.path is None or source.bad:
+        return None
+    files = files_of(source.path)
+    if sum(map(os.path.getsize, files)) > _MOST_READ_BYTES:
+        return None
+    row = _Row(source.entry, lf.stage)
+    try:
+        records = [
+            (f"{place} of {file}", each) for file in files for place, each in _records(file, [*row.columns, name])
+        ]
+        return [(place, each.get(name)) for place, each in records[: lf.max_samples] if not row.fault(each)]
+    except (_Fatal, ValueError, AttributeError):
+        return None
 
 
 def rows_problem(source: Source, stage: str | None, *, every: bool) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
-from dataflex.config.data import Source, count_rows, target_data_sets, train_rows
+from dataflex.config.data import Source, count_rows, loaded_values, target_data_sets, train_rows
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import UnsupportedError
 from dataflex.method import Context, Mixer, Signals
-from dataflex.plan.domains import Domains
+from dataflex.plan.domains import Domains, unusable_labels
 from dataflex.plan.mixture import expected_epochs
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
@@ -98,6 +99,7 @@ class Forecast:
     rows: int | None  # rows to train on, val_size set aside
     steps: int | None  # optimizer steps of the run
     targets: Mapping[str, int | None] = field(default_factory=dict)  # rows that each target gives at most
+    labelled: Mapping[str, int] | None = None  # rows of each domain that a column names
     row_passes: tuple[float, float] = (1.0, 1.0)  # F and B of a row in training, or for its gradient
 
     @property
@@ -138,13 +140,16 @@ class Forecast:
 
     @cached_property
     def domains(self) -> Domains | None:
-        """The data sets as domains, each reduced by its share of ``val_size``; None where rows are unknown."""
-        sizes = [count for count in self.counts.values() if count is not None]
+        """The domains, each reduced by its share of ``val_size``; None where rows are unknown."""
+        found = self.counts if self.dynamic.domains_are_sources else self.labelled
+        if found is None:
+            return None
+        sizes = [count for count in found.values() if count is not None]
         total = sum(sizes)
-        if not self.dynamic.domains_are_sources or self.packs or not self.rows or total > _MOST_ROWS:
+        if self.packs or not self.rows or total > _MOST_ROWS:
             return None
         left = [max(1, round(size * self.rows / total)) for size in sizes]
-        return Domains.from_sizes(list(self.counts), left)
+        return Domains.from_sizes(list(found), left)
 
     def context(self, interval: Interval, domains: Domains) -> Context:
         """Return the context of a mixer before training."""
@@ -259,6 +264,19 @@ def _rows_of_targets(targets: Sequence[str], lf: LlamaFactoryArgs, sources: Sequ
     }
 
 
+def labelled_rows(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> dict[str, int] | None:
+    """Return the rows of each domain that a column names, ``val_size`` among them; None where that is not quick."""
+    if dynamic.domain_column is None or lf.packed or lf.streaming or not sources:
+        return None
+    labels: list[str] = []
+    for source in sources:
+        found = loaded_values(source, lf, dynamic.domain_column)
+        if found is None or unusable_labels(value for _, value in found).any():
+            return None
+        labels += [value for _, value in found]
+    return dict(Counter(labels)) or None
+
+
 def forecast(
     dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], targets: Sequence[Source] = ()
 ) -> Forecast:
@@ -273,5 +291,6 @@ def forecast(
         rows=rows,
         steps=total_steps(lf, rows),
         targets=_rows_of_targets(dynamic.targets, lf, targets),
+        labelled=labelled_rows(dynamic, lf, sources),
         row_passes=row_passes(lf.stage, compares=lf.pref_loss not in ("orpo", "simpo")),
     )

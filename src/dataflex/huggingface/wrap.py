@@ -38,7 +38,7 @@ from dataflex.errors import CheckpointError, ConfigError, DataError, Unsupported
 from dataflex.huggingface.loop import preference_loss
 from dataflex.huggingface.prompts import PromptMixin, prompt_problems, prompt_space
 from dataflex.huggingface.trainer import TrainerMixin
-from dataflex.plan.domains import unusable_labels
+from dataflex.plan.domains import WANTED_LABELS, unusable_labels
 from dataflex.preview import foretold, seconds_per_step
 from dataflex.signals.sweep import mask_of, padded
 from dataflex.signals.texts import SIZES
@@ -414,8 +414,7 @@ def told_of_rows(
     """
     labels = None if domains is None else column_values(rows, domains)
     if labels is not None:
-        wanted = "every row's must be text, the domain's name"
-        refuse_values("domains", domains, labels, (unusable_labels(labels), wanted), _place)
+        refuse_values("domains", domains, labels, (unusable_labels(labels), WANTED_LABELS), _place)
     columns = {name: column_values(rows, name) for name in (*config.columns, *more)}
     for chosen in config.methods:
         for name in chosen.requires.columns:

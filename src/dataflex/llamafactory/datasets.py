@@ -34,7 +34,7 @@ from dataflex.llamafactory.origins import origins_of
 from dataflex.llamafactory.streaming import JoinedRows, ServedRows
 from dataflex.llamafactory.turns import WEIGHTS
 from dataflex.method import RunFacts
-from dataflex.plan.domains import Domains, unusable_labels
+from dataflex.plan.domains import WANTED_LABELS, Domains, unusable_labels
 from dataflex.rng import stream
 from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import load_encoder, text_sweep
@@ -482,8 +482,7 @@ class DataLoading:
 
 
 def _check_labels(raw: RawRows, name: str, labels: NDArray[Any]) -> None:
-    wanted = "every row's must be text, the domain's name"
-    raw.check("dynamic.domain_column", name, labels, (unusable_labels(labels), wanted))
+    raw.check("dynamic.domain_column", name, labels, (unusable_labels(labels), WANTED_LABELS))
 
 
 def _dataset(table: pa.Table | None) -> Dataset | None:

@@ -54,6 +54,9 @@ def unusable_weight(value: Any) -> bool:
     return not number or not math.isfinite(value) or value < 0
 
 
+WANTED_LABELS = "every row's must be text, the domain's name"
+
+
 def unusable_labels(labels: Iterable[Any]) -> NDArray[np.bool_]:
     """Return which labels are empty or not text [N]."""
     return np.fromiter((not isinstance(label, str) or not label.strip() for label in labels), dtype=np.bool_)
