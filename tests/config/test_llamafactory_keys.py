@@ -133,10 +133,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"lr_scheduler_type": "cosine_with_min_lr"},
         "lr_scheduler_kwargs: lr_scheduler_type cosine_with_min_lr needs one of min_lr and",
     ),
-    "decay": (
-        {"lr_scheduler_type": "warmup_stable_decay"},
-        "lr_scheduler_kwargs: lr_scheduler_type warmup_stable_decay needs num_decay_steps",
-    ),
     "nothing trained": (
         {"finetuning_type": "freeze", "freeze_trainable_layers": 0},
         "freeze_trainable_layers: with 0 nothing is trained",
@@ -193,6 +189,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "lr_scheduler_kwargs": {"num_cycles": 1},
     },
     "schedule": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'},
+    "lengths filled in": {"lr_scheduler_type": "warmup_stable_decay"},
     "resume": {"resume_from_checkpoint": False},
     "no clipping": {"max_grad_norm": float("inf")},
     "unlimited": {"save_total_limit": -1, "max_steps": -1},

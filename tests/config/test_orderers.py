@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dataflex.commands.plan import plan
-from dataflex.config.check import late_share
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.files import file_records
+from dataflex.config.rates import Rate
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.score_table import ScoreTable, write_scores
@@ -255,11 +256,57 @@ def test_an_interval_that_changes_nothing_is_noted(config: Config, project: Path
     assert not noted(orderer={"name": "pacing", "by": "length"}, mixer="uniform", interval_steps=5)
 
 
-def test_shares_of_the_rate_are_the_golden_ones() -> None:
-    found = [late_share("cosine"), late_share("cosine_with_min_lr", 0.1), late_share("cosine_with_min_lr", 1 / 3)]
-    assert found == pytest.approx([0.025043, 0.065910, 0.137465], abs=1e-6)
-    assert late_share("constant") == late_share("warmup_stable_decay") == 0.25
-    assert late_share("linear") == pytest.approx(1 / 16, abs=3e-4)
+@pytest.mark.parametrize(
+    ("falls", "floor", "begin", "late", "share"),
+    [
+        ("cosine", 0.0, 0.0, 0.25, 0.025043),
+        ("cosine", 0.1, 0.0, 0.25, 0.065910),
+        ("cosine", 1 / 3, 0.0, 0.25, 0.137465),
+        ("1-sqrt", 0.0, 0.8, 0.2, 0.077471),
+        ("1-sqrt", 1 / 3, 0.8, 0.2, 0.122282),
+        (None, 0.0, 0.0, 0.25, 0.25),
+    ],
+)
+def test_shares_of_the_rate_are_the_golden_ones(
+    falls: str | None, floor: float, begin: float, late: float, share: float
+) -> None:
+    assert Rate(falls=falls, floor=floor, begin=begin).late_share(late) == pytest.approx(share, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
+@pytest.mark.parametrize(
+    ("schedule", "given", "sets"),
+    [
+        ("linear", {}, "a"),
+        ("cosine", {}, "a"),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}, "a"),
+        ("constant", {}, "a"),
+        ("warmup_stable_decay", {}, "a"),
+        ("warmup_stable_decay", {"num_decay_steps": 300, "decay_type": "1-sqrt", "min_lr_ratio": 0.1}, "a"),
+        ("warmup_stable_decay", {"num_decay_steps": 240, "num_stable_steps": 960, "decay_type": "linear"}, "a"),
+        ("warmup_stable_decay", {"num_decay_steps": 120}, None),
+    ],
+)
+def test_shares_of_the_rate_are_those_of_the_schedule(schedule: str, given: dict[str, Any], sets: str | None) -> None:
+    """LLaMA-Factory's (it fills in lengths that are left out), or without data sets the Trainer's own."""
+    import torch
+    from llamafactory.train.trainer_utils import create_custom_scheduler
+    from transformers import TrainingArguments, get_scheduler
+
+    arguments = TrainingArguments(max_steps=1200, lr_scheduler_type=schedule, lr_scheduler_kwargs=dict(given))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    if sets is not None:
+        create_custom_scheduler(arguments, 1200, optimizer)
+    kwargs = {"num_warmup_steps": 0, "num_training_steps": 1200}
+    made = get_scheduler(schedule, optimizer, **kwargs, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs)
+    rates = []
+    for _ in range(1200):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        made.step()
+    keys = {"max_steps": 1200, "lr_scheduler_type": schedule, "lr_scheduler_kwargs": given, "dataset": sets}
+    found = Rate.of(LlamaFactoryArgs.read({key: value for key, value in keys.items() if value is not None}))
+    assert found.late_share() == pytest.approx(sum(rates[900:]) / sum(rates), abs=2e-3)
 
 
 def test_an_order_under_a_rate_that_falls_to_nothing_is_noted(config: Config, project: Path) -> None:
@@ -270,8 +317,11 @@ def test_an_order_under_a_rate_that_falls_to_nothing_is_noted(config: Config, pr
     assert "the last quarter of the steps has 6.3% of the learning rate" in noted(lr_scheduler_type="linear")
     assert "has 2.5%" in noted(lr_scheduler_type="cosine")
     least = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 3e-3}
+    late = {"num_stable_steps": 80, "num_decay_steps": 20}
     assert noted(**least, lr_scheduler_kwargs={"min_lr_rate": 0.1})
     assert not noted(**least, lr_scheduler_kwargs={"min_lr_rate": 0.33})
     assert not noted(**least, lr_scheduler_kwargs={"min_lr": 1e-3})
     assert not noted(lr_scheduler_type="constant")
+    assert "has 4.1%" in noted(lr_scheduler_type="warmup_stable_decay")  # two thirds of the steps fall
+    assert not noted(lr_scheduler_type="warmup_stable_decay", max_steps=100, lr_scheduler_kwargs=late)
     assert not noted("shuffle", lr_scheduler_type="cosine")

@@ -349,8 +349,6 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                 yield f"{key}.{each}: unknown key{did_you_mean(str(each), known)} (lr_scheduler_type {name} {listed})"
         if name.endswith("with_min_lr") and (given.get("min_lr") is None) == (given.get("min_lr_rate") is None):
             yield f"{key}: lr_scheduler_type {name} needs one of min_lr and min_lr_rate, as in '{{min_lr_rate: 0.1}}'"
-        if name == "warmup_stable_decay" and given.get("num_decay_steps") is None:
-            yield f"{key}: lr_scheduler_type {name} needs num_decay_steps"
 
 
 def _not_installed(what: str, packages: Sequence[str]) -> Iterator[str]:

@@ -34,6 +34,7 @@ from dataflex.config.data import (
 from dataflex.config.forecast import Forecast, forecast, labelled_rows
 from dataflex.config.mappings import shown
 from dataflex.config.needs import FSDP2, ZERO3, optimizer_without_moments, unmet
+from dataflex.config.rates import Rate
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
@@ -825,27 +826,11 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
         yield "dataloader_drop_last: no effect here: every step is full"
 
 
-def late_share(schedule: str, floor: float = 0.0) -> float:
-    """Return the last quarter's share of the learning rate summed over a run, a quarter where the rate stays.
-
-    ``schedule`` is the ``lr_scheduler_type`` of the Trainer and ``floor`` its last rate as a part of the highest.
-    Warm-up is not counted, and what falls neither by a line nor by half a cosine is taken for constant.
-    """
-    done = np.arange(1000) / 1000
-    falls = {"linear": 1 - done, "polynomial": 1 - done}.get(schedule)
-    if schedule.startswith("cosine") and schedule != "cosine_with_restarts":
-        falls = (1 + np.cos(np.pi * done)) / 2
-    rates = np.ones(1000) if falls is None else floor + (1 - floor) * falls
-    return float(rates[750:].sum() / rates.sum())
-
-
 def _note_on_the_rate(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     """Yield a note where rows are ordered and the rate has all but fallen when the last of them come."""
     if dynamic.orderer is None or dynamic.orderer.name == "shuffle":
         return
-    given = lf.lr_scheduler_kwargs if isinstance(lf.lr_scheduler_kwargs, Mapping) else {}
-    floor = given.get("min_lr_rate") or (given.get("min_lr") or 0.0) / (lf.learning_rate or 1.0)
-    share = late_share(str(lf.lr_scheduler_type), float(floor) if "min_lr" in str(lf.lr_scheduler_type) else 0.0)
+    share = Rate.of(lf).late_share()
     if share < 0.125:
         yield (
             f"lr_scheduler_type: under {lf.lr_scheduler_type} the last quarter of the steps has {share:.1%} of the "
