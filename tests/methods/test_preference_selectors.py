@@ -10,7 +10,7 @@ import pytest
 from dataflex.config.build import parse_dynamic
 from dataflex.errors import ConfigError, DataError
 from dataflex.registry import find
-from dataflex.selectors.preferences import fused, implicit_margins, probabilities, upper_bound
+from dataflex.selectors.preferences import fused, implicit_margins, in_first_half, probabilities, upper_bound
 from dataflex.signals.kinds import PreferenceLogps
 from dataflex.testing import FakeSignals, example_context
 
@@ -108,6 +108,25 @@ def test_flipped_pairs_are_told_apart():
     assert share_flipped(selector("bees", column="reward").select(pool, right, ctx), wrong) < share_flipped(
         alone, wrong
     )
+
+
+def test_flipped_pairs_are_hard_for_models_that_were_not_trained_on_them():
+    """A model is sure of the pairs that it was trained on; of the others it sees the true margins with noise."""
+    wrong, _, _ = planted()
+    pool, random = np.arange(len(wrong)), np.random.default_rng(5)
+    tokens, reference = np.full((len(wrong), 2), 20), np.full((len(wrong), 2), -40.0)
+    given, first = {"reference": reference}, in_first_half(pool, 0)
+    for name in ("a", "c", "d", "b", "e", "f"):
+        margins = random.normal(np.where(wrong, -2.0, 2.0), 3.0)
+        given[name] = reference + np.outer(np.where(first == (name in "acd"), 9.0, margins), [1.0, 0.0])
+    asked = FakeSignals(
+        np.ones(len(wrong)), values={PreferenceLogps: lambda signal, rows, _: answers(given[signal.of], tokens)[rows]}
+    )
+    ctx = example_context({"all": len(wrong)}, signals=asked)
+    one = selector("selective_dpo", first=("a",), second=("b",)).select(pool, len(pool), ctx)
+    three = selector("selective_dpo", first=("a", "c", "d"), second=("b", "e", "f")).select(pool, len(pool), ctx)
+    assert share_flipped(three, wrong) < share_flipped(one, wrong) < 0.5 * wrong.mean()
+    assert three.ordered
 
 
 def test_a_band_keeps_margins_inside_nearest_to_its_middle_first():

@@ -495,6 +495,7 @@ def test_uniform_drawing_loses_what_it_must():
         ("mopps", {}, 0.65),
         ("mopps", {"by": "band", "candidates": None, "discount": 1.0}, 0.65),
         ("greso", {}, 0.3),
+        ("pass_schedule", {"start": 0.5, "end": 0.5}, 0.65),
     ],
 )
 def test_prompt_selectors_find_the_prompts_that_teach(name, params, least):
@@ -508,3 +509,25 @@ def test_bandits_find_the_domain_that_teaches(name, params):
     found, account = regret(mixer=build("mixer", name, **params))
     assert found < 0.7 * UNIFORM_REGRET
     assert account.saved_answers > 0.0
+
+
+def learned(mixer, seed, steps=50, batch=16):
+    """Return the pass rate of ``code`` after a run: each of its answered prompts raises it, ``web`` stays as it is."""
+    draws, rate = np.random.default_rng(seed), 0.05
+    for step in range(steps):
+        ctx = example_context({"web": 8, "code": 8}, index=step)
+        count = round(batch * (0.5 if mixer is None else mixer.mix(ctx).proportions[1]))
+        domains = np.repeat([0, 1], [batch - count, count])
+        rewards = (draws.random((batch, 8)) < np.where(domains == 1, rate, 0.5)[:, None]).astype(float)
+        if mixer is not None:
+            mixer.observe_rollouts(example_rollouts(rewards, domains=domains, names=("web", "code"), step=step))
+        rate += 0.0015 * count
+    return rate
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_tscl_stays_with_the_domain_that_is_learned(signed):
+    assert learned(None, 0) == pytest.approx(0.65)
+    found = [learned(build("mixer", "tscl", window=20, signed=signed), seed) for seed in range(5)]
+    assert min(found) > 0.7
+    assert np.mean(found) > 0.78
