@@ -681,12 +681,15 @@ def test_classes_that_cannot_be_wrapped_are_refused():
             dataflex.wrap(grpo, BLOCKS["loss"])
 
 
-@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft"])
-def test_examples_train_and_go_on(tmp_path, name, monkeypatch):
+PAIRS = [pytest.param("trl_pairs", kind, marks=TRAINERS[2].marks) for kind in ("DPO", "Reward", "KTO")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hf_trainer", None), ("trl_sft", None), *PAIRS])
+def test_examples_train_and_go_on(tmp_path, name, kind, monkeypatch):
     example = ROOT / "examples" / f"{name}.py"
     assert len(example.read_text().splitlines()) < 40
     for more in ([], [str(tmp_path / "out" / "checkpoint-6")]):
-        monkeypatch.setattr(sys, "argv", [str(example), str(tmp_path / "out"), *more])
+        monkeypatch.setattr(sys, "argv", [str(example), *filter(None, [kind]), str(tmp_path / "out"), *more])
         trainer = runpy.run_path(str(example))["trainer"]
         assert trainer.state.global_step == 12
     kinds = [event["event"] for event in read_events(tmp_path / "out" / "dataflex")]
