@@ -18,7 +18,8 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.costs import passes_by_label
 from dataflex.config.data import Source, count_bytes, count_rows, find_sources, train_rows
 from dataflex.config.forecast import Forecast, batch_of, forecast, total_steps
-from dataflex.errors import UnsupportedError
+from dataflex.config.split import resolve
+from dataflex.errors import ConfigError, UnsupportedError
 
 Config = Callable[..., dict[str, Any]]
 
@@ -275,6 +276,52 @@ def test_what_is_not_known_stays_open(project: Path) -> None:
     by_column = view_of({"mixer": "uniform", "domain_column": "source"}, project)
     assert by_column.domains is None
     assert by_column.rows == 150
+
+
+def _with_sources(project: Path) -> None:
+    """Give rows of a the domains web (40, two of them without a response) and code (60), those of b books."""
+    rows = [json.loads(line) for line in (project / "data/a.jsonl").read_text().splitlines()]
+    told = [{**row, "source": "web" if place < 40 else "code"} for place, row in enumerate(rows)]
+    told[38]["output"] = told[39]["output"] = None
+    (project / "data/a.jsonl").write_text("\n".join(map(json.dumps, told)))
+    file = project / "data/b.json"
+    file.write_text(json.dumps([{**row, "source": "books"} for row in json.loads(file.read_text())]))
+
+
+def test_domains_of_a_column_are_known(project: Path) -> None:
+    _with_sources(project)
+    block = {"mixer": "uniform", "domain_column": "source"}
+    domains = view_of(block, project).domains
+    assert domains is not None
+    assert dict(zip(domains.names, domains.num_rows.tolist(), strict=True)) == {"web": 38, "code": 60, "books": 50}
+    first = view_of(block, project, max_samples=45).domains
+    assert first is not None
+    assert dict(zip(first.names, first.num_rows.tolist(), strict=True)) == {"web": 38, "code": 5, "books": 45}
+    held = view_of(block, project, val_size=0.5).domains
+    assert held is not None
+    assert held.num_rows.tolist() == [19, 30, 25]
+    assert view_of(block, project, streaming=True).domains is None
+
+
+def test_names_of_a_column_are_checked(project: Path, config: Callable[..., dict[str, Any]]) -> None:
+    def told(**block: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            resolve(config(dataset="a,b", dynamic={"domain_column": "source", **block}), project)
+        return "\n".join(caught.value.problems)
+
+    _with_sources(project)
+    given = {"web": 0.5, "cod": 0.5}
+    assert "dynamic.mixer.proportions.cod: no such domain; did you mean 'code'?" in told(
+        mixer={"name": "static", "proportions": given}
+    )
+    assert "dynamic.max_epochs.wbe: no such domain; did you mean 'web'?" in told(mixer="uniform", max_epochs={"wbe": 2})
+    file = project / "data/a.jsonl"
+    file.write_text(file.read_text().replace('"source": "code"', '"source": null'))
+    assert "line 41 of" in told(mixer="uniform")
+    assert "has source = null (and 59 more rows); every row's must be text" in told(mixer="uniform")
+    file.write_text(file.read_text().replace('"source": null', '"source": "web"'))
+    with pytest.raises(ConfigError, match="uniform needs at least two domains, found 1"):
+        resolve(config(dataset="a", dynamic={"domain_column": "source", "mixer": "uniform"}), project)
 
 
 def test_validation_rows_are_taken_from_all_domains_alike(project: Path) -> None:

@@ -145,7 +145,7 @@ class Forecast:
         if found is None:
             return None
         sizes = [count for count in found.values() if count is not None]
-        total = sum(sizes)
+        total = sum(count for count in self.counts.values() if count is not None)
         if self.packs or not self.rows or total > _MOST_ROWS:
             return None
         left = [max(1, round(size * self.rows / total)) for size in sizes]

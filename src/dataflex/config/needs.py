@@ -298,7 +298,8 @@ def _stage(method: MethodConfig, needs: Requires, stage: str) -> Iterator[str]:
     elif needs.row_weights is not None and stage not in _CAUSAL:
         yield f"{where}{method.name} gives rows weights, and stage {stage} trains on a loss of its own; use pt or sft"
     elif stage not in needs.stages:
-        why = ", whose rows are no pairs of a chosen and a rejected answer" if needs.stages == _PAIRS else ""
+        single = needs.stages == _PAIRS and stage != "rm"
+        why = ", whose rows are no pairs of a chosen and a rejected answer" if single else ""
         yield f"{where}{method.name} does not work under stage {stage}{why} (works under: {', '.join(needs.stages)})"
     else:
         for signal in sorted(needs.signals):
