@@ -155,6 +155,12 @@ def test_a_policy_that_is_its_reference_still_is_refused():
             one.select(np.arange(4), 2, ctx)
 
 
+def test_answers_that_are_equal_where_they_are_cut_are_told():
+    asked = signals([[-4.0, -4.0], [-6.0, -6.0]], [[-5.0, -5.0], [-5.0, -5.0]], [[2, 2], [2, 2]])
+    with pytest.raises(DataError, match=r"every margin is 0: .* equal within 'cutoff_len'"):
+        selector("margin").select(np.arange(2), 1, example_context({"all": 2}, signals=asked))
+
+
 def test_outliers_are_left_out_and_sums_add():
     reward = np.array([0.0, 1.0, 2.0, 3.0, 50.0])
     given = signals([[m, 0.0] for m in (1.0, 2.0, 9.0, 4.0, 3.0)], [[0.0, 0.0]] * 5, [[3, 3]] * 5)

@@ -113,6 +113,10 @@ class PairSelector(ScoringSelector):
         margins = implicit_margins(policy, reference, beta, normalize=normalize)
         finite = margins[np.isfinite(margins)]
         if len(finite) and not finite.any():
+            if not np.array_equal(policy[:, :, 0], reference[:, :, 0], equal_nan=True):
+                raise DataError(
+                    f"{self.name}: every margin is 0: the answers of each pair are equal within 'cutoff_len'"
+                )
             raise DataError(
                 f"{self.name}: every margin is 0, since the policy is its own reference still. Set "
                 "dynamic.warmup_steps above 0, or name the folder of a model that was trained on preferences: policy"
