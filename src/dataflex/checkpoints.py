@@ -8,15 +8,20 @@ its checkpoints of an older run are resumed from only if they are named in the c
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import re
 import secrets
+import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
+from dataflex.errors import CheckpointError
 from dataflex.state import fsync, refusals, remove, replacing
 
 FOLDER = "dataflex"
@@ -27,6 +32,7 @@ HASHED_BYTES = 2**30
 
 _MANIFEST = f"{FOLDER}/manifest.json"
 _RUN = f"{FOLDER}/run.json"
+_LOCK = f"{FOLDER}/run.lock"
 _FORMAT = 2
 _HASH = "xxh3_128"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -103,6 +109,58 @@ def begin_run(output_dir: Path, run: str | None = None) -> str:
             with replacing(output_dir / _RUN, None) as file:
                 file.write((json.dumps({"run": run}) + "\n").encode())
     return run
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def refuse_busy(output_dir: Path) -> None:
+    """Raise CheckpointError where a run of another process writes into an output folder."""
+    path = (output_dir / _LOCK).resolve()
+    if path not in _held and os.access(path, os.W_OK):
+        with path.open("r+", encoding="utf-8") as file:
+            _lock(file, output_dir)
+
+
+def claim(output_dir: Path) -> None:
+    """Refuse an output folder to runs of other processes, until ``release`` or, however it ends, the process's end.
+
+    Raises:
+        CheckpointError: A run of another process writes into it, or the lock cannot be written.
+    """
+    path = (output_dir / _LOCK).resolve()
+    if path in _held:
+        return
+    with refusals(path, key="output_dir"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    _lock(file, output_dir)
+    with refusals(path, key="output_dir"):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    _held[path] = file
+
+
+def release(output_dir: Path) -> None:
+    """Let other processes have a folder that was claimed, if it was."""
+    file = _held.pop((output_dir / _LOCK).resolve(), None)
+    if file is not None:
+        file.close()
+
+
+def _lock(file: IO[str], output_dir: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: a second run in it is not refused
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise CheckpointError(
+            f"output_dir: {holder} writes a run into {output_dir}; wait until it has ended, or name another folder"
+        ) from error
 
 
 def broken_reason(checkpoint: Path) -> str | None:

@@ -109,10 +109,14 @@ def resume(lf: dict[str, Any]) -> None:
     A fresh start marks the folder as its own at once, so that no later start resumes from an older run.
 
     Raises:
-        CheckpointError: The named checkpoint is not complete, or there is none to resume from.
+        CheckpointError: The named checkpoint is not complete, there is none to resume from, or a run of another process
+            writes into the folder.
     """
     from dataflex import checkpoints
 
+    output_dir = Path(str(lf["output_dir"]))
+    if os.environ.get("RANK", "0") == "0":
+        checkpoints.refuse_busy(output_dir)
     asked = lf.get("resume_from_checkpoint")
     if isinstance(asked, str):
         asked = {"true": True, "false": False, "none": None, "": None}.get(asked.lower(), asked)
@@ -121,7 +125,6 @@ def resume(lf: dict[str, Any]) -> None:
         if reason is not None:
             raise CheckpointError(f"resume_from_checkpoint: {asked} cannot be resumed from: {reason}")
         return
-    output_dir = Path(str(lf["output_dir"]))
     passed_over: list[str] = []
     if asked or (asked is None and not lf.get("overwrite_output_dir")):
         newest, passed_over = checkpoints.find_resumable(output_dir)

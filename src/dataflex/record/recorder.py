@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex import checkpoints
 from dataflex.clock import PhaseClock
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
@@ -321,6 +322,7 @@ class RunRecorder:
         self._ended = True
         with suppress(DataError):  # what ended the run is told first
             self._store(ENDING, self._event("ended", self._step, {}))
+        checkpoints.release(self.directory.parent)
 
     def _event(self, event: str, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
         nonfinite: list[str] = []

@@ -384,6 +384,7 @@ class Session:
         output_dir, controller = self.loop.output_dir, self.controller
         found = ("", False)
         if comm.rank() == 0:
+            checkpoints.claim(output_dir)
             run = None if resumed is None else checkpoints.run_of(resumed)
             recorded = recorded_run(output_dir / checkpoints.FOLDER)
             same = resumed is not None and recorded is not None and recorded in ("", run)
