@@ -1,7 +1,8 @@
 """How a process ends: by SIGTERM, by a signal that its parent passes on, and without threads that outlive Python.
 
 A command ends at once on SIGTERM, with a message and exit code 143. A training run notes it (``TermWish``) and ends
-after the step, with a checkpoint. Nothing here imports torch unless it is imported already.
+after the step, with a checkpoint. SIGHUP, of a terminal that is closed, is taken as SIGTERM. Nothing here imports torch
+unless it is imported already.
 """
 
 from __future__ import annotations
@@ -48,18 +49,31 @@ def _handled(handler: _Handler, *names: str) -> Iterator[None]:
 
 @contextmanager
 def _on_term(act: Callable[[], None]) -> Iterator[None]:
-    """Call ``act`` on SIGTERM while inside; a child of this process ends instead, as without a handler."""
+    """Call ``act`` on SIGTERM or SIGHUP while inside; a child of this process ends instead, as without a handler."""
     pid = os.getpid()
 
-    def handle(*_: Any) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
         if os.getpid() == pid:
+            if number != signal.SIGTERM:
+                _leave_terminal()
             act()
         else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    with _handled(handle, "SIGTERM"):
+    with _handled(handle, "SIGTERM", "SIGHUP"):
         yield
+
+
+def _leave_terminal() -> None:
+    """Let stdout and stderr lead nowhere where the terminal behind them is gone, which refuses every write."""
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def heed_parent_only(_: int = 0) -> None:
@@ -77,12 +91,13 @@ def heed_parent_only(_: int = 0) -> None:
             pass
         os._exit(0)
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent hears of it too
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait, daemon=True).start()
 
 
 def ends_on_term(what: str) -> AbstractContextManager[None]:
-    """Turn SIGTERM into ``Terminated``, with the text ``what``, while inside."""
+    """Turn SIGTERM and SIGHUP into ``Terminated``, with the text ``what``, while inside."""
 
     def end() -> None:
         raise Terminated(what)

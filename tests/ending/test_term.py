@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -72,6 +75,7 @@ def test_a_worker_of_a_loader_heeds_its_own_process_only():
 CHILD = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print('child saves', flush=True), time.sleep(0.5), sys.exit(7)))
+signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
 signal.signal(signal.SIGINT, lambda *_: (print('child stops', flush=True), sys.exit(8)))
 print('ready', flush=True)
 time.sleep(60)
@@ -90,6 +94,7 @@ sys.exit(guarded(lambda: run_child([sys.executable, '-c', sys.argv[1]])))
     [
         (signal.SIGTERM, TERMINATED, ["child saves", "dataflex: ended by SIGTERM"]),
         (signal.SIGINT, 1, ["child stops", "dataflex: interrupted"]),
+        (signal.SIGHUP, TERMINATED, ["child saves", "dataflex: ended by SIGHUP"]),
     ],
 )
 def test_a_launcher_hands_signals_on_and_waits(tmp_path, number, code, told):
@@ -106,15 +111,53 @@ def test_a_child_that_ends_by_itself_gives_its_code():
     assert run_child([sys.executable, "-c", "raise SystemExit(2)"]) == 2
 
 
-def test_sigterm_during_a_command_is_told(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_sigterm_during_a_command_is_told(name):
     code = (
         "import os, signal, sys, time; from dataflex.cli import guarded\n"
-        "def act():\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(9)\n    return 0\n"
+        f"def act():\n    os.kill(os.getpid(), signal.{name})\n    time.sleep(9)\n    return 0\n"
         "sys.exit(guarded(act))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == TERMINATED == 143
     assert done.stderr.startswith("dataflex: ended by SIGTERM")
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from dataflex.cli import guarded
+from dataflex.ending import TermWish, Terminated
+
+def act():
+    wish = TermWish()
+    with wish.noted("[dataflex] ending after the step"):
+        while not wish.asked:
+            print("a step", file=sys.stderr, flush=True)
+            time.sleep(0.02)
+        for stream in (sys.stdout, sys.stderr):  # the rest of the step, and the checkpoint
+            print("saving", file=stream, flush=True)
+        Path(sys.argv[1]).write_text("saved")
+    raise Terminated("ended after the step")
+
+sys.exit(guarded(act))
+"""
+
+
+def test_a_terminal_that_is_closed_ends_a_run_after_its_step(tmp_path):
+    def lead():  # a session of its own, whose terminal is stdin's
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", HANGS, str(tmp_path / "checkpoint")]
+    run = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=lead)
+    os.close(theirs)
+    assert os.read(ours, 6) == b"a step"
+    os.close(ours)
+    assert run.wait(timeout=60) == TERMINATED
+    assert (tmp_path / "checkpoint").read_text() == "saved"
 
 
 RUN = {"max_steps": 60, "save_strategy": "no", "lora_dropout": 0.1, "finetuning_type": "lora"}
