@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -62,15 +63,25 @@ class _Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**settings)  # type: ignore[arg-type]
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse; ``key=value`` overrides may also come after options."""
-        options, left = self.parse_known_args(args, namespace)
-        overrides = hasattr(options, "overrides") and all("=" in text and not text.startswith("-") for text in left)
-        if left and not overrides:
-            self.error(f"unrecognized arguments: {' '.join(left)}")
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, as each command's parser is called; ``key=value`` overrides may also come after options."""
+        ours = itertools.takewhile(lambda text: text != "--" and (self._subparsers is None or text[:1] == "-"), args)
+        flags, known = (
+            [text.partition("=")[0] for text in ours if text.startswith("--")],
+            [*self._option_string_actions],
+        )
+        # Told before what is missing, which may be what is meant.
+        self._refuse([f"{flag}{did_you_mean(flag, known)}" for flag in flags if flag not in known])
+        options, left = super().parse_known_args(args, namespace)
+        overrides = hasattr(options, "overrides")
+        self._refuse([text for text in left if not overrides or text.startswith("-") or "=" not in text])
         if left:
             options.overrides = [*options.overrides, *left]
-        return options
+        return options, []
+
+    def _refuse(self, texts: Sequence[str]) -> None:
+        if texts:
+            self.error(f"unrecognized arguments: {' '.join(texts)}")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see '{self.prog} --help')")

@@ -54,7 +54,16 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         (["plan"], "dataflex: the following arguments are required: CONFIG (see 'dataflex plan --help')"),
         (["plan", "run.yaml"], "dataflex: run.yaml: no such file; did you mean 'run.json'?"),
         (["plan", "run.json", "--seed"], "dataflex: unrecognized arguments: --seed"),
-        (["report", "x", "--ou", "y"], "dataflex: unrecognized arguments: --ou y"),
+        (
+            ["report", "x", "--ou", "y"],
+            "dataflex: unrecognized arguments: --ou; did you mean '--out'? (see 'dataflex report",
+        ),
+        (["score", "--metod", "loss", "x"], "dataflex: unrecognized arguments: --metod; did you mean '--method'?"),
+        (["--versin"], "dataflex: unrecognized arguments: --versin; did you mean '--version'?"),
+        (
+            ["plan", "run.json", "--jsno", "a=1"],
+            "unrecognized arguments: --jsno; did you mean '--json'? (see 'dataflex plan",
+        ),
         (["report"], "dataflex: the following arguments are required: RUN (see 'dataflex report --help')"),
         (["methods", "a", "b"], "dataflex: unrecognized arguments: b"),
         (["methods", "lss"], "dataflex: methods: there is no 'lss'; did you mean 'loss'? (known: all, random"),

@@ -138,7 +138,10 @@ def test_mistakes(arguments, message, my, capsys):
             {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
         ),
         (
-            {"conversations": [{"from": "human", "value": "a"}], "system": "s", "tools": "[]", "images": ["a.png"]},
+            {
+                "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+                **{"system": "s", "tools": "[]", "images": ["a.png"]},
+            },
             "sft",
             {
                 "formatting": "sharegpt",
