@@ -60,10 +60,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         ),
         (["score", "--metod", "loss", "x"], "dataflex: unrecognized arguments: --metod; did you mean '--method'?"),
         (["--versin"], "dataflex: unrecognized arguments: --versin; did you mean '--version'?"),
-        (
-            ["plan", "run.json", "--jsno", "a=1"],
-            "unrecognized arguments: --jsno; did you mean '--json'? (see 'dataflex plan",
-        ),
+        (["plan", "run.json", "--jsno", "a=1"], "dataflex: unrecognized arguments: --jsno; did you mean '--json'?"),
         (["report"], "dataflex: the following arguments are required: RUN (see 'dataflex report --help')"),
         (["methods", "a", "b"], "dataflex: unrecognized arguments: b"),
         (["methods", "lss"], "dataflex: methods: there is no 'lss'; did you mean 'loss'? (known: all, random"),
