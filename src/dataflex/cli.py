@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from dataflex.console import VERBOSE, lost_reader, open_closed_streams, others_aside, tell, write
 from dataflex.ending import TERMINATED, Terminated, ends_on_term
-from dataflex.errors import ConfigError, DataFlexError, did_you_mean
+from dataflex.errors import ConfigError, DataFlexError, chain, did_you_mean
 from dataflex.printable import Answer, plain, shown
 from dataflex.storage import storage_problem
 from dataflex.version import untested
@@ -99,24 +99,26 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         with ends_on_term("ended by SIGTERM; what was not saved by then is lost"):
             return action()
-    except KeyboardInterrupt:
-        _tell("interrupted")
-        return _FAILED
-    except Terminated as ended:
-        _tell(str(ended))
-        return TERMINATED
-    except Exception as error:
-        if lost_reader(error):
-            _tell("ended, since the reader of its output has closed it")
-            return _FAILED
-        if isinstance(error, DataFlexError):
-            _tell(str(error))
-            return _MISTAKE
-        told = storage_problem(error)
-        if told is None:
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        verdict = _verdict(error)
+        if verdict is None:
             raise
+        told, code = verdict
         _tell(told)
-        return _MISTAKE
+        return code
+
+
+def _verdict(error: BaseException) -> tuple[str, int] | None:
+    """Return what to tell of an error and the exit code, or None for a defect of ours."""
+    for one in chain(error):  # imports that are interrupted raise errors of their own
+        if isinstance(one, KeyboardInterrupt):
+            return "interrupted", _FAILED
+        if isinstance(one, Terminated):
+            return str(one), TERMINATED
+    if lost_reader(error):
+        return "ended, since the reader of its output has closed it", _FAILED
+    told = str(error) if isinstance(error, DataFlexError) else storage_problem(error)
+    return None if told is None else (told, _MISTAKE)
 
 
 def _tell(text: str) -> None:

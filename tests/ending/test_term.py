@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from dataflex.checkpoints import broken_reason, find_resumable
+from dataflex.cli import guarded
 from dataflex.ending import TERMINATED, Terminated, TermWish, ends_on_term, heed_parent_only, run_child
 from dataflex.record.read import read_ending
 from tests.ending.conftest import dataflex, environment, start, wait_for
@@ -121,6 +122,20 @@ def test_sigterm_during_a_command_is_told(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == TERMINATED == 143
     assert done.stderr.startswith("dataflex: ended by SIGTERM")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_an_import_makes_an_error_of_is_told_as_a_signal(number, capsys):
+    def act():
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise ModuleNotFoundError("Could not import module 'TrainerCallback'") from error
+
+    code = guarded(act)
+    words = {signal.SIGINT: (1, "interrupted"), signal.SIGTERM: (TERMINATED, "ended by SIGTERM; what was not saved")}
+    assert code == words[number][0]
+    assert capsys.readouterr().err.startswith(f"dataflex: {words[number][1]}")
 
 
 HANGS = """
