@@ -356,7 +356,7 @@ class _Row:
         if told:
             return told
         for where, text in [*prompt, *answers]:
-            if not isinstance(text, str):
+            if not isinstance(text, str | list):  # parts of LLaMA-Factory v1 are joined, or told, when they are loaded
                 raise _Fatal(f"has {_kind(text)} in {where}, where text is expected")
         return ""
 
