@@ -329,6 +329,7 @@ class _Row:
 
     def __init__(self, entry: Mapping[str, Any], stage: str) -> None:
         self.format, self.stage = str(entry.get("formatting") or "alpaca"), stage
+        self.of_v1 = "converter" in entry  # its converters drop nothing
         given = entry.get("columns")
         self.names: Mapping[str, Any] = {**_ALPACA, **_CHAT} if given is None else given
         self.tags = {key: (entry.get("tags") or _TAGS).get(key) for key in _TAGS}
@@ -345,6 +346,8 @@ class _Row:
 
     def fault(self, row: Mapping[str, Any]) -> str:
         """Return why a row is dropped, or an empty text; _Fatal for one that ends the conversion."""
+        if self.of_v1:
+            return ""
         prompt, answers, told = (self._of_texts if self.format == "alpaca" else self._of_messages)(row)
         if self.stage == "pt":  # takes the first message alone
             if told and self.format != "alpaca":

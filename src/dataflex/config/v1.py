@@ -176,7 +176,8 @@ def _entries(
             told = f"has the converter {info['converter']!r}, whose rows are not {wanted} (known: {others})"
             problems.append(f"{key}: {name!r} {told}")
         else:
-            found[str(name)] = {**_entry(info), **formats[info.get("converter")]}
+            converter = info.get("converter")
+            found[str(name)] = {**_entry(info), **formats[converter], "converter": converter}
     return found, problems
 
 

@@ -144,6 +144,7 @@ class TokenizedCopy:
 
     def write(self, copied: Copied, evaluation: dict[str, Dataset]) -> None:
         """Write the whole; ``evaluation`` are named data sets, for LLaMA-Factory alone."""
+        comm.barrier()  # every rank has opened the parts, which are removed
         if comm.rank() == 0:
             held = {} if copied.held is None else {"validation": copied.held}
             with refusals(self.path, DataError, key="tokenized_path"):
