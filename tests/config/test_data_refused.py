@@ -174,6 +174,20 @@ def test_a_data_set_that_cannot_be_loaded(name: str, key: str, config: Config, p
     )
 
 
+def test_values_that_only_parquet_has_are_told(config: Config, project: Path) -> None:
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{**ROW, "output": datetime.date(2026, 1, 1)}] * 30
+    pq.write_table(pa.Table.from_pylist(rows), project / "data/x.parquet")
+    info = json.loads((project / "data/dataset_info.json").read_text())
+    (project / "data/dataset_info.json").write_text(json.dumps(info | {"x": {"file_name": "x.parquet"}}))
+    with pytest.raises(ConfigError, match="row 1 of .* has a date in 'output'; the response must be text"):
+        resolve(config(dataset="x"), project)
+
+
 def test_a_row_that_is_not_read_ends_nothing(config: Config, project: Path) -> None:
     rows = [ROW, {**ROW, "output": None}, {**ROW, "instruction": None}]
     broken = {"formatting": "sharegpt", "file_name": "x.jsonl"}

@@ -168,7 +168,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
     kinds = {type(None): "null", int: "a number", float: "a number", str: "text", dict: "a mapping", list: "a list"}
-    return kinds[type(value)]
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _csv(file: Path) -> Contents:
