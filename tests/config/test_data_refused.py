@@ -184,7 +184,7 @@ def test_values_that_only_parquet_has_are_told(config: Config, project: Path) ->
     pq.write_table(pa.Table.from_pylist(rows), project / "data/x.parquet")
     info = json.loads((project / "data/dataset_info.json").read_text())
     (project / "data/dataset_info.json").write_text(json.dumps(info | {"x": {"file_name": "x.parquet"}}))
-    with pytest.raises(ConfigError, match="row 1 of .* has a date in 'output'; the response must be text"):
+    with pytest.raises(ConfigError, match=r"row 1 of .* has a date in 'output'; the response must be text"):
         resolve(config(dataset="x"), project)
 
 
