@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataflex.console import VERBOSE, lost_reader, open_closed_streams, others_aside, tell, write
+from dataflex.console import VERBOSE, flush_streams, lost_reader, open_closed_streams, others_aside, tell, write
 from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, chain, did_you_mean
 from dataflex.printable import Answer, plain, shown
@@ -106,6 +106,8 @@ def guarded(action: Callable[[], int]) -> int:
         told, code = verdict
         _tell(told)
         return code
+    finally:
+        flush_streams()
 
 
 def _verdict(error: BaseException) -> tuple[str, int] | None:

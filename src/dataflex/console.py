@@ -54,6 +54,15 @@ def _to_nowhere(stream: TextIO) -> None:
     os.close(nowhere)
 
 
+def flush_streams() -> None:
+    """Write out stdout and stderr, or let one that refuses it lead nowhere: else Python's own exit code is 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream)
+
+
 def lost_reader(error: BaseException) -> bool:
     """Return whether the command failed since what reads its stdout or stderr has closed it; both then lead nowhere."""
     if not any(isinstance(one, BrokenPipeError) for one in chain(error)):

@@ -11,13 +11,15 @@ import pytest
 DATAFLEX = "import sys; from dataflex_llm import main; sys.exit(main())"
 
 
-def code_of(command: str, redirected: str) -> tuple[int, str]:
-    """Exit code and stderr of a command, as a shell starts it."""
+def code_of(command: str, redirected: str, unbuffered: str = "") -> tuple[int, str]:
+    """Exit code and stderr of a command, as a shell starts it; ``unbuffered``: 1 where Python keeps nothing back."""
     line = f"{sys.executable} -c '{DATAFLEX}' {command} {redirected}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=env)
     return done.returncode, done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("command", "redirected", "code"),
     [
@@ -32,8 +34,8 @@ def code_of(command: str, redirected: str) -> tuple[int, str]:
         ("nosuch", "2>&1 | true; exit ${PIPESTATUS[0]}", 2),
     ],
 )
-def test_streams_that_lead_nowhere_change_no_exit_code(command, redirected, code):
-    found, told = code_of(command, redirected)
+def test_streams_that_lead_nowhere_change_no_exit_code(command, redirected, code, unbuffered):
+    found, told = code_of(command, redirected, unbuffered)
     assert found == code
     assert "Traceback" not in told
 
