@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,19 @@ import pytest
 
 from tests.distributed.ranks import free_port
 from tests.integration.conftest import Runner, base_settings
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_at_a_terminal():
+    """Hear, and let children hear, signals that a shell ignores for its background jobs (SIGINT) and nohup (SIGHUP)."""
+    hear = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in hear if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, hear[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
 
 SLOW_STEPS = """
 import time
