@@ -133,11 +133,13 @@ def test_a_weight_that_is_text_is_told_too(run, weighted):
 def test_a_row_without_a_domain_is_told(run, weighted):
     weighted("kind", ["x"] * 5 + [None] + ["y"] * 6)
     with pytest.raises(
-        DataError, match=r"dynamic.domain_column: data set 'w', line 11 of .*has kind = null; every row"
+        ConfigError, match=r"dynamic.domain_column: data set 'w', line 11 of .*has kind = null; every row"
     ):
         run("out", dynamic={"domain_column": "kind", "mixer": "uniform"})
     weighted("kind", ["x"] * 12)
-    with pytest.raises(DataError, match=r"dynamic.weighter: group needs at least two domains, found 1; every row has"):
+    with pytest.raises(
+        ConfigError, match=r"dynamic.weighter: group needs at least two domains, found 1; every row has"
+    ):
         run("out", dynamic={"domain_column": "kind", "weighter": "group"})
 
 
