@@ -158,6 +158,9 @@ def test_a_selector_and_plugins_are_kept(base, project, config, capsys):
 def test_names_of_domains_survive_yaml_and_csv(project, config, capsys):
     names = ["no", "1", "a: b", 'with "quotes"', "\u00dcn\u00ef"]
     add_column(project, "source", "no")
+    rows = map(json.loads, (project / "data/a.jsonl").read_text().splitlines())
+    named = [json.dumps({**row, "source": names[place % 5]}) for place, row in enumerate(rows)]
+    (project / "data/a.jsonl").write_text("\n".join(named))
     (project / "run.json").write_text(json.dumps(config(dynamic={"mixer": "uniform", "domain_column": "source"})))
     natural = {"names": names, "proportions": [0.2] * 5}
     (project / "natural.json").write_text(json.dumps(natural))

@@ -162,6 +162,8 @@ def test_a_file_that_does_not_fit_is_told_before_anything_is_loaded(project, con
         return []
 
     add_column(project, "source", "web")
+    file = project / "data" / "b.json"
+    file.write_text(file.read_text().replace('"source": "web"', '"source": "code"'))
     assert [problem.split(": ")[:2] for problem in problems()] == [["dynamic.mixer.from", "no such file"]]
     assert [problem.split(": ")[:2] for problem in problems(domain_column="source")] == [
         ["dynamic.mixer.from", "no such file"]
