@@ -157,7 +157,7 @@ def test_a_policy_that_is_its_reference_still_is_refused():
 
 def test_answers_that_are_equal_where_they_are_cut_are_told():
     asked = signals([[-4.0, -4.0], [-6.0, -6.0]], [[-5.0, -5.0], [-5.0, -5.0]], [[2, 2], [2, 2]])
-    with pytest.raises(DataError, match=r"every margin is 0: answers of each pair are equal within 'cutoff_len'"):
+    with pytest.raises(DataError, match=r"every margin is 0: the answers of each pair are equal within 'cutoff_len'"):
         selector("margin").select(np.arange(2), 1, example_context({"all": 2}, signals=asked))
 
 
