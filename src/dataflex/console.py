@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
-from typing import IO, TextIO
+from typing import IO
 
+from dataflex.ending import to_nowhere
 from dataflex.errors import chain
 from dataflex.printable import shown
 
@@ -44,14 +45,7 @@ def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _to_nowhere(sys.stdout)
-
-
-def _to_nowhere(stream: TextIO) -> None:
-    """Keep Python from failing when it flushes a stream at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+        to_nowhere(sys.stdout.fileno())
 
 
 def flush_streams() -> None:
@@ -60,7 +54,7 @@ def flush_streams() -> None:
         try:
             stream.flush()
         except OSError:
-            _to_nowhere(stream)
+            to_nowhere(stream.fileno())
 
 
 def lost_reader(error: BaseException) -> bool:
@@ -73,7 +67,7 @@ def lost_reader(error: BaseException) -> bool:
     lost = [number for number, event in poll.poll(0) if event & select.POLLERR]
     for stream in (sys.stdout, sys.stderr):
         if stream.fileno() in lost:
-            _to_nowhere(stream)
+            to_nowhere(stream.fileno())
     return bool(lost)
 
 

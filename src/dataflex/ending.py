@@ -71,9 +71,14 @@ def _leave_terminal() -> None:
         try:
             os.write(number, b"")
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)
+            to_nowhere(number)
+
+
+def to_nowhere(number: int) -> None:
+    """Let a descriptor lead nowhere, so that what is still to be written into it fails no more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def heed_parent_only(_: int = 0) -> None:
