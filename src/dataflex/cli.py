@@ -66,10 +66,8 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, as each command's parser is called; ``key=value`` overrides may also come after options."""
         ours = itertools.takewhile(lambda text: text != "--" and (self._subparsers is None or text[:1] == "-"), args)
-        flags, known = (
-            [text.partition("=")[0] for text in ours if text.startswith("--")],
-            [*self._option_string_actions],
-        )
+        flags = [text.partition("=")[0] for text in ours if text.startswith("--")]
+        known = [*self._option_string_actions]
         # Told before what is missing, which may be what is meant.
         self._refuse([f"{flag}{did_you_mean(flag, known)}" for flag in flags if flag not in known])
         options, left = super().parse_known_args(args, namespace)

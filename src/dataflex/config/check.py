@@ -641,12 +641,7 @@ def _value_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Seque
         for name in method.requires.columns
     ]
     if dynamic.domain_column is not None:
-        told = (
-            "dynamic.domain_column",
-            dynamic.domain_column,
-            lambda _, values: (unusable_labels(values), WANTED_LABELS),
-        )
-        asked.append(told)
+        asked.append(("dynamic.domain_column", dynamic.domain_column, _refused_labels))
     for key, name, refuses in asked:
         for source in sources:
             found = loaded_values(source, lf, name)
@@ -661,6 +656,10 @@ def _value_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Seque
             place, value = found[int(np.flatnonzero(bad)[0])]
             others = f" (and {int(bad.sum()) - 1:,} more rows)" if bad.sum() > 1 else ""
             yield f"{key}: data set {source.name!r}, {place}, has {name} = {shown(value)}{others}; {wanted}"
+
+
+def _refused_labels(_: str, labels: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
+    return unusable_labels(labels), WANTED_LABELS
 
 
 def _score_problems(dynamic: DynamicConfig, sources: Sequence[Source]) -> Iterator[str]:

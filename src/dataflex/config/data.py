@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import shown
@@ -618,24 +618,61 @@ def _head_bytes(file: Path, rows: int) -> int | None:
     return total
 
 
+class _Read(NamedTuple):
+    """One row of a file."""
+
+    place: str  # "line 3"
+    file: Path
+    value: Any  # of the column that was asked for
+    told: str  # why it is dropped, or ends the conversion
+    fatal: bool
+
+
+def _rows_of(source: Source, stage: str, column: str | None = None) -> Sequence[_Read] | None:
+    """Return the rows of a data set, None where it is not in local files of moderate size, or of another form.
+
+    Remembered while size and time of change of the files stay the same.
+    """
+    if source.path is None or source.bad:
+        return None
+    states = [(file, file.stat()) for file in files_of(source.path)]
+    if sum(state.st_size for _, state in states) > _MOST_READ_BYTES:
+        return None
+    known = tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
+    return _read_rows(known, json.dumps(dict(source.entry), sort_keys=True, default=str), stage, column)
+
+
+@lru_cache(maxsize=8)
+def _read_rows(
+    files: tuple[tuple[Path, int, int], ...], entry: str, stage: str, column: str | None
+) -> Sequence[_Read] | None:
+    row, found = _Row(json.loads(entry), stage), list[_Read]()
+    columns = [*row.columns, *([column] if column is not None else [])]
+    try:
+        for file, _, _ in files:
+            for place, each in _records(file, columns):
+                try:
+                    told, fatal = row.fault(each), False
+                except _Fatal as error:
+                    told, fatal = str(error), True
+                value = None if column is None else each.get(column)
+                found.append(_Read(place, file, value, told, fatal))
+    except (ValueError, AttributeError):
+        return None
+    return found
+
+
 def loaded_values(source: Source, lf: LlamaFactoryArgs, name: str) -> list[tuple[str, Any]] | None:
     """Return place ("line 3 of a.jsonl") and value of a column in each row that is loaded, those of ``val_size`` too.
 
     A value that is missing is None. None for all where that is not quick to tell.
     """
-    if source.num_samples is not None or source.split != "train" or lf.tokenized or source.path is None or source.bad:
+    if source.num_samples is not None or source.split != "train" or lf.tokenized:
         return None
-    files = files_of(source.path)
-    if sum(map(os.path.getsize, files)) > _MOST_READ_BYTES:
+    rows = _rows_of(source, lf.stage, name)
+    if rows is None or any(row.fatal for row in rows[: lf.max_samples]):
         return None
-    row = _Row(source.entry, lf.stage)
-    try:
-        records = [
-            (f"{place} of {file}", each) for file in files for place, each in _records(file, [*row.columns, name])
-        ]
-        return [(place, each.get(name)) for place, each in records[: lf.max_samples] if not row.fault(each)]
-    except (_Fatal, ValueError, AttributeError):
-        return None
+    return [(f"{row.place} of {row.file}", row.value) for row in rows[: lf.max_samples] if not row.told]
 
 
 def rows_problem(source: Source, stage: str | None, *, every: bool) -> str:
@@ -643,25 +680,15 @@ def rows_problem(source: Source, stage: str | None, *, every: bool) -> str:
 
     ``every``: whether all of its rows are read by the run. Only local files of moderate size are looked at.
     """
-    if stage not in ("pt", "sft", "rm", "dpo", "kto") or source.path is None or source.bad:
+    if stage not in ("pt", "sft", "rm", "dpo", "kto"):
         return ""
-    if sum(map(os.path.getsize, files_of(source.path))) > _MOST_READ_BYTES:
+    rows = _rows_of(source, stage) or ()
+    fatal = next((row for row in rows if row.fatal), None)
+    if every and fatal is not None:
+        return f"cannot be loaded: {fatal.place} of {fatal.file} {fatal.told}"
+    if not rows or any(not row.told for row in rows):
         return ""
-    row, first, kept = _Row(source.entry, stage or ""), "", False
-    for file in files_of(source.path):
-        try:
-            for place, found in _records(file, row.columns):
-                try:
-                    told = row.fault(found)
-                except _Fatal as error:
-                    told = str(error)
-                    if every:
-                        return f"cannot be loaded: {place} of {file} {told}"
-                kept = kept or not told
-                first = first or (told and f"{place} of {file} {told}")
-        except (ValueError, AttributeError):  # of a form that is not read here
-            return ""
-    return f"has no row that stage {stage} can use: {first}" if first and not kept else ""
+    return f"has no row that stage {stage} can use: {rows[0].place} of {rows[0].file} {rows[0].told}"
 
 
 def train_rows(counts: Sequence[int | None], lf: LlamaFactoryArgs) -> int | None:
