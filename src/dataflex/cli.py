@@ -77,6 +77,13 @@ class _Parser(argparse.ArgumentParser):
             options.overrides = [*options.overrides, *left]
         return options, []
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), [str(choice) for choice in action.choices or ()])
+            raise
+
     def _refuse(self, texts: Sequence[str]) -> None:
         if texts:
             self.error(f"unrecognized arguments: {' '.join(texts)}")

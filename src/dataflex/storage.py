@@ -52,6 +52,19 @@ def storage_problem(error: BaseException, output_dir: Path | None = None) -> str
     return "\n".join(lines)
 
 
+def place_problem(path: Path) -> str | None:
+    """Return why nothing can be written at ``path``, as far as the folders that are there tell, or None."""
+    try:
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror or error}"
+    if not above.is_dir():
+        return f"{above} is a file, not a folder"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"{above} cannot be written to; choose another folder or change its permissions"
+    return None
+
+
 def _reason(error: BaseException) -> tuple[int | None, str | None]:
     """Return the system's number of a refused write (0: unknown; None: no refused write) and the path if known."""
     if isinstance(error, OSError) and error.errno in (*_REFUSED, errno.EACCES):

@@ -66,6 +66,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         (["methods", "lss"], "dataflex: methods: there is no 'lss'; did you mean 'loss'? (known: all, random"),
         (["methods", "mixer/focal"], "dataflex: methods: there is no 'focal' (known: static, uniform"),
         (["methods", "mixr/loss"], "dataflex: methods: 'mixr' is not a kind; did you mean 'mixer'?"),
+        (["mix", "ftt", "x"], "dataflex: argument STEP: invalid choice: 'ftt' (choose from 'doremi', 'msft', 'swarm'"),
         (["--verbose"], "dataflex: "),
     ],
 )

@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dataflex.errors import DataError
+from dataflex.mixers.online import fit_power_law
 from dataflex.mixing.fit import (
     LAWS,
     _objective,
@@ -91,6 +94,36 @@ def test_losses_that_no_law_describes_are_told():
     mixtures = np.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]])
     with pytest.raises(DataError, match="could not be fitted"):
         fit_law("log_linear", mixtures, np.array([np.nan, 1.0, 2.0]), restarts=1)
+
+
+@pytest.mark.parametrize("loss", [-5.0, 1e308])
+def test_losses_that_no_law_reaches_are_told_at_once(loss):
+    mixtures = Table(runs=("r0", "r1", "r2"), columns=("a", "b"), values=np.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]]))
+    losses = Table(runs=mixtures.runs, columns=("held",), values=np.array([[1.0], [loss], [2.0]]))
+    with pytest.raises(DataError, match=r"run r1: the held-out loss of held is .* of at least 0 and below 1e\+13"):
+        fit_losses("log_linear", mixtures, losses, folds=3, provenance={})
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda: fit_law("log_linear", np.array([[0.5, 0.5], [0.2, 0.8]]), np.array([1.0, 2.0]), restarts=1),
+        lambda: fit_power_law(np.arange(1, 301) * 8.0, 1.0 + np.arange(1, 301) ** -0.5),
+    ],
+)
+def test_laws_are_fitted_on_one_thread(fit, monkeypatch):
+    """Waking others takes scipy twenty times as long as steps in a few dimensions."""
+
+    def threads():
+        return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+
+    seen, minimize = set(), scipy.optimize.minimize
+    monkeypatch.setattr(scipy.optimize, "minimize", lambda *a, **k: seen.update(threads()) or minimize(*a, **k))
+    with threadpool_limits(limits=2, user_api="blas"):
+        before = threads()
+        fit()
+        assert threads() == before
+    assert seen == {1}
 
 
 # ---------------------------------------------------------------- quality

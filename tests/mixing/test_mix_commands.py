@@ -393,7 +393,9 @@ def test_losses_of_ones_own_without_a_swarm(project, capsys):
         ("run,web,code\nr0,0.5,0.5\nr0,0.4,0.6\n", "run r0 is there twice"),
         ("web,code\n0.5,0.5\n", "the first line must be 'run'"),
         ("run,web,code\n", "holds no run"),
-        (None, "cannot be read"),
+        ("run,web,\nr0,0.5,0.5\n", "column 3 has no name"),
+        ("run,web,code\n,0.5,0.5\n", "a line without the name of a run: ,0.5,0.5"),
+        (None, "DIR: own holds no ratios.csv"),
     ],
 )
 def test_bad_mixtures_are_told(project, capsys, text, told):
@@ -478,6 +480,53 @@ def test_chameleon_from_embeddings(project, capsys):
     assert pre.details["scores"] == fine.details["scores"]
     assert "give one of the two" in run("chameleon", "--out", "x.json", code=2, capsys=capsys)
     assert "--domains: missing" in run("chameleon", "--model", "m", "--out", "x.json", code=2, capsys=capsys)
+
+
+@pytest.fixture
+def numbers(project):
+    """A matrix, embeddings, and files that hold neither."""
+    logs = -np.random.default_rng(0).uniform(5, 9, size=(20, 2))
+    np.savez(project / "m.npz", names=["web", "code"], log_likelihoods=logs, lengths=np.full(20, 4.0))
+    np.savez(project / "scalar.npz", names="web", log_likelihoods=logs, lengths=np.full(20, 4.0))
+    np.savez(project / "losses.npz", names=["web", "code"], log_likelihoods=-logs, lengths=np.full(20, 4.0))
+    np.savez(project / "e.npz", web=np.array([1.0, 0.0]), code=np.array([0.0, 4.0]))
+    (project / "empty.npz").write_bytes(b"")
+    (project / "folder").mkdir()
+    return project
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("mixmin --matrix empty.npz --out x.json", "empty.npz: cannot be read: No data left in file"),
+        ("chameleon --embeddings empty.npz --out x.json", "empty.npz: cannot be read: No data left in file"),
+        ("mixmin --matrix none.npz --out x.json", "none.npz: cannot be read: No such file or directory\n"),
+        ("mixmin --matrix scalar.npz --out x.json", "scalar.npz: 1 names, but log-likelihoods of shape [20, 2]"),
+        ("mixmin --matrix losses.npz --out x.json", "some are above 0, so that they are none; are they losses?"),
+        ("mixmin --matrix m.npz --out x.json --rate nan", "argument --rate: invalid number value: 'nan'"),
+        ("chameleon --embeddings e.npz --out x.json --ridge inf", "argument --ridge: invalid number value: 'inf'"),
+        ("mixmin --matrix none.npz --out m.npz/x.json", "--out: {here}/m.npz is a file, not a folder"),
+        ("mixmin --matrix none.npz --out folder", "--out: folder is there and holds no proportions"),
+        ("chameleon --embeddings none.npz --out e.npz/x.json", "--out: {here}/e.npz is a file, not a folder"),
+        ("mixmin --matrix m.npz --out x.json --most-texts 9", "--most-texts: has no effect with --matrix"),
+        ("mixmin --matrix m.npz --out x.json --save-matrix y.npz", "--save-matrix: has no effect with --matrix"),
+        ("chameleon --embeddings e.npz --out x.json --column q", "--column: has no effect with --embeddings"),
+        ("mixmin --models a=x,b=y --target t.txt --save-matrix y --out x.json", "--save-matrix: y: must end in .npz"),
+        ("chameleon --model x --domains a=b,c=d --out x.json", "--model: no such folder: x"),
+        (
+            "mixmin --models a=folder,b=y --target t.txt --out x.json",
+            "--models: folder holds no model (no config.json)",
+        ),
+        ("mixmin --matrx m.npz --out x.json", "did you mean '--matrix'?"),
+        ("mixnim --matrix m.npz --out x.json", "invalid choice: 'mixnim'"),
+        ("chameleon --embeddings e.npz --purpose finetune --out x.json", "did you mean 'finetuning'?"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_computed(numbers, capsys, command, told):
+    (numbers / "t.txt").write_text("a text\n")
+    (numbers / "b").write_text("a text\n")
+    assert told.format(here=numbers) in run(*command.split(), code=2, capsys=capsys)
+    assert not (numbers / "x.json").exists()
 
 
 # ---------------------------------------------------------------- help

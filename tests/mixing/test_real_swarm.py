@@ -205,5 +205,5 @@ def test_models_that_cannot_be_compared_are_refused(two_models, tmp_path, capsys
     assert mix("mixmin", "--models", models, "--target", "goal.txt", "--out", "x.json") == 2
     assert "code and web have different tokenizers" in capsys.readouterr().err
     assert mix("mixmin", "--models", "a=nowhere,b=gone", "--target", "goal.txt", "--out", "x.json") == 2
-    assert "a: no such folder: nowhere" in capsys.readouterr().err
+    assert "--models: no such folder: nowhere" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+
+def finite(text: str) -> float:
+    """Return a finite number; argparse tells what is none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+finite.__name__ = "number"  # which the message holds
 
 
 class Step(NamedTuple):
@@ -20,7 +32,7 @@ class Step(NamedTuple):
 
 _OVERRIDES = dict(nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
 _OUT = dict(type=Path, required=True, metavar="FILE", help="proportions file to write")
-_COLUMN = dict(default="text", metavar="KEY[,KEY]", help="keys of a row to join (default: text)")
+_COLUMN = dict(metavar="KEY[,KEY]", help="keys of a row to join (default: text)")
 _METHOD = dict(choices=("log_linear", "mixing_law", "lightgbm"), default="log_linear")
 _JUDGED: dict[str, dict[str, Any]] = {
     "--without": dict(metavar="RUN[,RUN]", help="runs to leave out"),
@@ -32,18 +44,18 @@ _DRAWS: dict[str, dict[str, Any]] = {
     "--style": dict(choices=("olmix", "regmix"), default="olmix", help="whose settings (default: olmix)"),
     "--seed": dict(type=int, default=0, help="seed of the draws (default: 0)"),
     "--strengths": dict(metavar="LEAST,MOST,COUNT", help="concentrations (default: 0.1,5,15)"),
-    "--prior-power": dict(type=float, metavar="P", help="prior ~ natural share^P (olmix: 1, regmix: 0.5)"),
-    "--max-ratio": dict(type=float, metavar="X", help="largest multiple of the natural share (regmix: 15)"),
-    "--min-weight": dict(type=float, metavar="W", help="shares below it become 0 (default: 0.0002)"),
-    "--round": dict(type=float, metavar="W", help="shares are multiples of it (default: 0.0002)"),
+    "--prior-power": dict(type=finite, metavar="P", help="prior ~ natural share^P (olmix: 1, regmix: 0.5)"),
+    "--max-ratio": dict(type=finite, metavar="X", help="largest multiple of the natural share (regmix: 15)"),
+    "--min-weight": dict(type=finite, metavar="W", help="shares below it become 0 (default: 0.0002)"),
+    "--round": dict(type=finite, metavar="W", help="shares are multiples of it (default: 0.0002)"),
     "--reuse": dict(
         type=Path, metavar="FILE", help="proportions file whose domains keep their shares among one another"
     ),
     "--changed": dict(metavar="NAME[,NAME]", help="domains of that file that changed (see 'mix reuse')"),
 }
 _CAPS: dict[str, dict[str, Any]] = {
-    "--budget": dict(type=float, metavar="R", help="what the large run uses, in the unit of the sizes"),
-    "--max-epochs": dict(type=float, metavar="N", help="maximum epochs over a domain within --budget (4)"),
+    "--budget": dict(type=finite, metavar="R", help="what the large run uses, in the unit of the sizes"),
+    "--max-epochs": dict(type=finite, metavar="N", help="maximum epochs over a domain within --budget (4)"),
     "--cap": dict(metavar="NAME=SHARE,...", help="largest shares of single domains"),
 }
 
@@ -116,7 +128,7 @@ MIX_STEPS = {
         "propose",
         {
             "folder": dict(type=Path, metavar="DIR", help="folder with a fit.json"),
-            "--kl": dict(type=float, metavar="L", help="weight of staying near the natural mix (default: 0.05)"),
+            "--kl": dict(type=finite, metavar="L", help="weight of staying near the natural mix (default: 0.05)"),
             **_CAPS,
             "--tasks": dict(metavar="NAME[,NAME]", help="held-out sets whose mean loss is lowered (default: all)"),
             "--natural": dict(metavar="WHAT", help="sizes, for a folder without swarm.json (see 'mix swarm')"),
@@ -153,8 +165,8 @@ MIX_STEPS = {
             ),
             "--keep": dict(metavar="NAME[,NAME]", help="domains that are kept (default: all that did not change)"),
             "--natural": dict(metavar="WHAT", help="sizes by name, or a run's folder, for --budget"),
-            "--budget": dict(type=float, metavar="R", help="what the large run uses, in the unit of the sizes"),
-            "--max-epochs": dict(type=float, metavar="N", help="maximum epochs over a domain within --budget (4)"),
+            "--budget": dict(type=finite, metavar="R", help="what the large run uses, in the unit of the sizes"),
+            "--max-epochs": dict(type=finite, metavar="N", help="maximum epochs over a domain within --budget (4)"),
             "--out": _OUT,
         },
     ),
@@ -166,13 +178,13 @@ MIX_STEPS = {
             "--models": dict(metavar="NAME=FOLDER,...", help="one proxy model per domain"),
             "--target": dict(type=Path, metavar="FILE", help="target texts: .jsonl, .json or .txt"),
             "--column": _COLUMN,
-            "--piece-tokens": dict(type=int, default=64, metavar="N", help="texts are cut to this (default: 64)"),
-            "--most-texts": dict(type=int, default=2048, metavar="N", help="number of texts drawn (default: 2048)"),
+            "--piece-tokens": dict(type=int, metavar="N", help="texts are cut to this (default: 64)"),
+            "--most-texts": dict(type=int, metavar="N", help="number of texts drawn (default: 2048)"),
             "--matrix": dict(type=Path, metavar="FILE", help=".npz or .csv of log-likelihoods, instead of models"),
             "--save-matrix": dict(type=Path, metavar="FILE", help="keep the log-likelihoods (.npz)"),
-            "--rate": dict(type=float, default=1.0, help="step size (default: 1)"),
+            "--rate": dict(type=finite, default=1.0, help="step size (default: 1)"),
             "--steps": dict(type=int, default=100, help="maximum number of steps (default: 100)"),
-            "--test-share": dict(type=float, default=0.2, help="share of pieces to test on (default: 0.2)"),
+            "--test-share": dict(type=finite, default=0.2, help="share of pieces to test on (default: 0.2)"),
             "--seed": dict(type=int, default=0, help="seed of that split (default: 0)"),
             "--out": _OUT,
         },
@@ -185,12 +197,12 @@ MIX_STEPS = {
             "--model": dict(metavar="FOLDER", help="model that embeds the texts"),
             "--domains": dict(metavar="NAME=FILE,...", help="texts of each domain: .jsonl, .json or .txt"),
             "--column": _COLUMN,
-            "--samples": dict(type=int, default=2048, metavar="N", help="texts per domain (default: 2048)"),
-            "--tokens": dict(type=int, default=512, metavar="N", help="tokens of each text (default: 512)"),
+            "--samples": dict(type=int, metavar="N", help="texts per domain (default: 2048)"),
+            "--tokens": dict(type=int, metavar="N", help="tokens of each text (default: 512)"),
             "--embeddings": dict(type=Path, metavar="NPZ", help="one array per domain, instead of a model"),
             "--save-embeddings": dict(type=Path, metavar="NPZ", help="keep the domains' mean embeddings"),
             "--purpose": dict(choices=("pretraining", "finetuning"), default="pretraining"),
-            "--ridge": dict(type=float, default=10.0, help="lambda of the leverage scores (default: 10)"),
+            "--ridge": dict(type=finite, default=10.0, help="lambda of the leverage scores (default: 10)"),
             "--seed": dict(type=int, default=0, help="seed of the samples (default: 0)"),
             "--out": _OUT,
         },

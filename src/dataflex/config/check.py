@@ -42,6 +42,7 @@ from dataflex.plan.domains import WANTED_LABELS, Domains, unusable_labels
 from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers, whole_part
 from dataflex.plan.schedule import Interval
 from dataflex.signals.specs import losses_unknown
+from dataflex.storage import place_problem
 from dataflex.validate import check_mix
 from dataflex.version import version_of
 
@@ -410,11 +411,8 @@ def _output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
         yield "output_dir: missing; checkpoints, plans and the record of the run go there"
         return
     folder = Path(str(lf.output_dir))
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        yield f"output_dir: {above} is a file, not a folder"
-    elif not os.access(above, os.W_OK | os.X_OK):
-        yield f"output_dir: {above} cannot be written to; choose another folder or change its permissions"
+    if told := place_problem(folder / "file"):
+        yield f"output_dir: {told}"
     resume = lf.resume_from_checkpoint
     inside = folder.iterdir() if folder.is_dir() else ()
     if isinstance(resume, str) and resume.lower() not in ("true", "false", "none", ""):

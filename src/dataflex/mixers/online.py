@@ -8,6 +8,7 @@ from itertools import product
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Requires, param
@@ -247,18 +248,19 @@ def fit_power_law(
     top_e = max(float(log_loss.min()), least_e)
     grid = product(np.linspace(least_e, top_e, _GRID), np.linspace(-1.0, most_a, _GRID), np.linspace(0.1, 0.8, _GRID))
     starts = sorted((np.array(point) for point in grid), key=lambda point: objective(point)[0])[:_REFINED]
-    fits = [
-        minimize(
-            # The objective is of the order of 1e-6, below the optimizer's own idea of convergence.
-            lambda theta: tuple(1e6 * np.asarray(part) for part in objective(theta)),
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=bounds,
-            options={"maxiter": 200},
-        )
-        for start in starts
-    ]
+    with threadpool_limits(limits=1, user_api="blas"):  # scipy's: waking threads takes longer than steps this small
+        fits = [
+            minimize(
+                # The objective is of the order of 1e-6, below the optimizer's own idea of convergence.
+                lambda theta: tuple(1e6 * np.asarray(part) for part in objective(theta)),
+                start,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=bounds,
+                options={"maxiter": 200},
+            )
+            for start in starts
+        ]
     finite = [fit for fit in fits if np.isfinite(fit.fun) and np.isfinite(fit.x).all()]
     if not finite:
         return None

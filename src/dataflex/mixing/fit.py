@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from dataflex.config.args import data_set_names
 from dataflex.errors import ConfigError, DataError, did_you_mean
@@ -93,15 +94,16 @@ def fit_law(law: Law, mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0, r
         return minimize(_objective, start, args=(taken, losses_R), jac=True, method="L-BFGS-B", options=options)
 
     best, best_value = None, np.inf
-    for offset in _OFFSETS:
-        for slopes in rng.standard_normal((restarts, design.shape[1])):
-            found = descend(np.concatenate([[offset], slopes])[free], _SEARCH)
-            if np.isfinite(found.fun) and np.isfinite(found.x).all() and found.fun < best_value:
-                best, best_value = found.x, found.fun
-    if best is None:
-        raise DataError("the law could not be fitted: no start led to finite numbers; are the losses in nats?")
-    theta = np.zeros(len(free))
-    theta[free] = descend(best, _POLISH).x
+    with threadpool_limits(limits=1, user_api="blas"):  # scipy's: waking threads takes longer than steps this small
+        for offset in _OFFSETS:
+            for slopes in rng.standard_normal((restarts, design.shape[1])):
+                found = descend(np.concatenate([[offset], slopes])[free], _SEARCH)
+                if np.isfinite(found.fun) and np.isfinite(found.x).all() and found.fun < best_value:
+                    best, best_value = found.x, found.fun
+        if best is None:
+            raise DataError("the law could not be fitted: no start led to finite numbers; are the losses in nats?")
+        theta = np.zeros(len(free))
+        theta[free] = descend(best, _POLISH).x
     return theta
 
 
@@ -240,6 +242,8 @@ def fit_losses(
             f"{num_runs} finished runs with held-out losses; a fit needs at least {LEAST_RUNS}, and Olmix advises "
             f"3 (domains + 1) = {3 * (len(mixtures.columns) + 1)}"
         )
+    if method in LAWS:
+        _check_reachable(losses)
 
     def trees(fitted_RK: Floats, fitted_R: Floats) -> Predictor:
         booster = fit_trees(fitted_RK, fitted_R, seed=seed)
@@ -273,6 +277,18 @@ def fit_losses(
         runs=mixtures.runs,
         provenance=provenance,
     )
+
+
+def _check_reachable(losses: Table) -> None:
+    """Raise unless all losses are numbers that a law, a sum of two bounded exponentials, comes near."""
+    most = math.exp(_MOST_EXPONENT)
+    problems = [
+        f"run {losses.runs[r]}: the held-out loss of {losses.columns[t]} is {losses.values[r, t]:g}, and a law "
+        f"predicts numbers of at least 0 and below {most:.0e}, such as nats; correct it, or leave it out (--without)"
+        for r, t in np.argwhere((losses.values < 0) | (losses.values >= most))
+    ]
+    if problems:
+        raise DataError("\n".join(problems[:20]))
 
 
 def write_fit(folder: Path, fit: Fit) -> Path:
@@ -407,6 +423,9 @@ def fit_step(options: argparse.Namespace) -> Answer:
         raise ConfigError(f"--folds: must be 0 (leave one out) or at least 2, found {options.folds}")
     if options.method == "lightgbm":
         lightgbm()
+    if not (options.folder / RATIOS).is_file():
+        lacks = f"DIR: {options.folder} holds no {RATIOS}, the mixtures of the runs"
+        raise ConfigError(f"{lacks}; make a swarm with 'dataflex mix swarm CONFIG --out {options.folder}'")
     ratios = read_table(options.folder / RATIOS, shares=True)
     swarm = read_swarm(options.folder) if (options.folder / SWARM).is_file() else None
     without = data_set_names(options.without)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from dataflex.config.args import data_set_names
 from dataflex.errors import ConfigError, DataError, did_you_mean
-from dataflex.mixing.options import Solution, by_name, given, write_result
+from dataflex.mixing.options import Solution, by_name, check_effective, check_out, fill_in, given, write_result
 from dataflex.mixing.runs import read_csv
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import provenance, softmax
 from dataflex.printable import Answer
 from dataflex.rng import stream
-from dataflex.state import replacing
+from dataflex.state import refusals, replacing
+from dataflex.storage import place_problem
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,8 @@ def check_matrix(loglik_NK: Floats, lengths_N: Floats) -> None:
     if bad.any():
         row, column = map(int, np.argwhere(bad)[0])
         raise DataError(f"log-likelihoods: {int(bad.sum())} are not finite, the first of text {row}, domain {column}")
+    if (loglik_NK > 0).any():
+        raise DataError("log-likelihoods: some are above 0, so that they are none; are they losses? Then negate them")
     if not (np.isfinite(lengths_N) & (lengths_N > 0)).all():
         raise DataError("lengths: every text needs a length in tokens above 0")
 
@@ -151,7 +154,7 @@ def read_matrix(path: Path) -> tuple[tuple[str, ...], Floats, Floats]:
         missing = [key for key in ("names", "log_likelihoods", "lengths") if key not in arrays]
         if missing:
             raise DataError(f"{path}: lacks {', '.join(missing)}")
-        names = [str(name) for name in arrays["names"]]
+        names = [str(name) for name in np.atleast_1d(arrays["names"])]
         loglik, lengths = _numbers(path, arrays["log_likelihoods"]), _numbers(path, arrays["lengths"])
     if len(set(names)) < len(names):
         raise DataError(f"{path}: names a domain twice: {', '.join(names)}")
@@ -199,10 +202,16 @@ def write_embeddings(path: Path, names: Sequence[str], means_KE: Floats) -> None
     _write(path, dict(zip(names, means_KE, strict=True)))
 
 
+def _check_saved(key: str, path: Path) -> None:
+    """Raise where no .npz could be written, before what it is to hold is computed."""
+    told = "must end in .npz" if path.suffix != ".npz" else "is a folder" if path.is_dir() else ""
+    if told or (told := place_problem(path) or ""):
+        raise ConfigError(f"{key}: {path}: {told}")
+
+
 def _write(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    if path.suffix != ".npz":
-        raise DataError(f"{path}: must end in .npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with refusals(path, DataError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:  # np.savez takes no name such as "file"
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -215,8 +224,8 @@ def _arrays(path: Path, endings: str) -> dict[str, NDArray[np.generic]]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _numbers(path: Path, array: NDArray[np.generic]) -> Floats:
@@ -244,8 +253,8 @@ def _texts(path: Path, options: argparse.Namespace, most: int, name: str) -> lis
             texts = [_text(row, keys, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: malformed JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise DataError(f"{path}: holds no text")
@@ -345,12 +354,23 @@ def _most_positions(model: Any) -> int:
     return most if isinstance(most, int) and most > 0 else 1 << 30
 
 
+def _check_models(key: str, folders: Iterable[str]) -> None:
+    """Raise ``ConfigError`` unless all folders hold models, before the first of them is loaded."""
+    problems = []
+    for folder in map(Path, folders):
+        found = folder.expanduser()
+        if not found.is_dir():
+            problems.append(f"{key}: no such folder: {folder}")
+        elif not any((found / name).is_file() for name in ("config.json", "adapter_config.json")):
+            problems.append(f"{key}: {folder} holds no model (no config.json)")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _loaded(folder: str, name: str, kind: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    if not Path(folder).expanduser().is_dir():
-        raise DataError(f"{name}: no such folder: {folder}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32)
@@ -386,15 +406,21 @@ def mixmin_step(options: argparse.Namespace) -> Answer:
         raise ConfigError(f"--test-share: must be at least 0 and below 1, found {options.test_share:g}")
     if options.rate <= 0 or options.steps < 1:
         raise ConfigError("--rate must be above 0 and --steps at least 1")
+    check_out(options.out)
     if options.matrix is not None:
+        check_effective(options, "--matrix", "target", "column", "piece_tokens", "most_texts", "save_matrix")
         names, loglik, lengths = read_matrix(options.matrix)
         inputs = [options.matrix]
     else:
         if options.target is None:
             raise ConfigError("--target: missing; name a file of texts that the mixture is for")
+        fill_in(options, column="text", piece_tokens=64, most_texts=2048)
+        if options.save_matrix is not None:
+            _check_saved("--save-matrix", options.save_matrix)
         if options.piece_tokens < 2 or options.most_texts < 1:
             raise ConfigError("--piece-tokens must be at least 2 and --most-texts at least 1")
         models = _by_domain(options.models, "--models")
+        _check_models("--models", models.values())
         texts = _texts(options.target, options, options.most_texts, "target")
         loglik, lengths = log_likelihoods(models, texts, piece_tokens=options.piece_tokens)
         names, inputs = tuple(models), [options.target, *map(Path, models.values())]
@@ -432,14 +458,20 @@ def chameleon_step(options: argparse.Namespace) -> Answer:
         raise ConfigError("--model and --embeddings: give one of the two (a model with --domains)")
     if not options.ridge > 0:
         raise ConfigError(f"--ridge: must be above 0, found {options.ridge:g}")
+    check_out(options.out)
     if options.embeddings is not None:
+        check_effective(options, "--embeddings", "domains", "column", "samples", "tokens", "save_embeddings")
         names, means = read_embeddings(options.embeddings)
         inputs = [options.embeddings]
     else:
         if options.domains is None:
             raise ConfigError("--domains: missing; name a file of texts for each domain: web=web.txt,code=code.txt")
+        fill_in(options, column="text", samples=2048, tokens=512)
+        if options.save_embeddings is not None:
+            _check_saved("--save-embeddings", options.save_embeddings)
         if options.samples < 1 or options.tokens < 1:
             raise ConfigError("--samples and --tokens must be at least 1")
+        _check_models("--model", [options.model])
         files = {name: Path(file) for name, file in _by_domain(options.domains, "--domains").items()}
         texts = [_texts(file, options, options.samples, name) for name, file in files.items()]
         states = [mean_states(options.model, rows, most_tokens=options.tokens) for rows in texts]

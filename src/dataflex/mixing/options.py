@@ -17,6 +17,7 @@ from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import ProportionsFile, collapsed, read_proportions, write_proportions
 from dataflex.printable import Answer
 from dataflex.record.text import columns
+from dataflex.storage import place_problem
 
 KEPT = "kept"
 """Name of the virtual domain of ``mix swarm --reuse``, which stands for all that are kept."""
@@ -72,6 +73,31 @@ def check_names(key: str, found: Collection[str], names: Sequence[str], *, every
         raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
 
 
+def check_out(path: Path) -> None:
+    """Raise ``ConfigError`` where no proportions can be written, or something else would be replaced."""
+    if told := place_problem(path):
+        raise ConfigError(f"--out: {told}")
+    if os.path.lexists(path):
+        try:
+            read_proportions(path, "--out")
+        except ConfigError as error:
+            raise ConfigError(f"--out: {path} is there and holds no proportions; name another file") from error
+
+
+def check_effective(options: argparse.Namespace, instead: str, *keys: str) -> None:
+    """Raise ``ConfigError`` for options that ``instead`` makes superfluous; None means that one was not given."""
+    flags = [f"--{key.replace('_', '-')}" for key in keys if getattr(options, key) is not None]
+    if flags:
+        raise ConfigError([f"{flag}: has no effect with {instead}; remove one of the two" for flag in flags])
+
+
+def fill_in(options: argparse.Namespace, **defaults: Any) -> None:
+    """Set what was not given."""
+    for key, value in defaults.items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+
+
 def write_result(
     path: Path,
     names: Sequence[str],
@@ -84,11 +110,7 @@ def write_result(
     caps: Floats | None = None,
 ) -> Answer:
     """Write proportions [K] of domains [K] and return what to print, with natural shares [K] and caps [K]."""
-    if os.path.lexists(path):
-        try:
-            read_proportions(path, "--out")
-        except ConfigError as error:
-            raise ConfigError(f"--out: {path} is there and holds no proportions; name another file") from error
+    check_out(path)
     content = ProportionsFile(
         names=tuple(names), proportions=tuple(shares.tolist()), method=method, provenance=source, details=details
     )

@@ -198,7 +198,7 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             head, *lines = [line for line in csv.reader(file) if line] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return [cell.strip() for cell in head], lines
 
 
@@ -213,10 +213,13 @@ def read_table(path: Path, *, shares: bool = False, skip: Collection[str] = ()) 
         raise DataError(f"{path}: the first line must be 'run' and the names of domains or tasks, found {head[:4]}")
     if len(set(head)) < len(head):
         raise DataError(f"{path}: names a column twice: {', '.join(head)}")
-    problems: list[str] = []
+    problems = [f"column {place} has no name" for place, name in enumerate(head, 1) if not name]
     rows: dict[str, list[float]] = {}
     for line in lines:
         run = line[0].strip()
+        if not run:
+            problems.append(f"a line without the name of a run: {','.join(line)[:80]}")
+            continue
         if run in skip:
             continue
         if run in rows:

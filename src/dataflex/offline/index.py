@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.score_table import ScoreTable, read_scores
 from dataflex.state import is_unfinished, refusals, replacing, write_json
+from dataflex.storage import place_problem
 
 TOLD, ROWS, FINGERPRINTS, SAMPLE = "index.json", "rows.parquet", "fingerprints.npy", "sample"
 STORE, WORK = "store", "work"
@@ -163,8 +164,8 @@ def index_problems(folder: Path) -> list[str]:
     foreign = [path.name for path in folder.iterdir() if not _is_ours(path.name)] if folder.is_dir() else []
     if foreign:
         return [f"--index: {folder} holds {sorted(foreign)[0]}, which is no part of an index; name another folder"]
-    above = next(path for path in folder.absolute().parents if path.exists())
-    return [] if above.is_dir() else [f"--index: {above} is a file, not a folder"]
+    told = place_problem(folder / TOLD)
+    return [f"--index: {told}"] if told else []
 
 
 def _is_ours(name: str) -> bool:

@@ -34,6 +34,7 @@ from dataflex.printable import without_secrets
 from dataflex.registry import KINDS, names
 from dataflex.score_table import is_scores
 from dataflex.signals.specs import PRECISIONS, Precision
+from dataflex.storage import place_problem
 
 _DROPPED = (
     "auto_find_batch_size do_eval do_predict early_stopping_steps eval_dataset eval_on_start eval_steps eval_strategy "
@@ -147,8 +148,8 @@ def out_problems(out: Path) -> list[str]:
         return [f"--out: {out} is a folder"]
     if os.path.lexists(out) and not is_scores(out):
         return [f"--out: {out} is there, and 'dataflex score' did not write it; name another file, or move it away"]
-    above = next(path for path in out.absolute().parents if path.exists())
-    return [] if above.is_dir() else [f"--out: {above} is a file, not a folder"]
+    told = place_problem(out)
+    return [f"--out: {told}"] if told else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.errors import ComponentError, ConfigError, did_you_mean
+from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
 from dataflex.plan.domains import Floats
 from dataflex.printable import plain, redacted
-from dataflex.state import write_json
+from dataflex.state import refusals, write_json
 from dataflex.version import version_of
 
 FORMAT = 1
@@ -57,7 +57,8 @@ def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
         "details": redacted(plain(content.details)),
         "provenance": redacted(plain(content.provenance)),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with refusals(path, DataError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, body)
     return path
 
