@@ -33,6 +33,16 @@ FILES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "a broken array": ({"x.json": f"[{LINE},\n{LINE}"}, {}, "is malformed JSON at line 2"),
     "a comma after each line": ({"x.jsonl": f"{LINE},\n{LINE},\n"}, {}, "is malformed JSON at line 1"),
     "a line of another kind": ({"x.jsonl": f"{LINE}\n[1]\n"}, {}, "line 2 holds a list where an object"),
+    "a key twice": (
+        {"x.jsonl": f'{LINE}\n{{"input": "i", {LINE[1:]}\n'},
+        {},
+        "line 2 holds 'input' twice in one object",
+    ),
+    "a key twice further in": (
+        {"x.json": f"{LINE}\n" + json.dumps({**ROW, "more": [{"a": 1}]}).replace('"a": 1', '"a": 1, "a": null')},
+        {},
+        "line 2 holds 'a' twice in one object",
+    ),
     "two types in a column": (
         {"x.jsonl": f"{LINE}\n" + json.dumps({**ROW, "input": 3})},
         {},
@@ -243,3 +253,13 @@ def test_packages_that_generation_needs(config: Config, project: Path, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jieba" else found(name))
     with pytest.raises(ConfigError, match=r"predict_with_generate: needs jieba"):
         resolve(config(predict_with_generate=True, do_predict=True, eval_dataset="t"), project)
+
+
+def test_a_key_twice_in_an_array_is_read_as_pandas_does(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"a": 1, "a": 2}]')
+    assert [found.problem for found in contents_of(tmp_path / "x.json").values()] == [""]
+
+
+def test_rows_deeper_than_python_reads_are_left_to_the_loader(config: Config, project: Path) -> None:
+    (project / "data/a.jsonl").write_text("[" * 100_000)
+    resolve(config(), project)

@@ -66,6 +66,7 @@ def test_what_are_no_proportions_is_not_written(tmp_path):
     ("body", "told"),
     [
         ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ("[1]", "is no proportions file; expected"),
         ({"names": ["a"]}, "is no proportions file; expected"),
         ({"names": ["a", "b"], "proportions": [1.0]}, "1 proportions for 2 names"),

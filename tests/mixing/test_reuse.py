@@ -56,6 +56,8 @@ def test_the_command_writes_a_proportions_file(old, tmp_path, capsys):
     [
         (["--shares", "math=1"], "--shares: lacks 'kept'"),
         (["--shares", "kept=0,math=0"], "--shares: all are 0"),
+        (["--shares", "kept=1,new=1", "--budget", "9", "--natural", "web=1,code=1"], "--natural: new: missing"),
+        (["--shares", "kept=1", "--budget", "9", "--natural", "rows"], "--natural: the rows of the data sets are"),
         (["--shares", "kept=1,new=1", "--keep", "wep"], "--keep: wep: no such domain; did you mean 'web'"),
         (["--shares", "kept=1,web=1", "--keep", "web"], "--keep: web is there, and a changed domain"),
         ([], "--shares: missing"),

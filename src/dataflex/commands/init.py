@@ -272,7 +272,7 @@ def _known(info: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(info.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{info} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{info} must map names of data sets to their description")

@@ -127,7 +127,7 @@ def _json(text: str) -> Contents:
         return _rows([(f"item {i:,}", item) for i, item in enumerate(items, start=1)])
     found: list[tuple[str, Any]] = []
     at, line, spans = 0, 1, False
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
     while True:
         while at < len(text) and text[at] in _SPACE:
             line += text[at] == "\n"
@@ -139,12 +139,26 @@ def _json(text: str) -> Contents:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             return Contents(problem=f"is malformed JSON at line {error.lineno:,}: {error.msg}")
+        except _Twice as error:
+            return Contents(problem=f"line {line:,} holds {error.args[0]!r} twice in one object")
         if not isinstance(value, dict):
             return Contents(problem=f"line {line:,} holds {_kind(value)} where an object {{...}} is expected")
         found.append((f"line {line:,}", value))
         lines = text.count("\n", at, end)
         spans, line = spans or lines > 0, line + lines
         at = end
+
+
+class _Twice(Exception):
+    """A key that an object holds twice, which pyarrow's reader of objects refuses; arrays have another reader."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def _rows(items: list[tuple[str, Any]]) -> Contents:
@@ -503,7 +517,7 @@ def _info(file: Path, base_dir: Path) -> tuple[Any, str]:
         info = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         return {}, f"dataset_dir: {file} is malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-    except (UnicodeDecodeError, OSError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, f"dataset_dir: {file} cannot be read: {error}"
     if not isinstance(info, dict):
         return {}, f"dataset_dir: {file} must map names of data sets to their description"
@@ -657,7 +671,7 @@ def _read_rows(
                     told, fatal = str(error), True
                 value = None if column is None else each.get(column)
                 found.append(_Read(place, file, value, told, fatal))
-    except (ValueError, AttributeError):
+    except (AttributeError, RecursionError, ValueError):
         return None
     return found
 
@@ -723,7 +737,10 @@ def turn_weights(source: Source, name: str) -> tuple[bool | None, str]:
         if file.suffix.lower() != ".jsonl" or file.stat().st_size > _MOST_READ_BYTES:
             return None, ""
         for number, line in enumerate(_lines(file), start=1):
-            row = json.loads(line) if line.strip() else {}
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except (RecursionError, ValueError):
+                return None, ""
             for messages in row.values():
                 turns = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
                 for place, message in enumerate(turns, start=1):

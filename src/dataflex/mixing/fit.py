@@ -331,7 +331,7 @@ def read_fit(folder: Path) -> Fit:
             runs=tuple(body["runs"]),
             provenance=body["provenance"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}; run 'dataflex mix fit {folder}' again") from error
 
 

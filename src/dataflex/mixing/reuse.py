@@ -106,7 +106,9 @@ def reuse_step(options: argparse.Namespace) -> Answer:
         sizes, unit = given_sizes(options.natural)
         if unit == "shares":
             raise ConfigError("--budget: sizes are known as shares only; give --natural with sizes in a unit")
-        check_names("--natural", [name for name in found if name not in sizes], list(sizes), every=False)
+        lacks = [f"--natural: {name}: missing; every domain needs a size" for name in found if name not in sizes]
+        if lacks:
+            raise ConfigError(lacks)
         most = most_of_kept(kept, sizes, options.budget, epochs)
         caps = np.array([min(epochs * sizes[name] / options.budget, 1.0) for name in found])
         if shares[KEPT] > most * (1 + 1e-9):

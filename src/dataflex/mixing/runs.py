@@ -91,7 +91,7 @@ def refuse_another(record: Path, config_digest: str, what: str) -> None:
         return
     try:
         before = json.loads(record.read_text(encoding="utf-8"))["config_digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{record} is damaged: {error}") from error
     if before != config_digest:
         raise ConfigError(f"--out: {record.parent} holds {what}; name another folder, or move that away")
@@ -259,6 +259,9 @@ Natural = tuple[dict[str, float], str]
 
 def given_sizes(asked: str) -> Natural:
     """Return sizes from the output_dir of a run (its rows), a proportions file, or text such as ``web=9,code=1``."""
+    if asked in ("rows", "bytes"):
+        told = f"--natural: the {asked} of the data sets are counted by 'mix swarm' and 'mix climb', which have them"
+        raise ConfigError(f"{told}; give sizes by name such as 'web=900,code=100', or the output_dir of a run")
     path = Path(asked).expanduser()
     if path.is_dir():
         try:

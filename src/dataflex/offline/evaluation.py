@@ -203,7 +203,7 @@ def _loads(model: str, given: Mapping[str, Any], problems: list[str]) -> dict[st
     try:
         config = json.loads(told.read_text(encoding="utf-8"))
         base, kind = config.get("base_model_name_or_path"), str(config.get("peft_type"))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         problems.append(f"MODEL: {told} cannot be read: {error}")
         base, kind = None, "LORA"
     if kind not in _ADAPTERS:

@@ -75,7 +75,7 @@ def read_proportions(path: Path | str, key: str = "from") -> ProportionsFile:
         raise ConfigError(f"{key}: {what}: {path} (relative to the working directory {Path.cwd()})")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{key}: {path} cannot be read as JSON: {error}") from error
     wanted = "{names: [...], proportions: [...], method, provenance} as 'dataflex mix propose' writes it"
     if not isinstance(body, dict) or not {"names", "proportions"} <= body.keys():
