@@ -109,6 +109,11 @@ def test_a_swarm_over_what_changed(base, tmp_path, capsys):
     assert "every domain is kept" in run(
         "swarm", base, "--runs", "9", "--out", tmp_path / "x", "--reuse", _both(tmp_path), code=2, capsys=capsys
     )
+    strangers = _both(tmp_path)
+    strangers.write_text(strangers.read_text().replace('"a", "b"', '"c", "d"'))
+    assert "(c, d) is one of the run's (a, b)" in run(
+        "swarm", base, "--runs", "9", "--out", tmp_path / "x", "--reuse", strangers, code=2, capsys=capsys
+    )
     assert "--changed: has no effect" in run(
         "swarm", base, "--runs", "9", "--out", tmp_path / "x", "--changed", "a", code=2, capsys=capsys
     )

@@ -89,11 +89,12 @@ def test_a_domain_of_size_zero_is_never_drawn():
     ("changes", "told"),
     [
         ({"max_ratio": 0.9}, "--max-ratio: a cap of 0.9 times the natural share cannot be met"),
-        ({"runs": 0}, "--runs: must be at least 1, found 0"),
+        ({"runs": 10**9}, "--runs: must be from 1 to 100,000, found 1,000,000,000"),
+        ({"runs": 0}, "--runs: must be from 1 to 100,000, found 0"),
         ({"min_weight": 1.0}, "--min-weight: must be at least 0 and below 1"),
         ({"step": 0.7}, "--round: must be from 0"),
         ({"least_strength": 0.0}, "--strengths: must be 0 < least <= most, found 0 and 5"),
-        ({"strengths": 0}, "--strengths: their number must be at least 1"),
+        ({"strengths": 0}, "--strengths: their number must be from 1 to 100,000"),
         ({"prior_power": -1.0}, "--prior-power: must be at least 0"),
     ],
 )

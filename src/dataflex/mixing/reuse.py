@@ -30,7 +30,7 @@ def kept_shares(old: Mapping[str, float], kept: Collection[str]) -> dict[str, fl
     check_names("--keep", kept, list(old), every=False)
     shares = np.array([old[name] for name in kept])
     if not shares.any():
-        raise ConfigError(f"--keep: none of {', '.join(kept) or 'no domain'} has a proportion above 0; mix all anew")
+        raise ConfigError(f"--keep: none of {', '.join(kept) or 'all domains'} has a proportion above 0; mix all anew")
     return dict(zip(kept, normalized(shares).tolist(), strict=True))
 
 
@@ -58,6 +58,9 @@ def collapsed_domains(
     check_names("--changed", changed, names, every=False)
     before = read_proportions(old, "--reuse").by_name
     kept = [name for name in names if name in before and name not in changed]
+    if not kept:
+        told = f"none of the domains in {old} ({', '.join(before)}) is one of the run's ({', '.join(names)})"
+        raise ConfigError(f"--reuse: {told} and not in --changed, so that none is kept; mix all anew")
     if KEPT in names:
         raise ConfigError(f"--reuse: a domain is called {KEPT!r}, the name of all that are kept; rename it")
     if len(kept) == len(names):

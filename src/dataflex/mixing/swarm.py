@@ -51,6 +51,7 @@ SWARM = "swarm.json"
 _FORMAT = 1
 _BATCH = 1024
 _MOST_BATCHES = 2000
+_MOST_RUNS = 100_000  # each is a file and a training
 
 Drawer = Callable[[np.random.Generator, int], Floats]
 """Takes a stream and a number of draws, gives mixtures [at most as many, K]."""
@@ -75,9 +76,12 @@ class SwarmSettings:
     def __post_init__(self) -> None:
         low, high, ratio = self.least_strength, self.most_strength, self.max_ratio
         rules = (
-            (self.runs >= 1, f"--runs: must be at least 1, found {self.runs}"),
+            (1 <= self.runs <= _MOST_RUNS, f"--runs: must be from 1 to {_MOST_RUNS:,}, found {self.runs:,}"),
             (0 < low <= high, f"--strengths: must be 0 < least <= most, found {low:g} and {high:g}"),
-            (self.strengths >= 1, f"--strengths: their number must be at least 1, found {self.strengths}"),
+            (
+                1 <= self.strengths <= _MOST_RUNS,
+                f"--strengths: their number must be from 1 to {_MOST_RUNS:,}, found {self.strengths:,}",
+            ),
             (self.prior_power >= 0, f"--prior-power: must be at least 0, found {self.prior_power:g}"),
             (
                 ratio is None or ratio >= 1,
