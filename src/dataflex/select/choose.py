@@ -19,7 +19,7 @@ from dataflex.plan.domains import Rows
 from dataflex.plan.proportions import largest_remainder
 from dataflex.rng import uniforms
 
-WEAR: Final = 0.8  # what a row that leads is worth after it was served, beside before
+HALVED_BY: Final = 2  # servings after which a row that leads is worth half
 _WINDOW = 256  # positions of a query turned into Python numbers at a time
 
 
@@ -43,16 +43,17 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
 
 
 def worn(scores: NDArray[np.floating], times: NDArray[np.integer]) -> NDArray[np.floating]:
-    """Return scores [n] whose lead over their mean counts 0.8 for each time that the row was served, of the same type.
+    """Return scores [n] whose lead over their mean counts 1 / (1 + (t / 2)^2) after t servings, of the same type.
 
-    ``times`` [n] is how often each was. What is below the mean stays; NaN is no score and remains one.
+    ``times`` [n] is how often each row was served: .8 of a lead is left after one serving, .5 after two, .2 after four.
+    What is below the mean stays; NaN is no score and remains one.
     """
     known = np.flatnonzero(np.isfinite(scores))
     if not len(known):
         return scores
     mean = float(scores[known].mean(dtype=np.float64))
     leading, found = known[scores[known] > mean], scores.copy()
-    found[leading] = mean + (scores[leading] - mean) * WEAR ** times[leading].astype(np.float64)
+    found[leading] = mean + (scores[leading] - mean) / (1 + (times[leading] / HALVED_BY) ** 2)
     return found
 
 
