@@ -1,6 +1,6 @@
 """One rank: gradients, moments and the training afterwards of a sharded model, against an unwrapped copy.
 
-Usage: torchrun ... sharded_worker.py RESULTS ENGINE,ENGINE,... (ddp, fsdp2, zero1, zero2, zero3)
+Usage: torchrun ... sharded_worker.py RESULTS ENGINE,ENGINE,... (ddp, fsdp2, zero0, zero1, zero2, zero3)
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Zero:
     def __init__(self, model, stage):
         import deepspeed
 
+        self.stage = stage
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -94,7 +95,8 @@ class Zero:
     def whole(self):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {n: safe_get_full_fp32_param(p) for n, p in choose_parameters(self.inner).items()}
+        named = choose_parameters(self.inner)
+        return {n: safe_get_full_fp32_param(p) if self.stage else p.detach() for n, p in named.items()}
 
 
 def make(kind, model):

@@ -1,4 +1,4 @@
-"""Gradients, moments and the training afterwards are the same under DDP, FSDP2 and ZeRO-1/2/3 (two gloo ranks)."""
+"""Gradients, moments and the training afterwards are the same under DDP, FSDP2, DeepSpeed and ZeRO-1/2/3 (two gloo ranks)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from tests.distributed.ranks import free_port
 WORKER = Path(__file__).with_name("sharded_worker.py")
 ENGINES = ["ddp", "fsdp2"]
 if importlib.util.find_spec("deepspeed") is not None:
-    ENGINES += ["zero1", "zero2", "zero3"]
+    ENGINES += ["zero0", "zero1", "zero2", "zero3"]
 
 
 @pytest.mark.gloo
 def test_every_engine_agrees_with_an_unwrapped_copy(tmp_path):
     root = str(WORKER.parents[3])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--nnodes", "1"]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(WORKER)]
     command += [str(tmp_path / "results"), ",".join(ENGINES)]

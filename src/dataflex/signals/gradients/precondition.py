@@ -216,9 +216,9 @@ def moments_of(
         raise _refusal(name, "its groups have no betas and eps")
     if any(group.get("amsgrad") for group in base.param_groups):
         raise _refusal(name, "amsgrad divides by the largest second moment so far")
-    if backend == "zero":
-        return _zero_moments(base, parameters, wrappers)
     groups = {id(parameter): group for group in base.param_groups for parameter in group["params"]}
+    if backend == "zero" and groups.keys().isdisjoint(map(id, parameters.values())):  # else stage 0 in fp32
+        return _zero_moments(base, parameters, wrappers)
     missing = [key for key, parameter in parameters.items() if id(parameter) not in groups]
     if missing:
         raise UnsupportedError(f"{name} does not train {', '.join(missing[:5])} (and {len(missing)} in all)")
@@ -305,14 +305,18 @@ def _zero_moments(base: Any, parameters: Mapping[str, Any], wrappers: list[Any])
             wrapper._hp_optimizer_states_linked = False
             wrapper._lazy_init_hp_params_optimizer_state()
     moments: dict[str, OptimizerState] = {}
+    there = False
     for key, parameter in parameters.items():
         # Asked before the first step, DeepSpeed fails on one rank and leaves the others waiting.
         names = ("exp_avg", "exp_avg_sq") if step else ()
         pair = [safe_get_full_optimizer_state(parameter, which) for which in names]
+        there = there or any(value is not None for value in pair)
         if all(value is None for value in pair):
             pair = [_zeros(parameter)] * 2
         if any(value is None for value in pair):
             raise _refusal(type(base).__name__, f"DeepSpeed gives no moments of {key}")
         first, second = (value.detach().float().view(shape_of(parameter)) for value in pair)
         moments[key] = Moments(first=first, second=second, step=step, betas=(beta1, beta2), eps=eps)
+    if step and parameters and not there:
+        raise _refusal(type(base).__name__, "DeepSpeed gives no moments of any parameter")
     return moments
