@@ -249,7 +249,7 @@ REFUSED = {
         "stage: LLaMA-Factory v1 trains sft and rm, and v1's own trainer of preferences is not written yet",
     ),
     "eval_strategy": ("steps", "eval_strategy: LLaMA-Factory v1 evaluates nothing during training"),
-    "dist_config": ({"name": "fsdp2"}, "dist_config: fsdp2 is not tested with a plan"),
+    "dist_config": ({"name": "fsdp2", "cp_size": 2}, "dist_config: cp_size: 2 is not served"),
     "batching_strategy": ("padding_free", "batching_strategy: 'padding_free' is not served"),
     "micro_batchsize": (2, "micro_batchsize: LLaMA-Factory v1 has no such key; did you mean 'micro_batch_size'"),
     "per_device_train_batch_size": (2, "LLaMA-Factory v1 has no such key; in v1 it is 'micro_batch_size'"),

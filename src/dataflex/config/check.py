@@ -190,7 +190,7 @@ def _unsplit(lf: LlamaFactoryArgs) -> str:
         return "the ledger reads what ZeRO-1 and 2 step, and this is neither; set zero_optimization.stage to 1 or 2"
     if zero.get("offload_optimizer"):
         return "the ledger does not read gradients that are offloaded; remove offload_optimizer, or the ledger"
-    if zero["stage"] == 1 and lf.on("bf16"):
+    if zero["stage"] == 1 and (lf.on("bf16") or _mapping(_mapping(lf.deepspeed).get("bf16")).get("enabled") is True):
         return "ZeRO-1 with bf16 has an optimizer of its own, which the ledger does not read; use ZeRO-2"
     if (lf.optim or "").startswith("sgd"):
         return "the ledger reads Adam's moments of DeepSpeed, not SGD's; use AdamW, or plain data parallelism"

@@ -6,6 +6,7 @@ what is not served under it, is refused here. Nothing of LLaMA-Factory is import
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ _NAMES = {
     "gradient_accumulation_steps": "global_batch_size",
     "dataset_dir": "train_dataset",
     "dataset": "train_dataset",
+    "deepspeed": "dist_config",
+    "fsdp": "dist_config",
 }
 """Keys of v0, and those of v1 that are told in their place."""
 _SAME = (
@@ -106,6 +109,8 @@ def translated(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"global_batch_size: {told}")
     lf["per_device_train_batch_size"] = micro
     lf["gradient_accumulation_steps"] = 1 if whole is None else max(1, whole // max(micro * ranks, 1))
+    sharded, of_shards = _sharded(given.get("dist_config"))
+    lf, problems = {**lf, **sharded}, [*problems, *of_shards]
     train, of_train = _entries("train_dataset", given, _PAIRS if pairs else _FORMATS)
     other, of_other = _entries("eval_dataset", given, _PAIRS if pairs else _FORMATS)
     both = ", ".join(name for name in other if name in train and other[name] != train[name])
@@ -140,8 +145,46 @@ def _checked(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {**{key: entry.default for key, entry in known.items()}, "output_dir": None, **written}, problems
 
 
+def _plugin(value: Any) -> Mapping[str, Any]:
+    """Return the settings of a plugin, which may be written as JSON."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return {}
+    return value if isinstance(value, Mapping) else {}
+
+
 def _name(plugin: Any) -> str:
-    return str(plugin.get("name", "")) if isinstance(plugin, Mapping) else str(plugin)
+    return str(_plugin(plugin).get("name", "")) or str(plugin)
+
+
+def _sharded(plugin: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return by v0's keys what shards the model, and problems; DeepSpeed's precision is what v1 makes of it."""
+    if not plugin:
+        return {}, []
+    if _name(plugin) == "fsdp2":
+        return {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}, []
+    if _name(plugin) != "deepspeed":
+        return {}, [f"dist_config: LLaMA-Factory v1 has fsdp2 and deepspeed, not {_name(plugin)}"]
+    file = _plugin(plugin).get("config_file")
+    if not isinstance(file, str) or not file:
+        return {}, ["dist_config: deepspeed needs a 'config_file'"]
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError:
+        return {"deepspeed": file}, [] if file.endswith(".json") else [f"dist_config: no such file: {file}"]
+    except ValueError as error:
+        return {}, [f"dist_config: {file} cannot be read: {str(error).splitlines()[0]}"]
+    if not isinstance(config, dict):
+        return {}, [f"dist_config: {file} must hold a mapping"]
+    given = [str(_enabled(config, key)).lower() for key in ("bf16", "fp16")]
+    return {"deepspeed": {**config, "bf16": {"enabled": given[0] == "true" or "false" not in given}}}, []
+
+
+def _enabled(config: Mapping[str, Any], key: str) -> Any:
+    part = config.get(key)
+    return part.get("enabled", "auto") if isinstance(part, Mapping) else "auto"
 
 
 def _entries(
@@ -203,11 +246,8 @@ def refused(dynamic: DynamicConfig | None, mapping: Mapping[str, Any]) -> Iterat
     for key, usual in (("batching_strategy", "normal"), ("model_class", "llm")):
         if (value := mapping.get(key)) not in (None, usual) and (key, mapping.get("stage")) != ("model_class", "rm"):
             yield f"{key}: {shown(value)} is not served: a plan deals out rows of a language model; remove it"
-    if mapping.get("dist_config"):
-        yield (
-            f"dist_config: {_name(mapping['dist_config'])} is not tested with a plan; remove it (ranks are then joined "
-            "by DistributedDataParallel), or use the keys of LLaMA-Factory v0"
-        )
+    if str(size := _plugin(mapping.get("dist_config")).get("cp_size", 1)) != "1":
+        yield f"dist_config: cp_size: {shown(size)} is not served: every rank must be a data-parallel one; remove it"
     if mapping.get("stage") == "rm" and (peft := mapping.get("peft_config")) and _name(peft) != "freeze":
         yield (
             "peft_config: LLaMA-Factory v1 makes an adapter for a model that writes text, which a reward model is not "

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,7 +97,8 @@ class _Stock(BatchGenerator):
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    engine = isinstance(model, DistributedDataParallel) or hasattr(model, "get_global_grad_norm")  # DeepSpeed's
+    return model.module if engine else model
 
 
 class _Callback(TrainerCallback):
@@ -204,7 +205,15 @@ class DynamicTrainer(base_trainer.BaseTrainer):
             num_workers=args.batching_workers,
             pin_memory=True,
             averages=False,  # the trainer multiplies by the ranks itself
+            sharding=self._sharding(),
+            release=lambda: self.model.empty_partition_cache() if self._sharding() == "zero3" else None,
+            parallel={"context": self.cp_size},
         )
+
+    def _sharding(self) -> Literal["none", "zero", "zero3", "fsdp2"]:
+        if self._deepspeed_engine is None:
+            return "none" if self.args.dist_config is None else "fsdp2"
+        return "zero3" if self._deepspeed_engine.accelerator.state.deepspeed_plugin.zero_stage == 3 else "zero"
 
     def fit(self) -> None:
         """Train the model."""

@@ -1,4 +1,4 @@
-"""Gradients, moments and the training afterwards are the same under DDP, FSDP2, DeepSpeed and ZeRO-1/2/3 (two gloo ranks)."""
+"""Gradients, moments and training afterwards are the same under DDP, FSDP2 and DeepSpeed's stages (two gloo ranks)."""
 
 from __future__ import annotations
 
