@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,11 +43,28 @@ def pad(features):
     }
 
 
-def train(block, out, resume=None, *, model_dir=EXAMPLES / "models" / "base-4m", total_steps=8, save_steps=4, micro=2):
-    """Train and return the loss of each step; this is the loop, in which everything of DataFlex is a line."""
+def train(
+    block,
+    out,
+    resume=None,
+    *,
+    model_dir=EXAMPLES / "models" / "base-4m",
+    total_steps=8,
+    save_steps=4,
+    micro=2,
+    sharding="none",
+):
+    """Train and return the loss of each step; this is the loop, in which everything of DataFlex is a line.
+
+    With ``sharding="fsdp2"`` ranks share the parameters; it saves nothing then.
+    """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
+    if sharding == "fsdp2":
+        mesh = init_device_mesh("cpu", (world,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     dataset, sources = tokenized("pool", tokenizer)
     rows = RowSpace.of(dataset, domains=sources, targets={"gsm8k_valid": tokenized("gsm8k_valid", tokenizer)[0]})
@@ -67,13 +86,14 @@ def train(block, out, resume=None, *, model_dir=EXAMPLES / "models" / "base-4m",
         device=torch.device("cpu"),
         output_dir=Path(out),
         tokenizer=tokenizer,
+        sharding=sharding,
     )
     session = Session.open(block, rows, loop)
     if resume is not None:
         saved = torch.load(Path(resume) / "training.pt", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    wrapped = DistributedDataParallel(model) if world > 1 and sharding == "none" else model
     losses = []
     for index in range(session.start(resume), total_steps):
         step = session.step(index)
@@ -94,7 +114,7 @@ def train(block, out, resume=None, *, model_dir=EXAMPLES / "models" / "base-4m",
         optimizer.zero_grad()
         losses.append(float(total))
         session.log(index + 1, {"loss": losses[-1]})
-        if (index + 1) % save_steps == 0:
+        if (index + 1) % save_steps == 0 and sharding == "none":
             with session.checkpoint(Path(out) / f"checkpoint-{index + 1}", index + 1):
                 if rank == 0:
                     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -30,6 +30,7 @@ BLOCKS = {
     "mixer": {"mixer": {"name": "odm"}, "interval_steps": 2},
     "weighter": {"weighter": {"name": "loss", "warmup_steps": 2}},
 }
+LESS = {"selector": {"name": "less", "targets": ["gsm8k_valid"]}, "warmup_steps": 2, "interval_steps": 3}
 TWO_RANKS = """
 import importlib.util, json, sys
 import torch.distributed as dist
@@ -38,7 +39,8 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 dist.init_process_group("gloo")
 for name, block in json.loads(sys.argv[3]).items():
-    losses = module.train(block, f"{sys.argv[2]}/{name}", model_dir=sys.argv[4])
+    sharding = name if name == "fsdp2" else "none"
+    losses = module.train(block, f"{sys.argv[2]}/{name}", model_dir=sys.argv[4], sharding=sharding)
     if dist.get_rank() == 0:
         print("LOSSES " + json.dumps({name: losses}))
 dist.destroy_process_group()
@@ -82,15 +84,16 @@ def planned(folder):
 def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny_model, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)
+    blocks = {**BLOCKS, "fsdp2": LESS}  # the last one with parameters that the ranks share
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    command += [str(LOOP), str(tmp_path / "two"), json.dumps(BLOCKS), str(tiny_model)]
+    command += [str(LOOP), str(tmp_path / "two"), json.dumps(blocks), str(tiny_model)]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
     found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]
-    assert [name for losses in found for name in losses] == list(BLOCKS)
+    assert [name for losses in found for name in losses] == list(blocks)
     for losses in found:
         for name, two in losses.items():
             # Weights are relative to the micro-batch of all ranks: the same four sequences.
-            one = plain_loop.train(BLOCKS[name], tmp_path / "one" / name, model_dir=tiny_model, micro=4)
+            one = plain_loop.train(blocks[name], tmp_path / "one" / name, model_dir=tiny_model, micro=4)
             assert two == pytest.approx(one, rel=1e-4), name
             np.testing.assert_array_equal(served(tmp_path / "two" / name), served(tmp_path / "one" / name))
 
@@ -203,6 +206,15 @@ def test_a_method_of_another_stage_is_refused(rows, tmp_path):
 def test_ranks_and_shapes_that_cannot_be_served_are_refused(rows, tmp_path, changes, told):
     with pytest.raises(UnsupportedError, match=told):
         Session.open({"selector": "all"}, rows, loop(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero"])
+def test_a_loop_says_by_what_its_parameters_are_partitioned(rows, tmp_path, sharding):
+    model = torch.nn.Linear(2, 2)
+    model.weight.ds_shape = model.weight.shape  # as DeepSpeed leaves it on what ZeRO-3 partitions
+    with pytest.raises(UnsupportedError, match=rf"one of zero3, fsdp and fsdp2 \(found {sharding}\)"):
+        Session.open({"selector": "all"}, rows, loop(tmp_path, model=model, sharding=sharding))
+    Session.open({"selector": "all"}, rows, loop(tmp_path, model=model, sharding="zero3")).close()
 
 
 def test_rows_of_a_step_without_their_batches(rows, tmp_path):

@@ -37,7 +37,7 @@ from dataflex.registry import KINDS
 from dataflex.score_table import read_scores, score_column
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.model_parts import capture_hidden, model_parts
+from dataflex.signals.model_parts import capture_hidden, is_partitioned, model_parts
 from dataflex.signals.passes import PassCounter, compute
 from dataflex.signals.preferences import Preferences
 from dataflex.signals.runner import SignalCache, SignalRunner
@@ -812,6 +812,11 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
     partitioned = {"zero3": ZERO3, "fsdp": "FSDP", "fsdp2": FSDP2}.get(loop.sharding, "")
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
         raise ConfigError(lacking)
+    if not partitioned and is_partitioned(loop.model):
+        raise UnsupportedError(
+            f"the model's parameters are partitioned over ranks: name by what, Loop(sharding=...), "
+            f"one of zero3, fsdp and fsdp2 (found {loop.sharding})"
+        )
     if loop.joined and loop.score_collate is None:
         raise UnsupportedError("Loop(joined=True): give it a score_collate that pads rows, or takes single packs")
     for what, size in loop.parallel.items():
