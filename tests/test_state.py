@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
 from dataflex.errors import CheckpointError, ComponentError, DataError
 from dataflex.method import Method
-from dataflex.state import load_state, replacing, save_state
+from dataflex.state import load_state, read_json, replacing, save_state
 
 LEAVES = (
     st.none()
@@ -145,3 +145,12 @@ def test_nothing_is_saved_while_nothing_is_there():
 
     assert Empty(None).state_dict() == {}
     assert Method(None).state_dict() == {}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "\xff"], ids=["too deep", "broken", "not UTF-8"])
+def test_what_is_no_json_is_a_value_error(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"deep|Expecting|decode"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"x": [1, null]}')
+    assert read_json(tmp_path / "a.json") == {"x": [1, None]}

@@ -22,7 +22,7 @@ from typing import IO, Any
 import xxhash
 
 from dataflex.errors import CheckpointError
-from dataflex.state import fsync, refusals, remove, replacing
+from dataflex.state import fsync, read_json, refusals, remove, replacing
 
 FOLDER = "dataflex"
 """Our folder, in a checkpoint and in the output folder."""
@@ -35,7 +35,7 @@ _RUN = f"{FOLDER}/run.json"
 _LOCK = f"{FOLDER}/run.lock"
 _FORMAT = 2
 _HASH = "xxh3_128"
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def hash_of(path: Path) -> str:
@@ -84,7 +84,7 @@ def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
 
 def _run_in(file: Path) -> str | None:
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))["run"]
+        run = read_json(file)["run"]
     except _UNREADABLE:
         return None
     return run if isinstance(run, str) else None
@@ -171,7 +171,7 @@ def broken_reason(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
-        int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
+        int(read_json(checkpoint / TRAINER_STATE)["global_step"])
     except _UNREADABLE as error:
         how = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         return f"{TRAINER_STATE} {how}: it was not written to the end"
@@ -182,7 +182,7 @@ def manifest_reason(checkpoint: Path) -> str | None:
     """Return how a checkpoint's files differ from its manifest, or None if they do not."""
     name = _MANIFEST
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / _MANIFEST)
         if manifest["format"] != _FORMAT:
             return f"{_MANIFEST} has format {manifest['format']!r}; this version reads {_FORMAT}"
         for name, entry in manifest["files"].items():

@@ -176,7 +176,7 @@ def load_state(directory: Path, name: str) -> State:
     """
     path = Path(directory) / f"{name}.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != _FORMAT:
             raise CheckpointError(f"{path} has format {content['format']!r}; this version reads {_FORMAT}")
         path = path.with_name(f"{name}.npz")
@@ -240,6 +240,20 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON, or nested deeper than Python reads.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:

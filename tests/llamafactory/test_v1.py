@@ -267,6 +267,24 @@ def test_what_v1_cannot_do_is_refused(key, given, capsys):
     assert wanted in printed
 
 
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"name": "fsdp3"}, "dist_config: LLaMA-Factory v1 has fsdp2 and deepspeed, not fsdp3"),
+        ({"name": "deepspeed"}, "dist_config: deepspeed needs a 'config_file'"),
+        ({"name": "deepspeed", "config_file": "none"}, "dist_config: no such file: none"),
+        ({"name": "deepspeed", "config_file": "deep.json"}, "deep.json cannot be read: it is nested too deeply"),
+        ({"name": "deepspeed", "config_file": "list.json"}, "list.json must hold a mapping"),
+    ],
+)
+def test_settings_of_shards_that_cannot_be_read_are_refused(config, wanted, given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "list.json").write_text("[]")
+    code, printed = told(given("refused", dynamic={"selector": "all"}, dist_config=config), capsys)
+    assert (code, wanted in printed) == (2, True), printed
+
+
 REFUSED_OF_PAIRS = {
     "weighter": ({"dynamic": {"weighter": "focal"}}, "dynamic.weighter: "),
     "selector": ({"dynamic": {"selector": "loss", "interval_steps": 2}}, "dynamic.selector: "),

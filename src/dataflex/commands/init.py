@@ -26,7 +26,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import Method, Selector, Weighter
 from dataflex.printable import Answer
 from dataflex.registry import KINDS, names
-from dataflex.state import owner, replacing
+from dataflex.state import owner, read_json, replacing
 
 RECIPES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "baseline": ("LLaMA-Factory's own run, recorded: what the others are compared with", {"record": True}),
@@ -271,8 +271,8 @@ def _known(info: Path) -> dict[str, Any]:
     if not info.is_file():
         return {}
     try:
-        found = json.loads(info.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(info)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{info} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{info} must map names of data sets to their description")

@@ -29,7 +29,7 @@ from dataflex.config.inputs import hash_of, inputs_of
 from dataflex.mixing.runs import finished, write_configurations
 from dataflex.printable import redacted
 from dataflex.record.read import read_ending
-from dataflex.state import blake2b
+from dataflex.state import blake2b, read_json
 from dataflex.version import versions
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -223,5 +223,5 @@ def evaluated(job: Job) -> Mapping[str, Any] | None:
     """Return what the evaluation of a run wrote; None without one."""
     if job.evaluation is None or not job.evaluation.is_file():
         return None
-    found: Mapping[str, Any] = json.loads(job.evaluation.read_text(encoding="utf-8"))
+    found: Mapping[str, Any] = read_json(job.evaluation)
     return found

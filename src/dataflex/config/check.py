@@ -6,7 +6,6 @@ no effect, or another effect than expected, are reported by ``notes``.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -42,6 +41,7 @@ from dataflex.plan.domains import WANTED_LABELS, Domains, unusable_labels
 from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers, whole_part
 from dataflex.plan.schedule import Interval
 from dataflex.signals.specs import losses_unknown
+from dataflex.state import read_json
 from dataflex.storage import place_problem
 from dataflex.validate import check_mix
 from dataflex.version import version_of
@@ -172,7 +172,7 @@ def _mapping(config: Any) -> Mapping[str, Any]:
     """Return a configuration that is a mapping or names a JSON file; empty where it is neither."""
     if isinstance(config, str) and Path(config).is_file():
         try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
+            config = read_json(Path(config))
         except ValueError:
             return {}
     return config if isinstance(config, Mapping) else {}

@@ -16,6 +16,7 @@ import xxhash
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.data import files_of, find_sources
 from dataflex.config.mappings import shown
+from dataflex.state import read_json
 
 SIDECAR = "dataflex/copy.json"
 SETTINGS = (
@@ -31,7 +32,7 @@ def described(lf: LlamaFactoryArgs) -> dict[str, Any] | None:
     if not lf.tokenized or lf.bare_copy:
         return None
     try:
-        found: dict[str, Any] = json.loads((Path(lf.tokenized_path) / SIDECAR).read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(Path(lf.tokenized_path) / SIDECAR)
     except (OSError, ValueError):
         return None
     return found if {"made_of", "columns"} <= found.keys() else None

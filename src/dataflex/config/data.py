@@ -24,6 +24,7 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import shown
 from dataflex.errors import did_you_mean
 from dataflex.plan.domains import WANTED_WEIGHTS, unusable_weight
+from dataflex.state import read_json
 
 _MOST_READ_BYTES = 32 << 20
 _MOST_COUNTED_BYTES = 256 << 20
@@ -514,10 +515,10 @@ def _info(file: Path, base_dir: Path) -> tuple[Any, str]:
         hint = f"; there is {elsewhere}: write 'dataset_dir: {elsewhere.parent}'" if elsewhere.is_file() else ""
         return {}, f"dataset_dir: no such file: {file} (relative to the working directory {Path.cwd()}){hint}"
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = read_json(file)
     except json.JSONDecodeError as error:
         return {}, f"dataset_dir: {file} is malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return {}, f"dataset_dir: {file} cannot be read: {error}"
     if not isinstance(info, dict):
         return {}, f"dataset_dir: {file} must map names of data sets to their description"

@@ -28,7 +28,6 @@ Not counted: buffers of communication, layers that ZeRO-3 and FSDP gather, works
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from dataflex.config.check import partitioned_by, zero_options
 from dataflex.config.forecast import Forecast
 from dataflex.config.needs import wants_moments
 from dataflex.signals.specs import HELD_ROWS, SKETCH
+from dataflex.state import read_json
 
 _KINDS = ("llama", "mistral", "qwen2")
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
@@ -120,7 +120,7 @@ def _line(width: int) -> int:
 def decoder_of(folder: Any) -> Decoder | None:
     """Return the sizes that ``config.json`` in a folder tells; None without one, and for models of another kind."""
     try:
-        found = json.loads((Path(str(folder)).expanduser() / "config.json").read_text(encoding="utf-8"))
+        found = read_json(Path(str(folder)).expanduser() / "config.json")
         if found.get("model_type") not in _KINDS or found.get("quantization_config"):
             return None
         heads, hidden = int(found["num_attention_heads"]), int(found["hidden_size"])

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dataflex.state import read_json
 from dataflex.version import version_of
 
 FILE = Path(__file__).with_name("table.json")
@@ -53,7 +54,7 @@ def installed() -> dict[str, str]:
 
 def _stored() -> tuple[dict[str, str], dict[str, Key]]:
     """Return the versions and the keys of ``table.json``."""
-    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"versions": {}, "keys": {}}
+    stored = read_json(FILE) if FILE.is_file() else {"versions": {}, "keys": {}}
     lists = ("types", "choices")
     keys = {
         name: Key(**{**entry, **{key: tuple(entry[key]) for key in lists if key in entry}})

@@ -20,6 +20,7 @@ from dataflex.config.needs import elsewhere
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.table import table, v1_table
 from dataflex.errors import did_you_mean
+from dataflex.state import read_json
 from dataflex.version import install
 
 _TOLD = ("model", "train_dataset")
@@ -171,7 +172,7 @@ def _sharded(plugin: Any) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(file, str) or not file:
         return {}, ["dist_config: deepspeed needs a 'config_file'"]
     try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        config = read_json(Path(file))
     except OSError:
         return {"deepspeed": file}, [] if file.endswith(".json") else [f"dist_config: no such file: {file}"]
     except ValueError as error:

@@ -29,7 +29,7 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.copies import SIDECAR, differences, made_of, told, with_hashes
 from dataflex.errors import DataError
 from dataflex.signals.identity import tokenizer_identity
-from dataflex.state import refusals, replacing
+from dataflex.state import read_json, refusals, replacing
 from dataflex.train.row_space import Measures
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class TokenizedCopy:
             note = self._parts / "made_of.json"
             with refusals(self._parts, DataError, key="tokenized_path"):
                 if note.is_file():
-                    lines = list(_changes(json.loads(note.read_text()), self._made_of))
+                    lines = list(_changes(read_json(note), self._made_of))
                     if lines:
                         logger.warning("tokenized_path: what lies in %s is not used: %s", self._parts, "; ".join(lines))
                         shutil.rmtree(self._parts)
@@ -139,7 +139,7 @@ class TokenizedCopy:
         return Part(
             rows=load_from_disk(folder / "rows"),
             columns=_read_table(folder / "columns.parquet"),
-            documents=json.loads((folder / "part.json").read_text())["documents"],
+            documents=read_json(folder / "part.json")["documents"],
         )
 
     def write(self, copied: Copied, evaluation: dict[str, Dataset]) -> None:
@@ -203,7 +203,7 @@ class TokenizedCopy:
         Raises:
             DataError: It was made of other data, with other settings or another tokenizer, or its files were changed.
         """
-        about = json.loads((self.path / SIDECAR).read_text(encoding="utf-8"))
+        about = read_json(self.path / SIDECAR)
         if about.get("format") != _FORMAT:
             raise DataError(f"tokenized_path: {self.path} has format {about.get('format')!r}; this reads {_FORMAT}")
         lines = list(_changes(about["made_of"], self._made_of))

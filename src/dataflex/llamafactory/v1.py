@@ -188,7 +188,7 @@ class DynamicTrainer(base_trainer.BaseTrainer):
             self.train_batch_generator.trainer = self
 
     def _loop(self) -> Loop:
-        args = self.args
+        args, sharding = self.args, self._sharding()
         return Loop(
             model=_unwrapped(self.model),
             optimizer=lambda: self.optimizer,
@@ -205,8 +205,8 @@ class DynamicTrainer(base_trainer.BaseTrainer):
             num_workers=args.batching_workers,
             pin_memory=True,
             averages=False,  # the trainer multiplies by the ranks itself
-            sharding=self._sharding(),
-            release=lambda: self.model.empty_partition_cache() if self._sharding() == "zero3" else None,
+            sharding=sharding,
+            release=lambda: self.model.empty_partition_cache() if sharding == "zero3" else None,
             parallel={"context": self.cp_size},
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from dataflex.plan.proportions import provenance
 from dataflex.printable import Answer, plain, redacted
 from dataflex.record.text import columns
 from dataflex.rng import stream
-from dataflex.state import replacing, write_json
+from dataflex.state import read_json, replacing, write_json
 from dataflex.version import install
 
 Law = Literal["log_linear", "mixing_law"]
@@ -309,7 +308,7 @@ def read_fit(folder: Path) -> Fit:
     if not path.is_file():
         raise DataError(f"{folder} holds no {FIT}; run 'dataflex mix fit {folder}' first")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json(path)
         method = body["method"]
         theta = None if body["theta"] is None else np.asarray(body["theta"], dtype=np.float64)
         if method not in METHODS or (method in LAWS) != (theta is not None):
@@ -331,7 +330,7 @@ def read_fit(folder: Path) -> Fit:
             runs=tuple(body["runs"]),
             provenance=body["provenance"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error}; run 'dataflex mix fit {folder}' again") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import sys
@@ -26,7 +25,7 @@ from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import digest_of, read_proportions
 from dataflex.printable import shown, without_secrets
 from dataflex.record.read import read_events
-from dataflex.state import replacing
+from dataflex.state import read_json, replacing
 
 RATIOS = "ratios.csv"
 
@@ -90,8 +89,8 @@ def refuse_another(record: Path, config_digest: str, what: str) -> None:
     if not record.is_file():
         return
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))["config_digest"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        before = read_json(record)["config_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{record} is damaged: {error}") from error
     if before != config_digest:
         raise ConfigError(f"--out: {record.parent} holds {what}; name another folder, or move that away")

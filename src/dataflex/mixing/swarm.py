@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,7 +43,7 @@ from dataflex.plan.proportions import provenance
 from dataflex.printable import Answer, file_name_problem, left_out_note, passing_on, plain, redacted
 from dataflex.record.text import columns
 from dataflex.rng import stream
-from dataflex.state import write_json
+from dataflex.state import read_json, write_json
 
 SWARM = "swarm.json"
 
@@ -229,7 +228,7 @@ def read_swarm(folder: Path) -> Swarm:
     if not path.is_file():
         raise DataError(f"{folder} holds no {SWARM}; make a swarm with 'dataflex mix swarm CONFIG --out {folder}'")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json(path)
         for run in body["runs"]:
             if problem := file_name_problem(run):
                 raise ValueError(f"the name of a run {str(run)[:80]!r} {problem}, and cannot name a folder")
@@ -246,7 +245,7 @@ def read_swarm(folder: Path) -> Swarm:
             provenance=body["provenance"],
             kept=body.get("kept", {}),
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
 
 

@@ -32,6 +32,7 @@ from dataflex.record.text import number, percent, table
 from dataflex.registry import KINDS
 from dataflex.score_table import ScoreTable
 from dataflex.signals.specs import GenerationSpec
+from dataflex.state import read_json
 
 _STAGES = ("sft", "pt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -201,9 +202,9 @@ def _loads(model: str, given: Mapping[str, Any], problems: list[str]) -> dict[st
         whole = {} if given.get("adapter_name_or_path") else {"finetuning_type": "full"}
         return {"model_name_or_path": str(folder) if folder.is_dir() else model, **whole}
     try:
-        config = json.loads(told.read_text(encoding="utf-8"))
+        config = read_json(told)
         base, kind = config.get("base_model_name_or_path"), str(config.get("peft_type"))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         problems.append(f"MODEL: {told} cannot be read: {error}")
         base, kind = None, "LORA"
     if kind not in _ADAPTERS:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.score_table import ScoreTable, read_scores
-from dataflex.state import is_unfinished, refusals, replacing, write_json
+from dataflex.state import is_unfinished, read_json, refusals, replacing, write_json
 from dataflex.storage import place_problem
 
 TOLD, ROWS, FINGERPRINTS, SAMPLE = "index.json", "rows.parquet", "fingerprints.npy", "sample"
@@ -106,7 +106,7 @@ def read_index(folder: Path) -> Index:
             raise DataError(f"{folder}: the index is not finished; give its 'dataflex score' command again")
         raise DataError(f"{folder}: is no index; one is written by 'dataflex score ... --method less --index {folder}'")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path)
         if told["format"] != _FORMAT:
             raise ValueError(f"its format is {told['format']!r}, and this version reads {_FORMAT}")
         parts = tuple(Part(**part) for part in told["parts"])

@@ -43,7 +43,7 @@ from dataflex.signals.kinds import GradientScores, Signal
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Share, preserve_state
-from dataflex.state import blake2b
+from dataflex.state import blake2b, read_json
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, refuse_unsupported, signal_runner
 from dataflex.validate import check_selection
@@ -203,7 +203,7 @@ class WorkflowMixin(_Trainer):
             with moments_by_name(self):
                 self._load_optimizer_and_scheduler(str(checkpoint))
         try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            state = read_json(checkpoint / "trainer_state.json")
             return int(state["global_step"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"resume_from_checkpoint: {checkpoint} has no readable trainer_state.json") from error

@@ -24,7 +24,7 @@ from dataflex.printable import Answer, file_name_problem, on_one_line, redacted
 from dataflex.score_table import ScoreTable, read_scores
 from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
-from dataflex.state import aside, replacing
+from dataflex.state import aside, read_json, replacing
 from dataflex.version import __version__
 
 RANK = ".rank"
@@ -357,8 +357,8 @@ def _mapping(path: Path) -> dict[str, Any] | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path)
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

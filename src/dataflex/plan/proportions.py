@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
 from dataflex.plan.domains import Floats
 from dataflex.printable import plain, redacted
-from dataflex.state import refusals, write_json
+from dataflex.state import read_json, refusals, write_json
 from dataflex.version import version_of
 
 FORMAT = 1
@@ -74,8 +74,8 @@ def read_proportions(path: Path | str, key: str = "from") -> ProportionsFile:
         what = "is a folder" if path.is_dir() else "no such file"
         raise ConfigError(f"{key}: {what}: {path} (relative to the working directory {Path.cwd()})")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        body = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {path} cannot be read as JSON: {error}") from error
     wanted = "{names: [...], proportions: [...], method, provenance} as 'dataflex mix propose' writes it"
     if not isinstance(body, dict) or not {"names", "proportions"} <= body.keys():

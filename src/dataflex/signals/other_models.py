@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
+from dataflex.state import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def base_model(name: str | Path) -> str | None:
     file = Path(name) / ADAPTER
     if not file.is_file():
         return None
-    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return str(read_json(file)["base_model_name_or_path"])
 
 
 def sizes_of(folder: str | Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def sizes_of(folder: str | Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError, KeyError, TypeError: It cannot be read, or is none.
     """
-    found = dict(json.loads((Path(base_model(folder) or folder) / "config.json").read_text(encoding="utf-8")))
+    found = dict(read_json(Path(base_model(folder) or folder) / "config.json"))
     return {**found, **(found.get("text_config") or {})}
 
 

@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import blake2b, fsync, is_left, is_unfinished, owner, refusals, replacing
+from dataflex.state import blake2b, fsync, is_left, is_unfinished, owner, read_json, refusals, replacing
 from dataflex.version import version_of
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class ArrayStore:
         if not folder.is_dir():
             return None
         try:
-            header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
+            header = read_json(folder / _HEADER)
             if header["format"] != _FORMAT or header["fingerprint"] != asdict(key):
                 raise ValueError("it was computed from something else")
             array = np.load(folder / _ARRAY, mmap_mode="r", allow_pickle=False)

@@ -25,7 +25,7 @@ from dataflex.plan.domains import Domains
 from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.printable import redacted
 from dataflex.registry import KINDS
-from dataflex.state import load_state, refusals, replacing, save_state
+from dataflex.state import load_state, read_json, refusals, replacing, save_state
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Identity:
     def same_rows(self, checkpoint: Path) -> bool:
         """Whether a checkpoint holds our state, and that of the same rows."""
         try:
-            meta = json.loads((checkpoint / FOLDER / _RUN).read_text(encoding="utf-8"))
+            meta = read_json(checkpoint / FOLDER / _RUN)
         except (OSError, ValueError):
             return False
         return bool(meta.get("format") == _FORMAT and meta.get("space") == self.described["space"])
@@ -265,7 +265,7 @@ def load(checkpoint: Path, identity: Identity | None, *, extend: bool = False) -
             f"resume: {checkpoint} has no '{FOLDER}' folder: it was not written by a run with a dynamic block, or "
             "with 'save_only_model: true'. Start fresh with 'dynamic.resume_plan: ignore', or from another checkpoint."
         )
-    meta = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    meta = read_json(folder / _RUN)
     if meta.get("format") != _FORMAT:
         raise CheckpointError(
             f"resume: {folder} was written by another version of DataFlex (its format is {meta.get('format')!r}, and "
@@ -292,7 +292,7 @@ def load(checkpoint: Path, identity: Identity | None, *, extend: bool = False) -
 def step_of(checkpoint: Path) -> int:
     """Return the optimizer steps done at a checkpoint; CheckpointError if it does not tell."""
     try:
-        return int(json.loads((checkpoint / FOLDER / _RUN).read_text(encoding="utf-8"))["step"])
+        return int(read_json(checkpoint / FOLDER / _RUN)["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"resume: {checkpoint} does not tell its step: {error}") from error
 
