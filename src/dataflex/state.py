@@ -249,7 +249,11 @@ def read_json(path: Path) -> Any:
         OSError: It cannot be read.
         ValueError: It is no JSON, or nested deeper than Python reads.
     """
-    text = path.read_text(encoding="utf-8")
+    return loads_json(path.read_text(encoding="utf-8"))
+
+
+def loads_json(text: str) -> Any:
+    """Return what a JSON text holds; ValueError where it is no JSON, or nested deeper than Python reads."""
     try:
         return json.loads(text)
     except RecursionError as error:

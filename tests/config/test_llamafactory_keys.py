@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import inspect
 import json
@@ -16,8 +17,9 @@ from dataflex.cli import main
 from dataflex.config import args as args_module
 from dataflex.config import table as table_module
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.check import model_problems
+from dataflex.config.check import model_problems, partitioned_by
 from dataflex.config.load import MOST_LEVELS
+from dataflex.config.needs import ZERO3
 from dataflex.config.split import resolve
 from dataflex.config.table import FILE, installed, read_source, table
 from dataflex.version import TESTED
@@ -129,6 +131,38 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"lr_scheduler_kwargs": {"min_lr": 1e-5}},
         "lr_scheduler_kwargs.min_lr: unknown key (lr_scheduler_type linear takes none)",
     ),
+    "number of a schedule": (
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "abc"}},
+        "lr_scheduler_kwargs.min_lr: expected a number, found 'abc'",
+    ),
+    "null in a schedule": (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": None}},
+        "lr_scheduler_kwargs.num_cycles: expected a number, found null",
+    ),
+    "steps of a schedule": (
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": -5}},
+        "lr_scheduler_kwargs.num_decay_steps: expected a number of steps, found -5",
+    ),
+    "shape of a schedule": (
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"decay_type": "cos"}'},
+        "lr_scheduler_kwargs.decay_type: expected linear, cosine or 1-sqrt, found 'cos'",
+    ),
+    "end of a schedule": (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1}, "learning_rate": 0.001},
+        "lr_scheduler_kwargs.lr_end: must be below learning_rate (0.001), found 1",
+    ),
+    "no JSON": ({"deepspeed": "broken.json"}, "deepspeed: expected a mapping, found 'broken.json' (Expecting"),
+    "JSON of a list": ({"fsdp": "full_shard", "fsdp_config": "list.json"}, "fsdp_config: expected a mapping, found []"),
+    "JSON too deep": ({"accelerator_config": "deep.json"}, "accelerator_config: expected a mapping, found 'deep.json'"),
+    "file for a mapping": (
+        {"gradient_checkpointing_kwargs": "list.json"},
+        "gradient_checkpointing_kwargs: expected a mapping, found 'list.json'",
+    ),
+    "ZeRO": ({"deepspeed": {"zero_optimization": 3}}, "deepspeed.zero_optimization: expected a mapping, found 3"),
+    "stage of ZeRO": (
+        {"deepspeed": '{"zero_optimization": {"stage": 4}}'},
+        "deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found 4",
+    ),
     "least rate": (
         {"lr_scheduler_type": "cosine_with_min_lr"},
         "lr_scheduler_kwargs: lr_scheduler_type cosine_with_min_lr needs one of min_lr and",
@@ -141,11 +175,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_told_with_the_key(name: str, config: Config, project: Path) -> None:
+def test_told_with_the_key(name: str, config: Config, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, told = REFUSED[name]
     if name == "column":
         file = project / "data/a.jsonl"
         file.write_text(file.read_text().replace('"input":', '"source": "x", "input":'))
+    if "JSON" in name or "file" in name:
+        monkeypatch.chdir(project)
+        for file, text in {"broken": '{"a": 1,', "list": "[]", "deep": "[" * 100_000}.items():
+            Path(f"{file}.json").write_text(text)
     if name == "shift":
         (project / "model/config.json").write_text('{"model_type": "llama"}')
     lines = refused(config(**changes), project)
@@ -189,6 +227,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "lr_scheduler_kwargs": {"num_cycles": 1},
     },
     "schedule": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'},
+    "null in a schedule": {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": None}},
+    "JSON": {"deepspeed": '{"zero_optimization": {"stage": 2}}', "ray_init_kwargs": '{"num_cpus": 1}'},
+    "JSON in base64": {"deepspeed": base64.urlsafe_b64encode(b'{"zero_optimization": {"stage": 2}}').decode()},
     "lengths filled in": {"lr_scheduler_type": "warmup_stable_decay"},
     "resume": {"resume_from_checkpoint": False},
     "no clipping": {"max_grad_norm": float("inf")},
@@ -338,3 +379,12 @@ def test_table_is_what_llamafactory_parses() -> None:
     told = {name: key.default for name, key in table().items() if key.default is not None}
     assert told == {name: parsed[name].default for name in told}
     assert set(table()["template"].choices or ()) == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("way", ["mapping", "JSON", "file", "base64"])
+def test_what_partitions_is_read_however_it_is_written(way: str, config: Config, project: Path) -> None:
+    text = '{"zero_optimization": {"stage": 3}}'
+    (project / "ds.json").write_text(text)
+    given = {"mapping": json.loads(text), "JSON": text, "file": str(project / "ds.json")}
+    lf = LlamaFactoryArgs.read({"deepspeed": given.get(way) or base64.urlsafe_b64encode(text.encode()).decode()})
+    assert (partitioned_by(lf), lf.doubts) == (ZERO3, ())

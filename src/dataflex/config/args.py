@@ -6,19 +6,22 @@ LLaMA-Factory takes a value as YAML gave it. Values that it would misread are co
 
 from __future__ import annotations
 
+import base64
+import errno
 import glob
 import importlib.util
-import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from dataflex.config.mappings import is_number, shown
 from dataflex.config.table import Key, accelerator_keys, defaults, table
 from dataflex.errors import did_you_mean
+from dataflex.state import loads_json, read_json
 from dataflex.version import install, version_of
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
@@ -114,8 +117,15 @@ _SCHEDULE_KEYS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """What ``lr_scheduler_kwargs`` may hold; others take anything, or do not look at it."""
-_FILES = ("accelerator_config", "new_special_tokens_config")
+_MAY_BE_NULL = ("timescale", "min_lr", "min_lr_rate", "warmup_lr_rate", "num_stable_steps")
+_SHAPES = ("linear", "cosine", "1-sqrt")
+_FILES = ("new_special_tokens_config",)
 """Keys whose texts are paths of files."""
+_SETTINGS = {
+    **dict.fromkeys(("accelerator_config", "deepspeed", "fsdp_config"), True),
+    **dict.fromkeys(("gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "ray_init_kwargs"), False),
+}
+"""Keys that hold a mapping or its JSON, and whether their texts may be paths of JSON files."""
 _DEVICES = ("/dev/nvidia[0-9]* /dev/dxg /dev/kfd /dev/dri/renderD* /dev/davinci* /dev/accel* /dev/neuron*").split()
 _OTHER_DEVICES = ("torch_npu", "torch_musa", "torch_mlu", "torch_xla", "habana_frameworks")
 
@@ -186,6 +196,25 @@ class LlamaFactoryArgs(Mapping[str, Any]):
     def on(self, key: str) -> bool:
         """Whether a switch is on; one that this version of LLaMA-Factory does not have is off."""
         return bool(getattr(self, key, False))
+
+    def settings(self, key: str) -> Mapping[str, Any]:
+        """Return the mapping that one of ``_SETTINGS`` holds or names the file of; empty without a readable one."""
+        return self._settings(key)[0]
+
+    def _settings(self, key: str) -> tuple[Mapping[str, Any], str]:
+        """Return that mapping, and what is wrong with the key or an empty text."""
+        given = found = getattr(self, key)
+        if isinstance(given, str):
+            try:
+                found = _settings_of(given, files=_SETTINGS[key])
+            except OSError as error:
+                return {}, f"{error.strerror or error}: {given}"
+            except ValueError as error:
+                told = f"{shown(given)} ({error})" if _SETTINGS[key] or given.startswith("{") else shown(given)
+                return {}, f"expected a mapping, found {told}"
+        if isinstance(found, Mapping):
+            return found, ""
+        return {}, "" if found is None else f"expected a mapping, found {shown(found)}"
 
     def of_any_stage(self) -> LlamaFactoryArgs:
         """Return the same without a stage, for checks where that is wrong itself."""
@@ -288,10 +317,18 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             path = getattr(self, key)
             if isinstance(path, str) and not os.path.isfile(path):
                 yield f"{key}: no such file: {path}"
-        if isinstance(self.accelerator_config, Mapping):
-            known = accelerator_keys()
-            for key in sorted(set(self.accelerator_config) - set(known) if known else ()):
-                yield f"accelerator_config.{key}: unknown key{did_you_mean(key, known)}"
+        for key in _SETTINGS:
+            if problem := self._settings(key)[1]:
+                yield f"{key}: {problem}"
+        known = accelerator_keys()
+        for key in sorted(set(self.settings("accelerator_config")) - set(known) if known else ()):
+            yield f"accelerator_config.{key}: unknown key{did_you_mean(key, known)}"
+        zero = self.settings("deepspeed").get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
+        if stage is None:
+            yield f"deepspeed.zero_optimization: expected a mapping, found {shown(zero)}"
+        elif isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+            yield f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {shown(stage)}"
 
     def _of_the_trainer(self) -> Iterator[str]:
         for name in ("logging", "eval", "save"):
@@ -332,23 +369,50 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
 
     def _of_the_schedule(self) -> Iterator[str]:
-        key, given = "lr_scheduler_kwargs", self.lr_scheduler_kwargs
-        if isinstance(given, str):
-            try:
-                given = json.loads(given) if given.startswith("{") else None
-            except ValueError:
-                given = None
-            if given is None:
-                yield f"{key}: expected a mapping, found {shown(self.lr_scheduler_kwargs)}"
-                return
-        given, name = given or {}, str(self.lr_scheduler_type)
+        key, given, name = "lr_scheduler_kwargs", self.settings("lr_scheduler_kwargs"), str(self.lr_scheduler_type)
         known = _SCHEDULE_KEYS.get(name, tuple(given))
         for each in given:
             if each not in known:
                 listed = f"takes {', '.join(known)}" if known else "takes none"
                 yield f"{key}.{each}: unknown key{did_you_mean(str(each), known)} (lr_scheduler_type {name} {listed})"
+            elif name in _SCHEDULE_KEYS and (problem := _schedule_problem(each, given[each])):
+                yield f"{key}.{each}: {problem}, found {shown(given[each])}"
+        if name == "polynomial" and not {each for each in given if _schedule_problem(each, given[each])}:
+            if (least := given.get("lr_end", 1e-7)) >= self.learning_rate:
+                yield f"{key}.lr_end: must be below learning_rate ({self.learning_rate:g}), found {least:g}"
         if name.endswith("with_min_lr") and (given.get("min_lr") is None) == (given.get("min_lr_rate") is None):
             yield f"{key}: lr_scheduler_type {name} needs one of min_lr and min_lr_rate, as in '{{min_lr_rate: 0.1}}'"
+
+
+def _schedule_problem(key: str, value: Any) -> str:
+    """Return what a schedule expects in place of a value of ``lr_scheduler_kwargs``, or an empty text."""
+    if key.endswith("_type"):
+        return "" if value in _SHAPES else f"expected {', '.join(_SHAPES[:-1])} or {_SHAPES[-1]}"
+    if value is None and key in _MAY_BE_NULL:
+        return ""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST
+    if key.endswith("_steps"):
+        return "" if number and value >= 0 and value == int(value) else "expected a number of steps"
+    return "" if number else "expected a number"
+
+
+def _settings_of(text: str, *, files: bool) -> Any:
+    """Return what a text holds that is JSON, JSON in base64 or the path of a JSON file; the last two ``files`` only.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: It is nothing of these.
+    """
+    if text.startswith("{"):
+        return loads_json(text)
+    if not files:
+        raise ValueError("it is no JSON")
+    if os.path.exists(text):
+        return read_json(Path(text))
+    try:
+        return loads_json(base64.urlsafe_b64decode(text).decode())
+    except ValueError as error:
+        raise FileNotFoundError(errno.ENOENT, "no such file") from error
 
 
 def _not_installed(what: str, packages: Sequence[str]) -> Iterator[str]:

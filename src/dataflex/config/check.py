@@ -163,34 +163,25 @@ def stage_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str
 def partitioned_by(lf: LlamaFactoryArgs) -> str:
     """Return what partitions the parameters, or an empty string."""
     if lf.fsdp:
-        config = _mapping(lf.fsdp_config)
+        config = lf.settings("fsdp_config")
         return FSDP2 if str(config.get("fsdp_version", config.get("version"))) == "2" else "fsdp"
     return ZERO3 if zero_options(lf).get("stage") == 3 else ""
 
 
-def _mapping(config: Any) -> Mapping[str, Any]:
-    """Return a configuration that is a mapping or names a JSON file; empty where it is neither."""
-    if isinstance(config, str) and Path(config).is_file():
-        try:
-            config = read_json(Path(config))
-        except ValueError:
-            return {}
-    return config if isinstance(config, Mapping) else {}
-
-
 def zero_options(lf: LlamaFactoryArgs) -> Mapping[str, Any]:
     """Return DeepSpeed's settings of ZeRO; empty without DeepSpeed."""
-    return _mapping(_mapping(lf.deepspeed).get("zero_optimization"))
+    zero = lf.settings("deepspeed").get("zero_optimization")
+    return zero if isinstance(zero, Mapping) else {}
 
 
 def _unsplit(lf: LlamaFactoryArgs) -> str:
     """Return what a ledger cannot account for under DeepSpeed's settings, or an empty string; ZeRO-3 is told apart."""
-    zero = zero_options(lf)
+    zero, bf16 = zero_options(lf), lf.settings("deepspeed").get("bf16")
     if zero.get("stage") not in (1, 2, 3):
         return "the ledger reads what ZeRO-1 and 2 step, and this is neither; set zero_optimization.stage to 1 or 2"
     if zero.get("offload_optimizer"):
         return "the ledger does not read gradients that are offloaded; remove offload_optimizer, or the ledger"
-    if zero["stage"] == 1 and (lf.on("bf16") or _mapping(_mapping(lf.deepspeed).get("bf16")).get("enabled") is True):
+    if zero["stage"] == 1 and (lf.on("bf16") or (isinstance(bf16, Mapping) and bf16.get("enabled") is True)):
         return "ZeRO-1 with bf16 has an optimizer of its own, which the ledger does not read; use ZeRO-2"
     if (lf.optim or "").startswith("sgd"):
         return "the ledger reads Adam's moments of DeepSpeed, not SGD's; use AdamW, or plain data parallelism"
@@ -356,15 +347,12 @@ def takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
 
 
 def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
-    """Yield problems of the paths of the model and of DeepSpeed's configuration, and of an optimizer under FSDP2."""
+    """Yield problems of the path of the model, and of an optimizer under FSDP2."""
     model = lf.model_name_or_path
     if not model:
         yield "model_name_or_path: missing; give a model's folder or its name on a hub"
     elif str(model).startswith(("/", "./", "../", "~")) and not Path(str(model)).expanduser().exists():
         yield f"model_name_or_path: no such folder: {model}"
-    deepspeed = lf.deepspeed
-    if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
-        yield f"deepspeed: no such file: {deepspeed}"
     yield from _quantization_problems(lf)
     yield from _adapter_problems(lf)
     if lf.on("shift_attn") and _of_model(lf).get("model_type") == "llama":
@@ -390,7 +378,11 @@ def _adapter_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
 
 def _of_model(lf: LlamaFactoryArgs) -> Mapping[str, Any]:
     """Return the configuration of a model in a folder; empty where it is not known."""
-    return _mapping(str(Path(str(lf.model_name_or_path)).expanduser() / "config.json"))
+    try:
+        found = read_json(Path(str(lf.model_name_or_path)).expanduser() / "config.json")
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _quantization_problems(lf: LlamaFactoryArgs) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +32,7 @@ class Rate:
     def of(cls, lf: LlamaFactoryArgs) -> Rate:
         """Return the rate of a configuration; what falls in another way is taken for constant."""
         schedule = str(lf.lr_scheduler_type)
-        given = lf.lr_scheduler_kwargs or {}
-        given = json.loads(given) if isinstance(given, str) else given
+        given = lf.settings("lr_scheduler_kwargs")
         if schedule == "warmup_stable_decay":
             return cls._after_a_stay(given, lf.max_steps, thirds=bool(lf.train_sets))
         if schedule in ("linear", "polynomial"):

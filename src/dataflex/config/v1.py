@@ -6,7 +6,6 @@ what is not served under it, is refused here. Nothing of LLaMA-Factory is import
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from dataflex.config.needs import elsewhere
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.table import table, v1_table
 from dataflex.errors import did_you_mean
-from dataflex.state import read_json
+from dataflex.state import loads_json, read_json
 from dataflex.version import install
 
 _TOLD = ("model", "train_dataset")
@@ -150,7 +149,7 @@ def _plugin(value: Any) -> Mapping[str, Any]:
     """Return the settings of a plugin, which may be written as JSON."""
     if isinstance(value, str) and value.startswith("{"):
         try:
-            value = json.loads(value)
+            value = loads_json(value)
         except ValueError:
             return {}
     return value if isinstance(value, Mapping) else {}
@@ -174,7 +173,7 @@ def _sharded(plugin: Any) -> tuple[dict[str, Any], list[str]]:
     try:
         config = read_json(Path(file))
     except OSError:
-        return {"deepspeed": file}, [] if file.endswith(".json") else [f"dist_config: no such file: {file}"]
+        return {}, [f"dist_config: no such file: {file}"]
     except ValueError as error:
         return {}, [f"dist_config: {file} cannot be read: {str(error).splitlines()[0]}"]
     if not isinstance(config, dict):
