@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError, did_you_mean
 from dataflex.method import ScoreFile
-from dataflex.state import replacing
+from dataflex.state import refusals, replacing
 
 _FIXED = ("row", "dataset", "domain", "position", "tokens", "supervised_tokens")
 _KEY = b"dataflex"
@@ -78,12 +78,10 @@ def write_scores(path: Path, table: ScoreTable) -> None:
     content = pa.table(arrays).replace_schema_metadata(
         {_KEY: json.dumps({"format": _FORMAT, **table.provenance}, sort_keys=True)}
     )
-    try:
+    with refusals(path, DataError, key="--out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, None) as file:
             pq.write_table(content, file)
-    except OSError as error:
-        raise DataError(f"--out: cannot write {path}: {error.strerror or error}") from error
 
 
 def read_scores(path: Path) -> ScoreTable:

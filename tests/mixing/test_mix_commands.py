@@ -515,7 +515,7 @@ def numbers(project):
         ("chameleon --model x --domains a=b,c=d --out x.json", "--model: no such folder: x"),
         (
             "mixmin --models a=folder,b=y --target t.txt --out x.json",
-            "--models: folder holds no model (no config.json)",
+            "--models: folder holds no model: none of config.json",
         ),
         ("mixmin --matrx m.npz --out x.json", "did you mean '--matrix'?"),
         ("mixnim --matrix m.npz --out x.json", "invalid choice: 'mixnim'"),

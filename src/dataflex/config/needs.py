@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -415,11 +415,19 @@ def _by_target(method: MethodConfig, needs: Requires) -> Iterator[str]:
 def _reference(method: MethodConfig, needs: Requires) -> Iterator[str]:
     if needs.reference is None:
         return
-    folder, key = Path(needs.reference.folder).expanduser(), f"dynamic.{method.kind}.reference"
+    if problem := model_folder_problem(needs.reference.folder):
+        yield f"dynamic.{method.kind}.reference: {problem} (the reference model is trained before this run)"
+
+
+def model_folder_problem(name: str, files: Sequence[str] = _REFERENCE_FILES) -> str:
+    """Return why a path is no folder with one of a model's ``files``, or an empty text."""
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        yield f"{key}: {_no_folder(needs.reference.folder)} (the reference model is trained before this run)"
-    elif not any((folder / name).is_file() for name in _REFERENCE_FILES):
-        yield f"{key}: {needs.reference.folder} holds no model (neither config.json nor adapter_config.json)"
+        beside = [each.name for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
+        return f"no such folder: {name}{did_you_mean(folder.name, beside)}"
+    if any((folder / file).is_file() for file in files):
+        return ""
+    return f"{name} holds no model: none of {', '.join(files)}"
 
 
 def _score_files(method: MethodConfig, needs: Requires) -> Iterator[str]:
@@ -451,22 +459,12 @@ def _models(method: MethodConfig, needs: Requires) -> Iterator[str]:
 def _model_problem(name: str) -> str:
     if not name.strip():
         return "is empty; give a model's folder or its name on a hub"
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if any((folder / file).is_file() for file in _MODEL_FILES):
-            return ""
-        return f"{name} holds no model (none of {', '.join(_MODEL_FILES)})"
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        return _no_folder(name)
+    problem = model_folder_problem(name, _MODEL_FILES)
+    if not problem or Path(name).expanduser().is_dir() or not _HUB_ID.fullmatch(name) or name.startswith("."):
+        return problem
     if (env_enabled("HF_HUB_OFFLINE") or env_enabled("TRANSFORMERS_OFFLINE")) and not _cached(name):
-        return f"{_no_folder(name)}; nor is it in the local cache of the hub, and HF_HUB_OFFLINE is set"
+        return f"{problem}; nor is it in the local cache of the hub, and HF_HUB_OFFLINE is set"
     return ""
-
-
-def _no_folder(name: str) -> str:
-    folder = Path(name).expanduser()
-    beside = [each.name for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
-    return f"no such folder: {name}{did_you_mean(folder.name, beside)}"
 
 
 def _cached(name: str) -> bool:

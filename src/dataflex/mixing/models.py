@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.config.args import data_set_names
+from dataflex.config.needs import model_folder_problem
 from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing.options import Solution, by_name, check_effective, check_out, fill_in, given, write_result
 from dataflex.mixing.runs import read_csv
@@ -356,13 +357,7 @@ def _most_positions(model: Any) -> int:
 
 def _check_models(key: str, folders: Iterable[str]) -> None:
     """Raise ``ConfigError`` unless all folders hold models, before the first of them is loaded."""
-    problems = []
-    for folder in map(Path, folders):
-        found = folder.expanduser()
-        if not found.is_dir():
-            problems.append(f"{key}: no such folder: {folder}")
-        elif not any((found / name).is_file() for name in ("config.json", "adapter_config.json")):
-            problems.append(f"{key}: {folder} holds no model (no config.json)")
+    problems = [f"{key}: {problem}" for folder in folders if (problem := model_folder_problem(folder))]
     if problems:
         raise ConfigError(problems)
 

@@ -25,7 +25,7 @@ from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import digest_of, read_proportions
 from dataflex.printable import shown, without_secrets
 from dataflex.record.read import read_events
-from dataflex.state import read_json, replacing
+from dataflex.state import read_json, refusals, replacing
 
 RATIOS = "ratios.csv"
 
@@ -64,13 +64,11 @@ def write_configurations(folder: Path, configs: Mapping[Path, Mapping[str, Any]]
     """Write configurations, given by the path of their file, without secrets."""
     import yaml
 
-    try:
+    with refusals(folder, ConfigError, key="--out"):
         for path, config in configs.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, None) as file:
                 file.write(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True).encode())
-    except OSError as error:
-        raise ConfigError(f"--out: {folder} cannot be written: {error.strerror or error}") from error
 
 
 def digest_of_runs(mapping: Mapping[str, Any], plugins: Sequence[str] = (), **more: Any) -> str:

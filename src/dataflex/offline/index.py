@@ -91,11 +91,8 @@ class Index:
 def write_told(index: Index) -> None:
     """Write ``index.json``, which makes the folder an index; DataError where it cannot be written."""
     told = {**asdict(index), "format": _FORMAT, "folder": None, "sample": index.sample.tolist()}
-    try:
-        with replacing(index.folder / TOLD, None) as file:
-            file.write((json.dumps(told, indent=1, default=str) + "\n").encode())
-    except OSError as error:
-        raise DataError(f"--index: cannot write {index.folder / TOLD}: {error.strerror or error}") from error
+    with refusals(index.folder / TOLD, DataError, key="--index"), replacing(index.folder / TOLD, None) as file:
+        file.write((json.dumps(told, indent=1, default=str) + "\n").encode())
 
 
 def read_index(folder: Path) -> Index:
