@@ -69,6 +69,8 @@ def test_golden_step_of_sgd(clip, credits, measured):
     assert first[CLIPPING] == pytest.approx(taken_off, abs=1e-5)
     middle = (start + run.gradient()) / 2
     if clip is None:
+        np.testing.assert_allclose(run.theta.detach(), (0.05, 0.05), atol=1e-6)
+        np.testing.assert_allclose(middle, (-1.4375, 0.5375), atol=1e-6)
         np.testing.assert_allclose(run.products(middle)[:3], (-0.14375, 0.0, 0.09875), atol=1e-6)
     assert sum(run.products(middle)[:3]) == pytest.approx(measured, abs=1e-6)
     assert run.loss() - before == pytest.approx(measured, abs=1e-6)
@@ -110,9 +112,11 @@ def test_golden_steps_of_adamw():
     first = run.products(start)
     assert first[DECAY] == pytest.approx(-0.005485, abs=2e-6)
     assert sum(first[:3]) + first[BEFORE] == pytest.approx(-0.043495 - 0.084020 - 0.005158, abs=3e-6)
+    assert sum(first[:CLIPPING]) == pytest.approx(-0.138159, abs=2e-6)
     assert first[BEFORE] != 0.0
     middle = (start + run.gradient()) / 2
     assert sum(run.products(middle)[:CLIPPING]) == pytest.approx(-0.127482, abs=2e-6)
+    np.testing.assert_allclose(run.theta.detach(), (0.537991, 0.293505), atol=2e-6)
     assert run.loss() - before == pytest.approx(-0.127482, abs=2e-6)
 
 

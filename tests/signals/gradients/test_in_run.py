@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dataflex.plan.domains import Rows
-from dataflex.sequences import Sequences
+from dataflex.sequences import Joined, Sequences
 from dataflex.signals.gradients import in_run
 from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
@@ -25,7 +25,7 @@ from dataflex.signals.gradients.in_run import (
 from dataflex.signals.gradients.layers import kind_of
 from dataflex.signals.gradients.parameters import Unit
 from dataflex.signals.gradients.precondition import Moments
-from dataflex.train.loss import document_sequences, token_losses, weighted_loss
+from dataflex.train.loss import TokenLosses, document_sequences, token_losses, weighted_loss
 from tests.signals.gradients.small import MODELS, build, oracle, ragged
 
 
@@ -257,9 +257,7 @@ def test_golden_linear_and_low_rank():
     a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[1.0, -1.0], [0.5, 1.0]]])
     g = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[0.2, 0.4], [-1.0, 0.3]]])
 
-    unit = Unit(name="layer", module=layer, kind=kind_of(layer), parameters={"weight": "w"})
-    capture = StepCapture([unit])
-    capture.aim(Directions(parts={"w": V[None]}, lengths=torch.ones(1), coverage=torch.ones(1), captured=torch.ones(1)))
+    capture = captured(layer, V)
     capture.begin((2, 2), torch.device("cpu"))
     layer(a.requires_grad_()).backward(g)
     torch.testing.assert_close(capture.take(weights_B=torch.ones(2)).scores, torch.tensor([[0.0], [2.125]]))
@@ -268,6 +266,109 @@ def test_golden_linear_and_low_rank():
     low = torch.stack([sum((g[i, t] @ U) @ (W.T @ a[i, t]) for t in range(2)) for i in range(2)])
     torch.testing.assert_close(low.detach(), torch.tensor([2.5, 0.95]))
     assert float(U.norm()) == pytest.approx(float(W.norm()), rel=1e-5)
+
+
+def one_direction(V):
+    ones = torch.ones(1)
+    return Directions(parts={"w": V[None]}, lengths=ones, coverage=ones, captured=ones)
+
+
+def captured(layer, V, **options):
+    unit = Unit(name="layer", module=layer, kind=kind_of(layer), parameters={"weight": "w"})
+    capture = StepCapture([unit], **options)
+    capture.aim(Directions.none([unit]) if V is None else one_direction(V))
+    return capture
+
+
+@pytest.mark.parametrize(
+    ("num_items", "replicas", "scale", "seen"),
+    [
+        ((6, 6), 1, 1.0, (0.1, 0.05, 0.2)),
+        ((6, 6), 2, 1024.0, (204.8, 102.4, 409.6)),
+        ((2 * 4, 2 * 2), 1, 1.0, (0.075, 0.0375, 0.3)),  # means over micro-batches, of which there are two
+    ],
+)
+def test_golden_denominators(num_items, replicas, scale, seen):
+    """Three rows of 1, 3 and 2 tokens in two micro-batches; their means are .6, .1 and .6 whatever the loss counts."""
+    layer = nn.Linear(1, 1, bias=False)
+    capture = captured(layer, torch.ones(1, 1))
+    dots, scores = [], []
+    for rows, items in zip(([[0.6], [0.2, -0.4, 0.5]], [[1.0, 0.2]]), num_items, strict=True):
+        width = max(map(len, rows))
+        mask = torch.tensor([[t < len(row) for t in range(width)] for row in rows])
+        a = torch.tensor([[*row, *[9.0] * (width - len(row))] for row in rows])[..., None].requires_grad_()
+        capture.begin((len(rows), width), torch.device("cpu"))
+        loss_BT = layer(a)[..., 0] * mask  # its gradient by the weight is what the token's product is to be
+        losses = TokenLosses(loss_BT=loss_BT, mask_BT=mask, plain_sum=loss_BT.detach().sum())
+        capture.watch(losses.loss_BT, losses.mask_BT)
+        kind = {"normalizer": "num_tokens", "num_micro_batches": 2, "step_scale": None, "replicas": 1}
+        sequences = Sequences(rows_B=np.arange(len(rows)))
+        loss = weighted_loss(losses, torch.ones(len(rows), 1), sequences=sequences, num_items=float(items), **kind)
+        (loss * replicas * scale).backward()
+        dots += capture._dots.flatten().tolist()
+        scores += capture.take().scores.flatten().tolist()
+    assert dots == pytest.approx(seen, rel=1e-6)
+    assert scores == pytest.approx((0.6, 0.1, 0.6), rel=1e-6)
+
+
+def test_golden_documents():
+    """Row 1 of the golden linear layer as two rows that lie in one sequence: 1 and 1.125."""
+    layer = nn.Linear(2, 2, bias=False)
+    capture = captured(layer, torch.tensor([[0.5, -1.0], [2.0, 0.25]]))
+    there = torch.ones(2, 1, dtype=torch.bool)
+    joined = Joined(rows_R=np.arange(2), index_RT=torch.tensor([[0], [1]]), there_RT=there)
+    capture.begin((1, 2), torch.device("cpu"), joined)
+    a = torch.tensor([[[1.0, -1.0], [0.5, 1.0]]], requires_grad=True)
+    layer(a).backward(torch.tensor([[[0.2, 0.4], [-1.0, 0.3]]]))
+    torch.testing.assert_close(capture.take(weights_B=torch.ones(2)).scores, torch.tensor([[1.0], [1.125]]))
+
+
+def test_golden_adapter():
+    """Output gradients of A hold the scale of 2 already: -6.95 and -.65, not twice that."""
+    first, second = nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)
+    first.weight.data, second.weight.data = torch.tensor([[0.3, -0.2]]), torch.tensor([[0.5], [-1.0]])
+    V = {"A": torch.tensor([[[0.1, 0.4]]]), "B": torch.tensor([[[1.0], [0.5]]])}
+    layers = [
+        Unit(name=name, module=layer, kind=kind_of(layer), parameters={"weight": name})
+        for name, layer in (("A", first), ("B", second))
+    ]
+    x, base, goal = torch.tensor([[[1.0, 2.0], [0.0, -1.0]]]), torch.tensor([[1.0, 0.0], [0.5, 1.0]]), torch.eye(2)
+    for names, score in ((("A",), -6.95), (("B",), -0.65), (("A", "B"), -7.6)):
+        capture, ones = StepCapture([each for each in layers if each.name in names], sketch=1), torch.ones(1)
+        capture.aim(Directions(parts={name: V[name] for name in names}, lengths=ones, coverage=ones, captured=ones))
+        capture.begin((1, 2), torch.device("cpu"))
+        y = x @ base.T + 2 * second(first(x))
+        ((y - goal).square().sum() / 2).backward()
+        scores, norms, _ = capture.take(weights_B=torch.ones(1))
+        capture.end()
+        assert float(scores) == pytest.approx(score, abs=1e-5)
+    assert float(norms) == pytest.approx(16.985582, abs=1e-5)
+
+
+def sketched_square(monkeypatch, inputs, outputs):
+    """Squared norm of G = [[1, 2], [1, -2]] by draws [2, k] of either side; zeros make the layer wide enough."""
+    size, width = len(inputs[0]), 4 * len(inputs[0]) + 1
+    draws = iter([torch.tensor(inputs), torch.tensor(outputs)])
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: nn.functional.pad(next(draws), (0, 0, 0, width - 2)))
+    with torch.no_grad():
+        layer = nn.Linear(width, width, bias=False)
+    capture = captured(layer, None, sketch=size)
+    monkeypatch.undo()
+    capture.begin((1, 2), torch.device("cpu"))
+    a, g = torch.zeros(2, 1, 2, width)
+    a[0, :, :2], g[0, :, :2] = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    layer(a.requires_grad_()).backward(g)
+    return float(capture.take(weights_B=torch.ones(1)).norms) ** 2
+
+
+def test_golden_sketch(monkeypatch):
+    """Draws that are orthogonal give the norm of 10 itself, one number per side 4, and 10 on the mean."""
+    turned = sketched_square(monkeypatch, [[1.0, 1.0], [-1.0, 1.0]], [[1.0, -1.0], [1.0, 1.0]])
+    assert turned == pytest.approx(10, rel=1e-6)
+    assert sketched_square(monkeypatch, [[1.0], [-1.0]], [[1.0], [1.0]]) == pytest.approx(4, rel=1e-6)
+    signs = [(i, o) for i in (1.0, -1.0) for o in (1.0, -1.0)]
+    squares = [sketched_square(monkeypatch, [[1.0], [i]], [[1.0], [o]]) for i, o in signs]
+    assert np.mean(squares) == pytest.approx(10, rel=1e-6)
 
 
 def test_golden_adam_scale():

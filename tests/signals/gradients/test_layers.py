@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals.gradients.consumers import Norms
 from dataflex.signals.gradients.engine import GradientEngine
-from dataflex.signals.gradients.layers import _KINDS, gradient_of
+from dataflex.signals.gradients.factors import ghost_dots, ghost_norms
+from dataflex.signals.gradients.layers import _KINDS, gradient_of, kind_of
 from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.testing import oracle_row_gradients
 from tests.signals.gradients.small import Collect, build, differences, engine_of, layers_of
@@ -323,3 +324,29 @@ def test_the_graph_below_the_lowest_layer_is_not_run_backwards():
     whole.run({**batch, "labels": batch["input_ids"]}, [Norms()])
     assert visited
     hook.remove()
+
+
+def golden(layer, kept, grad, name):
+    return kind_of(layer).sample(layer, (torch.tensor(kept),), torch.tensor(grad), frozenset({name}))[name]
+
+
+@pytest.mark.parametrize(("padding", "product"), [(None, 0.9), (0, 0.6)])
+def test_golden_lookup_table(padding, product):
+    use = golden(
+        nn.Embedding(3, 2, padding_idx=padding), [[2, 0, 2]], [[[0.1, 0.2], [0.3, -0.1], [0.5, 0.4]]], "weight"
+    )
+    V = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]]])
+    assert float(ghost_dots([use], V)) == pytest.approx(product, abs=1e-6)
+    if padding is None:
+        assert float(ghost_norms([use])) == pytest.approx(0.82, abs=1e-6)
+
+
+def test_golden_norm_and_bias():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, g = [[[3.0, 4.0], [1.0, -1.0]]], [[[0.2, 0.1], [-0.3, 0.4]]]
+    scale = golden(LlamaRMSNorm(2, eps=1e-6), x, g, "weight")
+    torch.testing.assert_close(scale, torch.tensor([[-0.130294, -0.286863]]), rtol=0, atol=1e-6)
+    assert float(scale @ torch.tensor([1.0, 2.0])) == pytest.approx(-0.704020, abs=1e-6)
+    bias = golden(nn.Linear(2, 2), x, g, "bias")
+    assert float(bias @ torch.tensor([0.5, -1.0])) == pytest.approx(-0.55, abs=1e-6)

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from dataflex.signals.gradients import shares as module
-from dataflex.signals.gradients.consumers import TargetVectors
+from dataflex.signals.gradients.consumers import Norms, TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
+from dataflex.signals.gradients.factors import Factors
 from dataflex.signals.gradients.in_run import capturable
+from dataflex.signals.gradients.layers import kind_of
+from dataflex.signals.gradients.parameters import Unit
 from dataflex.signals.gradients.shares import StepShares
 from dataflex.train.loss import token_losses
 from tests.signals.gradients.small import build, ragged
@@ -85,3 +88,35 @@ def test_a_share_is_the_gradient_of_the_domains_rows(name, reentrant):
             torch.testing.assert_close(shares.tensors[key][domain], parameter.grad, rtol=1e-4, atol=1e-4)
             product += vectors.flat(key).double() @ parameter.grad.double().flatten()
         torch.testing.assert_close(sums[domain], product, rtol=1e-5, atol=1e-4)
+
+
+def test_golden_tied_embeddings():
+    """One matrix at both ends: .3 from the embedding and -.4 from the head; squares .15, .2 and together .33."""
+    table, head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+    head.weight = table.weight
+    layers = [
+        Unit(name=name, module=each, kind=kind_of(each), parameters={"weight": "w"})
+        for name, each in (("table", table), ("head", head))
+    ]
+    shares = TargetVectors.zeros(1, {"w": table.weight.shape}, "cpu")
+    vectors = TargetVectors(tensors={"w": torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0]]])})
+    ids, h = torch.tensor([[1, 2]]), torch.tensor([[[1.0, 2.0], [0.0, 1.0]]])
+    g_table, g_head = torch.tensor([[[0.1, 0.3], [0.2, -0.1]]]), torch.tensor([[[0.1, -0.3, 0.2], [0.0, 0.5, -0.5]]])
+    hooks = StepShares(layers, shares)
+    found = []
+    for uses in ((0,), (1,), (0, 1)):
+        hooks.begin((1, 2), torch.tensor([0]), vectors)
+        shares.tensors["w"].zero_()
+        for use in uses:
+            if use:
+                head(h.requires_grad_()).backward(g_head)
+            else:
+                table(ids).backward(g_table)
+        found += [float(hooks.take()), float(shares.tensors["w"].square().sum())]
+    assert found == pytest.approx([0.3, 0.15, -0.4, 0.2, -0.1, 0.33], abs=1e-6)
+    norms = Norms()
+    norms.begin(torch.ones(1, dtype=torch.bool))
+    norms.add_factors(
+        "w", [Factors(left=ids, right=g_table), Factors(left=g_head, right=h.detach())], torch.Size([3, 2])
+    )
+    assert float(norms.finish()[""]) ** 2 == pytest.approx(0.33, abs=1e-6), "not the .35 of both apart"
