@@ -158,6 +158,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"gradient_checkpointing_kwargs": "list.json"},
         "gradient_checkpointing_kwargs: expected a mapping, found 'list.json'",
     ),
+    "no ZeRO": ({"deepspeed": {"a": 1}}, "deepspeed.zero_optimization: missing; write it as in '{stage: 2}'"),
+    "debug": ({"debug": "underflow"}, "debug: 'underflow' is none of underflow_overflow, tpu_metrics_debug; did you"),
     "ZeRO": ({"deepspeed": {"zero_optimization": 3}}, "deepspeed.zero_optimization: expected a mapping, found 3"),
     "stage of ZeRO": (
         {"deepspeed": '{"zero_optimization": {"stage": 4}}'},
@@ -227,6 +229,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "lr_scheduler_kwargs": {"num_cycles": 1},
     },
     "schedule": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'},
+    "debug": {"debug": ["underflow_overflow"], "eval_dataset": []},
     "null in a schedule": {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": None}},
     "JSON": {"deepspeed": '{"zero_optimization": {"stage": 2}}', "ray_init_kwargs": '{"num_cpus": 1}'},
     "JSON in base64": {"deepspeed": base64.urlsafe_b64encode(b'{"zero_optimization": {"stage": 2}}').decode()},
@@ -245,11 +248,16 @@ def test_what_llamafactory_accepts_is_let_through(name: str, config: Config, pro
 
 def test_what_is_handed_on_is_what_llamafactory_reads_right() -> None:
     read = LlamaFactoryArgs.read(
-        {"save_strategy": False, "max_steps": 1e3, "plot_loss": "false", "run_name": 7, "num_train_epochs": None}
+        {
+            **{"save_strategy": False, "max_steps": 1e3, "plot_loss": "false", "run_name": 7, "num_train_epochs": None},
+            **{"adam_beta1": 0, "eval_dataset": []},
+        }
     )
     assert not read.problems
-    assert dict(read) == {"save_strategy": "no", "max_steps": 1000, "plot_loss": False, "run_name": "7"}
+    told = {"save_strategy": "no", "max_steps": 1000, "plot_loss": False, "run_name": "7"}
+    assert dict(read) == {**told, "adam_beta1": 0.0, "eval_dataset": None}
     assert isinstance(read["max_steps"], int)
+    assert isinstance(read["adam_beta1"], float)  # torch takes two floats for Adam's betas
     assert LlamaFactoryArgs.read(read) is read
 
 

@@ -118,6 +118,7 @@ _SCHEDULE_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 """What ``lr_scheduler_kwargs`` may hold; others take anything, or do not look at it."""
 _MAY_BE_NULL = ("timescale", "min_lr", "min_lr_rate", "warmup_lr_rate", "num_stable_steps")
+_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 _SHAPES = ("linear", "cosine", "1-sqrt")
 _FILES = ("new_special_tokens_config",)
 """Keys whose texts are paths of files."""
@@ -323,12 +324,13 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         known = accelerator_keys()
         for key in sorted(set(self.settings("accelerator_config")) - set(known) if known else ()):
             yield f"accelerator_config.{key}: unknown key{did_you_mean(key, known)}"
-        zero = self.settings("deepspeed").get("zero_optimization", {})
-        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
-        if stage is None:
-            yield f"deepspeed.zero_optimization: expected a mapping, found {shown(zero)}"
-        elif isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-            yield f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {shown(stage)}"
+        zero = self.settings("deepspeed").get("zero_optimization")
+        if isinstance(zero, Mapping):
+            if isinstance(zero.get("stage"), bool) or zero.get("stage", 0) not in (0, 1, 2, 3):
+                yield f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {shown(zero['stage'])}"
+        elif self.settings("deepspeed"):
+            told = "missing" if zero is None else f"expected a mapping, found {shown(zero)}"
+            yield f"deepspeed.zero_optimization: {told}; write it as in '{{stage: 2}}'"
 
     def _of_the_trainer(self) -> Iterator[str]:
         for name in ("logging", "eval", "save"):
@@ -348,6 +350,9 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.eval_strategy == "no":
             yield f"lr_scheduler_type: {self.lr_scheduler_type} goes by evaluation losses; set 'eval_strategy'"
         yield from self._of_the_schedule()
+        for name in self.debug.split() if isinstance(self.debug, str) else self.debug:
+            if name not in _DEBUG:
+                yield f"debug: {name!r} is none of {', '.join(_DEBUG)}{did_you_mean(str(name), _DEBUG)}"
         best = self.on("load_best_model_at_end")
         if best and self.stage == "rm":
             yield "load_best_model_at_end: does not work with stage rm"
@@ -428,6 +433,8 @@ def convert(key: str, value: Any, entry: Key) -> tuple[Any, str]:
     types = (*entry.types, *_ALSO.get(key, ()))
     if value is None or not entry.types:
         return value, ""
+    if key == "eval_dataset" and value in ([], ()):
+        return None, ""  # LLaMA-Factory would join no data sets to one
     if value is False and "bool" not in types:
         if off := next((text for text in ("no", "none") if text in (entry.choices or ())), ""):
             return off, ""
@@ -471,7 +478,7 @@ def _number(key: str, value: float, types: tuple[str, ...]) -> tuple[Any, str]:
         return value, f"{key}: must be at least {least:g}, found {shown(value)}"
     if value > most and not (infinite_ok and math.isinf(value)):
         return value, f"{key}: must be at most {most:,}, found {shown(value)}"
-    return value, ""
+    return (float(value) if key.startswith("adam_beta") else value), ""  # torch takes a 0.0 and no 0
 
 
 def path_problem(path: str) -> str:

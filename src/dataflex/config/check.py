@@ -788,8 +788,11 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
 
 def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
     """Yield what ``plan``, and ``train`` at its start, report about a configuration without problems, one line each."""
-    if lf.deepspeed and not ({"LOCAL_RANK", "WORLD_SIZE"} & set(os.environ) or env_enabled("FORCE_TORCHRUN")):
-        yield "deepspeed: with one device, or none, it needs FORCE_TORCHRUN=1 in the environment of 'dataflex train'"
+    if not ({"LOCAL_RANK", "WORLD_SIZE"} & set(os.environ) or env_enabled("FORCE_TORCHRUN")):
+        for key in ("deepspeed", "ddp_backend"):
+            if lf.on(key):
+                told = "it needs FORCE_TORCHRUN=1 in the environment of 'dataflex train'"
+                yield f"{key}: with one device, or none, {told}"
     yield from _notes_on_data(dynamic, lf, base_dir)
     yield from _notes_on_the_block(dynamic, lf)
     yield from _note_on_the_rate(dynamic, lf)
