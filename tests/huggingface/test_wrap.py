@@ -414,21 +414,35 @@ def test_a_trainer_tells_its_plan(kind, tmp_path):
 TWO_RANKS = """
 import json, sys
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from dataflex.huggingface.loop import sharding_of
 from pathlib import Path
+from tests.distributed.driver import deepspeed_without_compiling, fsdp_on_cpu
 from tests.huggingface import test_wrap as tests
 
 dist.init_process_group("gloo")
 kind = tests.Kind(Path(sys.argv[1]))
-for name, form in [(name, "") for name in tests.LANGUAGE] + [("SFTTrainer", "free")]:
+fsdp_on_cpu()
+deepspeed_without_compiling()
+layers = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+forms = {
+    "": {},
+    "free": {"padding_free": True, "max_length": None},
+    "fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": layers},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}},
+}
+for name, form in [("Trainer", ""), *[("SFTTrainer", form) for form in forms]]:
     for method in ("less", "odm", "focal"):
-        given = tests.door(kind, name, tests.BLOCKS[method])
-        if form:
-            given |= {"padding_free": True, "max_length": None}
+        if form in ("fsdp2", "zero3") and method != "less":
+            continue
+        AcceleratorState._reset_state()
+        given = {**tests.door(kind, name, tests.BLOCKS[method]), **forms[form]}
         out = Path(sys.argv[2]) / (name + form) / method
         made = kind.make(name, out, **given, gradient_accumulation_steps=1)
         made.train()
         if dist.get_rank() == 0:
-            print("LOSSES " + json.dumps([name, form, method, tests.losses(made)]))
+            print("LOSSES " + json.dumps([name, form, method, sharding_of(made), tests.losses(made)]))
+AcceleratorState._reset_state()
 rows = tests.texts(5, seed=3)  # five rows in batches of two: one is repeated
 args = tests.TrainingArguments(**tests.SETTINGS, output_dir=sys.argv[2], per_device_eval_batch_size=2)
 found = tests.evaluated(kind, tests.Trainer, kind.model(), args, rows)
@@ -449,10 +463,12 @@ def test_two_ranks_serve_the_rows_of_one(kind, tiny_model, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += [str(tmp_path / "two.py"), str(tiny_model), str(tmp_path / "two")]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    env["ACCELERATE_TORCH_DEVICE"] = "cpu"
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]
-    assert len(found) == 9
-    for name, form, method, two in found:
+    assert len(found) == 11
+    for name, form, method, sharding, two in found:
+        assert sharding == (form if form in ("fsdp2", "zero3") else "none")
         folder = f"{name}{form}/{method}"
         one = kind.make(name, tmp_path / "one" / folder, **door(kind, name, BLOCKS[method]))
         one.train()
