@@ -44,7 +44,7 @@ test-quick: $(VENV)/.installed-dev  ## tests that train nothing and take less th
 
 test-trl: $(TRL)/.installed  ## tests of trainers with the current TRL, in an environment of their own
 	@echo "== pytest: current TRL"
-	$(TUNED) $(QUIET) $(TRL)/bin/python -m pytest -q tests/huggingface
+	$(subst $(RUN),$(TRL)/bin/python,$(PYTEST)) tests/huggingface
 
 # The test that is left out is of what attention keeps for the backward pass, which newer versions of torch made less.
 test-oldest: $(OLDEST)/.installed  ## the quick tests with the oldest versions that pyproject.toml allows
