@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"gradient_checkpointing_kwargs": "list.json"},
         "gradient_checkpointing_kwargs: expected a mapping, found 'list.json'",
     ),
-    "attention": ({"flash_attn": "fa3"}, "flash_attn: LLaMA-Factory fails with fa3, which it sets itself for models"),
+    "attention": ({"flash_attn": "fa3"}, "flash_attn: LLaMA-Factory fails with fa3, which it sets itself where a"),
     "no ZeRO": ({"deepspeed": {"a": 1}}, "deepspeed.zero_optimization: missing; write it as in '{stage: 2}'"),
     "debug": ({"debug": "underflow"}, "debug: 'underflow' is none of underflow_overflow, tpu_metrics_debug; did you"),
     "ZeRO": ({"deepspeed": {"zero_optimization": 3}}, "deepspeed.zero_optimization: expected a mapping, found 3"),

@@ -264,12 +264,20 @@ def test_bad_lines(tmp_path, line, told):
         ("MODEL", {"choices": "none.jsonl"}, "--choices: none.jsonl cannot be read: No such file"),
         ("empty", {"data": "web"}, "MODEL: empty is neither a model (config.json) nor an adapter"),
         ("./gone", {"data": "web"}, "MODEL: no such folder: gone"),
+        (
+            "MODEL",
+            {"data": "web", "out": Path("notes.json")},
+            "--out: notes.json is there, and 'dataflex eval' did not",
+        ),
+        ("MODEL", {"data": "web", "out": Path("empty")}, "--out: empty is a folder"),
+        ("MODEL", {"data": "web", "out": Path("notes.json/e.json")}, "notes.json is a file, not a folder"),
         ("lost", {"data": "web"}, "the base model of the adapter lost is '../gone/model'"),
     ],
 )
 def test_what_is_refused(held, tiny_model, tmp_path_factory, model, options, told):
     Path("empty").mkdir()
     Path("lost").mkdir()
+    Path("notes.json").write_text('{"mine": 1}')
     Path("lost/adapter_config.json").write_text('{"base_model_name_or_path": "../gone/model", "peft_type": "LORA"}')
     work = tmp_path_factory.mktemp("work")
     model = str(tiny_model) if model == "MODEL" else model

@@ -308,7 +308,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         if self.infer_backend not in (None, "huggingface"):
             yield f"infer_backend: training works with huggingface only, found {self.infer_backend}"
         if self.flash_attn == "fa3":
-            yield "flash_attn: LLaMA-Factory fails with fa3, which it sets itself for models that have it; use fa2 or auto"
+            yield "flash_attn: LLaMA-Factory fails with fa3, which it sets itself where a model has it; use fa2 or auto"
         if self.quantization_device_map == "auto":
             yield "quantization_device_map: is for inference, not for training; remove it"
         if self.export_quantization_bit is not None and self.export_quantization_dataset is None:

@@ -26,7 +26,7 @@ from dataflex.mixing.options import check_names, numbers_by_name
 from dataflex.offline.answers import Task, Written, matches, read_tasks
 from dataflex.offline.choices import LENGTHS, Length, Question, as_rows, outcomes, read_questions, summary
 from dataflex.offline.harness import run_tasks, task_lines, task_problems
-from dataflex.offline.request import ScoreRequest, score_request
+from dataflex.offline.request import ScoreRequest, out_problems, score_request
 from dataflex.printable import redacted
 from dataflex.record.text import number, percent, table
 from dataflex.registry import KINDS
@@ -111,8 +111,8 @@ def eval_request(
     if paths or to_write:
         problems += _not_for_questions(lf, by)
     shares = _shares(mix, () if by else names, problems) if mix is not None else {}
-    if out is not None and out.is_dir():
-        problems.append(f"--out: {out} is a folder")
+    if out is not None:
+        problems += out_problems(out, "dataflex eval", _is_evaluation)
     for key in ("eval_dataset", "val_size", "max_samples"):
         mapping.pop(key, None)
     whole = () if lf.max_samples is None else ("max_samples is left out: every row and question is evaluated",)
@@ -320,6 +320,15 @@ def _generated(request: EvalRequest, runner: Any, space: Any) -> list[Any] | Non
     return cast(
         list[Any], runner.generate([ids.tolist() for ids in runner.tokens(rows, part="prompt")], request.generation)
     )
+
+
+def _is_evaluation(path: Path) -> bool:
+    """Whether ``dataflex eval`` wrote a file."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"format", "model", "settings", "provenance"} <= set(found)
 
 
 def evaluated(

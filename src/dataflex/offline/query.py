@@ -17,7 +17,7 @@ from dataflex.config.load import merged
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError
 from dataflex.offline.index import Index, read_index
-from dataflex.offline.request import FIXED, OfflineConfig, out_problems
+from dataflex.offline.request import FIXED, OfflineConfig, score_out_problems
 
 SAMPLE_ROWS = 128
 _OF_THE_POOL = ("max_samples", "mix_strategy", "interleave_probs", "tokenized_path")
@@ -90,7 +90,7 @@ def query_request(
     for part in found.parts:
         if part.checkpoint is not None and (reason := broken_reason(Path(part.checkpoint))) is not None:
             problems.append(f"{index}: its checkpoint {part.checkpoint} cannot be used: {reason}")
-    problems += out_problems(out)
+    problems += score_out_problems(out)
     if sample is not None and not 0 <= sample <= len(found.sample):
         problems.append(f"--sample: {sample} rows; between 0 and {len(found.sample)}, which the index holds")
     if whiten is not None and not 0 <= whiten < 1:

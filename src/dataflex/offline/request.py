@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -140,14 +140,19 @@ def _checked(
     return tuple(sources)
 
 
-def out_problems(out: Path) -> list[str]:
-    """Return why the scores could not be written there."""
+def score_out_problems(out: Path) -> list[str]:
+    """Return why scores could not be written there."""
     if out.suffix != ".parquet":
         return [f"--out: {out} must end in .parquet"]
+    return out_problems(out, "dataflex score", is_scores)
+
+
+def out_problems(out: Path, command: str, wrote: Callable[[Path], bool]) -> list[str]:
+    """Return why a file could not be written there; one that is there is replaced if ``command`` ``wrote`` it."""
     if out.is_dir():
         return [f"--out: {out} is a folder"]
-    if os.path.lexists(out) and not is_scores(out):
-        return [f"--out: {out} is there, and 'dataflex score' did not write it; name another file, or move it away"]
+    if os.path.lexists(out) and not wrote(out):
+        return [f"--out: {out} is there, and '{command}' did not write it; name another file, or move it away"]
     told = place_problem(out)
     return [f"--out: {told}"] if told else []
 
@@ -253,7 +258,7 @@ def score_request(
     signals = replace(config.signals, store=store or config.signals.store or str(work / "store"), store_gb=_STORE_GB)
     config = replace(config, scorers=scorers, signals=signals, selector=None, mixer=None, weighter=None)
     sources = _checked(lf, config, base_dir, moments or bool(checkpoints), problems)
-    problems += index_problems(place) if indexes else out_problems(place) if out is not None else []
+    problems += index_problems(place) if indexes else score_out_problems(place) if out is not None else []
     if budget is not None and budget < 1:
         problems.append(f"--budget: {budget} rows; ask for at least 1, or leave it out for all")
     if problems:
