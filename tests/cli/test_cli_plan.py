@@ -240,6 +240,22 @@ def test_what_a_budget_buys(budget: float, cost: str, beside: str, plan: Plan) -
     assert told[-1] == f"  beside training      {beside} x the passes of the training itself"
 
 
+@pytest.mark.parametrize(
+    ("selector", "cost"),
+    [
+        (
+            "grad_norm",
+            "at most 0.5 x the passes of the training (dynamic.signals.budget): F + B of about 40 rows, of pilots,",
+        ),
+        ("loss", "no passes, since training steps show losses (dynamic.signals.budget)"),
+    ],
+)
+def test_what_a_budget_buys_without_targets(selector: str, cost: str, plan: Plan) -> None:
+    block = {"selector": selector, "interval_steps": 10, "signals": {"budget": 0.5}}
+    told = section(plan(max_steps=40, dynamic=block), "Cost")
+    assert told[1].split(None, 2)[2].startswith(cost)
+
+
 def test_a_pool_that_is_drawn_and_kept_in_part(plan: Plan) -> None:
     """60 of 150 rows are scored in each interval, a tenth of those is kept: 20 sequences of 6 rows."""
     block = {"selector": "loss", "interval_steps": 10, "keep_ratio": 0.1, "signals": {"pool_fraction": 0.4}}

@@ -136,6 +136,34 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dynamic": {"mixer": "uniform", "initial_proportions": [1, 1]}},
         ["dynamic.initial_proportions: hold during warm-up, and warmup_steps is 0"],
     ),
+    "budget of a selector that cannot be read": (
+        {"dynamic": {"selector": "less", "interval_steps": 5, "signals": {"budget": 0.5}}},
+        ["dynamic.selector: less needs a target"],
+    ),
+    "directions of a weighter that cannot be read": (
+        {"dynamic": {"weighter": {"name": "loss", "foo": 1}, "selector": "random", "signals": {"in_run_rank": 4}}},
+        ["dynamic.weighter.foo: unknown key"],
+    ),
+    "what happens at caps that cannot be read": (
+        {"dynamic": {"mixer": "uniform", "max_epochs": "x", "at_cap": "stop"}},
+        ["dynamic.max_epochs: expected a number"],
+    ),
+    "encoder of clusters that cannot be read": (
+        {"dynamic": {"mixer": "uniform", "domain_clusters": "x", "domain_encoder": "model"}},
+        ["dynamic.domain_clusters: expected a whole number"],
+    ),
+    "clusters of an encoder that cannot be read": (
+        {"dynamic": {"mixer": "uniform", "domain_clusters": 3, "domain_encoder": 5}},
+        ["dynamic.domain_encoder: expected text"],
+    ),
+    "targets of a ledger that cannot be read": (
+        {"dynamic": {"mixer": {"name": "ledger", "targets": ["a"]}, "interval_steps": 5, "ledger": {"targets": 5}}},
+        ["dynamic.ledger.targets: expected the names of data sets, found 5"],
+    ),
+    "leakage beside a ledger that cannot be read": (
+        {"dynamic": {"leakage": "error", "mixer": "uniform", "ledger": {"targets": ["a"], "refresh_steps": "x"}}},
+        ["dynamic.ledger.refresh_steps: expected a whole number"],
+    ),
     "caps without mixer": (
         {"dynamic": {"selector": "random", "max_epochs": 3}},
         ["dynamic.max_epochs: has no effect without a mixer"],

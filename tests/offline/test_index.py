@@ -219,13 +219,17 @@ def test_rows_that_lie_in_both_and_secrets(scoring, caplog):
     command += ["less.precondition=none", "less.sketch_size=32", "hf_hub_token=hf_none"]
     assert scoring.run(*command) == 0
     assert "hf_none" not in (scoring.folder / "index/index.json").read_text()
-    first = arrays_of(scoring.folder / "index")
+    first = bytes_of(scoring.folder / "index")
     assert scoring.run(*command) == 0
-    assert first == arrays_of(scoring.folder / "index")
+    assert first == bytes_of(scoring.folder / "index")
     with caplog.at_level("WARNING", logger="dataflex"):
         assert scoring.run("query", "index", "--target", "goal", "--out", "q.parquet", "--sample", "0") == 0
     assert "target 'goal': 3 of its 5 rows are also rows of the index" in caplog.messages
     assert read_scores(scoring.folder / "q.parquet").provenance["index"]["agreement"] == {"goal": None}
+
+
+def bytes_of(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def arrays_of(folder):

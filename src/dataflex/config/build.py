@@ -56,7 +56,10 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     ledger = mapping.get("ledger")
     if isinstance(ledger, Mapping) and ledger.get("targets") is not None:
         mapping["ledger"] = {**ledger, "targets": target_list(ledger["targets"], "dynamic.ledger.targets", problems)}
+    unnamed = bool(problems)
     given = values(DynamicConfig, mapping, "dynamic", problems, skip=KINDS)
+    if unnamed:
+        given.pop("ledger", None)  # unread: no rule complains of targets that are told already
     plugins = given.get("plugins", ())
     given["plugins"] = load_plugins(plugins, base_dir, problems)
     for kind in KINDS:

@@ -138,10 +138,13 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     if not any(each):
         return None
     if budget is not None and method.kind == "selector":
+        if "gradients" not in method.requires.signals:
+            return Cost(text="no passes, since training steps show losses (dynamic.signals.budget)", forward=0.0)
         passes = None if view.sequences is None else budget * view.sequences
         told = f"at most {budget:g} x the passes of the training (dynamic.signals.budget)"
         if passes is not None:
-            told += f": F + B of about {passes:,.0f} rows, of targets first, then of pilots, less what sketches cost"
+            of = "of targets first, then of pilots" if method.targets else "of pilots"
+            told += f": F + B of about {passes:,.0f} rows, {of}, less what sketches cost"
             least = _least_for_targets(method, view)
             if view.sequences and least > passes:
                 told = (
@@ -172,8 +175,6 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
 
 def _least_for_targets(method: MethodConfig, view: Forecast) -> int:
     """Return the target rows that decisions look at, whatever a budget pays for; 0 where they are not known."""
-    if "gradients" not in method.requires.signals:
-        return 0
     return view.num_decisions("selector") * sum(min(view.targets.get(name) or 0, LEAST_ROWS) for name in method.targets)
 
 

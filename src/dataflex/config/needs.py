@@ -102,7 +102,7 @@ def unmet(
             yield from _score_files(method, needs)
         for problem in method.build().check(run):
             yield f"{place}{'.' if problem.key else ''}{problem.key}: {problem.text}"
-    if dynamic.signals.budget is not None:
+    if dynamic.signals.budget is not None and "selector" not in unread:
         yield from _budget(dynamic, run)
     if dynamic.ledger is not None:
         yield from _ledger(dynamic, dynamic.ledger, run)

@@ -49,7 +49,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
             given, ["record"], "here: every run that something is decided or accounted for in is recorded;"
         )
     yield from unmet(dynamic, unread=unread)
-    yield from _domain_rules(dynamic)
+    yield from _domain_rules(dynamic, unread)
     if "selector" not in unread:
         yield from _selector_rules(dynamic, given, unread)
     if "mixer" not in unread:
@@ -57,7 +57,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
     if dynamic.orderer is not None and not methods_unread:
         yield from _orderer_rules(dynamic, dynamic.orderer, unread)
     if not methods_unread:
-        yield from _idle_keys(dynamic, given)
+        yield from _idle_keys(dynamic, given, unread)
 
 
 def _given(dynamic: DynamicConfig) -> set[str]:
@@ -73,7 +73,7 @@ def _idle(given: Collection[str], keys: Collection[str], why: str) -> Iterator[s
     return (f"dynamic.{key}: has no effect {why} remove the key" for key in keys if key in given)
 
 
-def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
+def _idle_keys(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
     """Yield the keys that have no effect with these methods."""
     followers = [
         each
@@ -93,23 +93,27 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
             f"dynamic.interleave: has no effect beside the {dynamic.selector.name} selector, whose rows fill each "
             f"interval's quotas in random order; remove the key"
         )
-    if "at_cap" in given and (dynamic.mixer is None or dynamic.max_epochs is None):
+    capped = dynamic.mixer is not None and (dynamic.max_epochs is not None or "max_epochs" in unread)
+    if "at_cap" in given and not capped:
         yield "dynamic.at_cap: has no effect without a mixer and max_epochs; add what is missing, or remove the key"
     if "signals.store_gb" in given and dynamic.signals.store is None:
         yield "dynamic.signals.store_gb: has no effect without a store; add 'store', or remove the key"
     if dynamic.on_change == "extend" and dynamic.resume_plan == "ignore":
         yield "dynamic.on_change: has no effect with 'resume_plan: ignore', which forgets what was served; remove one"
-    if "leakage" in given and not dynamic.targets:
+    if "leakage" in given and not dynamic.targets and "ledger" not in unread:
         yield f"dynamic.leakage: '{dynamic.leakage}' has no effect without targets; remove the key"
 
 
-def _domain_rules(dynamic: DynamicConfig) -> Iterator[str]:
+def _domain_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
     given = [key for key in ("domain_column", "domain_path", "domain_clusters") if getattr(dynamic, key) is not None]
     if len(given) > 1:
         yield f"dynamic.{given[1]}: defines the domains, and so does {given[0]}; remove one of the two"
-    if dynamic.domain_clusters is not None and dynamic.domain_encoder is None:
+    clusters, encoder = (
+        getattr(dynamic, key) is not None or key in unread for key in ("domain_clusters", "domain_encoder")
+    )
+    if clusters and not encoder:
         yield "dynamic.domain_encoder: missing; name a model (folder or hub id) whose embeddings are clustered"
-    if dynamic.domain_encoder is not None and dynamic.domain_clusters is None:
+    if encoder and not clusters:
         yield "dynamic.domain_encoder: has no effect without domain_clusters; add it, or remove the key"
     if dynamic.domain_path is not None and "*" not in dynamic.domain_path:
         yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could match a domain's name"
@@ -123,7 +127,8 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
     for key in ("signals.explore", "signals.explore_by"):
         if key in given and dynamic.signals.budget is None:
             yield f"dynamic.{key}: has no effect without budget; add one, or remove the key"
-    if "signals.in_run_rank" in given and "in_run_scores" not in dynamic.requires.signals:
+    asked = "in_run_scores" in dynamic.requires.signals or any(kind in unread for kind in KINDS)
+    if "signals.in_run_rank" in given and not asked:
         yield "dynamic.signals.in_run_rank: no method asks for scores of training steps; remove the key"
     if selector is None:
         yield from _idle(given, (*_OF_SUBSETS, "signals.screen_fraction"), "without a selector; add one, or")

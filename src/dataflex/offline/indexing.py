@@ -36,7 +36,7 @@ from dataflex.signals.runner import rows_digest
 from dataflex.signals.specs import GradientSpec, InfluenceOptions, Precision
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.signals.sweep import Sweep
-from dataflex.state import replacing
+from dataflex.state import blake2b, replacing
 from dataflex.train.row_space import RowSpace, row_fingerprints
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,8 @@ def _write_sample(space: RowSpace, rows: Rows, folder: Path) -> None:
     """Write the tokenized rows of the sample, whole or not at all."""
     scratch, final = folder / f".{SAMPLE}.tmp", folder / SAMPLE
     shutil.rmtree(scratch, ignore_errors=True)
-    space.dataset.select(rows).save_to_disk(str(scratch))
+    told = blake2b(row_fingerprints(space.dataset)[rows].tobytes(), size=8)  # else drawn, and in a file of the sample
+    space.dataset.select(rows, new_fingerprint=told.hex()).save_to_disk(str(scratch))
     shutil.rmtree(final, ignore_errors=True)
     scratch.rename(final)
 
