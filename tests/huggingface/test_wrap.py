@@ -422,6 +422,17 @@ from tests.huggingface import test_wrap as tests
 
 dist.init_process_group("gloo")
 kind = tests.Kind(Path(sys.argv[1]))
+rows = tests.texts(5, seed=3)  # five rows in batches of two: one is repeated
+args = tests.TrainingArguments(**tests.SETTINGS, output_dir=sys.argv[2], per_device_eval_batch_size=2)
+found = tests.evaluated(kind, tests.Trainer, kind.model(), args, rows)
+if dist.get_rank() == 0:
+    print("EVALUATED " + json.dumps(found["eval_token_loss"]))
+if tests.loads("GRPOTrainer"):
+    from tests.huggingface import test_prompts as prompts
+
+    found = [*prompts.two_ranks(Path(sys.argv[1]), Path(sys.argv[2]) / "prompts")]
+    if dist.get_rank() == 0:
+        print("PROMPTS " + json.dumps(found))
 fsdp_on_cpu()
 deepspeed_without_compiling()
 layers = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -442,18 +453,6 @@ for name, form in [("Trainer", ""), *[("SFTTrainer", form) for form in forms]]:
         made.train()
         if dist.get_rank() == 0:
             print("LOSSES " + json.dumps([name, form, method, sharding_of(made), tests.losses(made)]))
-AcceleratorState._reset_state()
-rows = tests.texts(5, seed=3)  # five rows in batches of two: one is repeated
-args = tests.TrainingArguments(**tests.SETTINGS, output_dir=sys.argv[2], per_device_eval_batch_size=2)
-found = tests.evaluated(kind, tests.Trainer, kind.model(), args, rows)
-if dist.get_rank() == 0:
-    print("EVALUATED " + json.dumps(found["eval_token_loss"]))
-if tests.loads("GRPOTrainer"):
-    from tests.huggingface import test_prompts as prompts
-
-    found = [*prompts.two_ranks(Path(sys.argv[1]), Path(sys.argv[2]) / "prompts")]
-    if dist.get_rank() == 0:
-        print("PROMPTS " + json.dumps(found))
 """
 
 
