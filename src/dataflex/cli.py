@@ -62,6 +62,7 @@ class _Parser(argparse.ArgumentParser):
         settings.setdefault("allow_abbrev", False)
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**settings)  # type: ignore[arg-type]
+        self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, as each command's parser is called; ``key=value`` overrides may also come after options."""
@@ -70,6 +71,11 @@ class _Parser(argparse.ArgumentParser):
         known = [*self._option_string_actions]
         # Told before what is missing, which may be what is meant.
         self._refuse([f"{flag}{did_you_mean(flag, known)}" for flag in flags if flag not in known])
+        # argparse would take the last one, and say nothing of the others.
+        for flag in dict.fromkeys(flags):
+            if flags.count(flag) > 1 and (action := self._option_string_actions[flag]).nargs != 0:
+                listed = f": '{flag} A B'" if action.nargs == "+" else ""
+                self.error(f"argument {flag}: is given {flags.count(flag)} times; give all it is to have once{listed}")
         options, left = super().parse_known_args(args, namespace)
         overrides = hasattr(options, "overrides")
         self._refuse([text for text in left if not overrides or text.startswith("-") or "=" not in text])
@@ -90,6 +96,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see '{self.prog} --help')")
+
+
+def _path(text: str) -> Path:
+    """Return a path; an empty text, as of a variable that is not set, would be the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, found an empty text")
+    return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

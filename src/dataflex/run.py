@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.clock import PhaseClock, launch_time
-from dataflex.config.args import env_enabled, ray_problems
+from dataflex.config.args import LlamaFactoryArgs, env_enabled, ray_problems
 from dataflex.config.load import load_mapping
 from dataflex.config.split import Split, resolve
 from dataflex.console import show_log
 from dataflex.ending import release_groups
-from dataflex.errors import CheckpointError, UnsupportedError
+from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.storage import StorageError, storage_problem
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
         logger.info("%s", note)
     if config is not None and not config.stock and parts.v1 is None:
         resume(lf)
+    if parts.v1 is None:
+        refuse_finished(lf)
     ray = config is not None and parts.v1 is None and env_enabled("USE_RAY")
     base_dir = Path(args[0]).resolve().parent
     try:
@@ -99,6 +101,28 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
         raise StorageError(told) from error
     release_groups()
     return 0
+
+
+WEIGHTS = frozenset(
+    f"{name}{ending}" for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", ".index.json")
+) | {"adapter_model.safetensors", "adapter_model.bin"}
+"""Names of a finished run's files, LLaMA-Factory's ``CHECKPOINT_NAMES``."""
+
+
+def refuse_finished(lf: dict[str, Any]) -> None:
+    """Raise ConfigError where LLaMA-Factory would refuse the folder, once all else is loaded: it holds a model."""
+    view = LlamaFactoryArgs.read(lf)
+    output_dir = Path(str(view.output_dir))
+    goes_on = lf.get("resume_from_checkpoint") is not None or any(output_dir.glob("checkpoint-*"))
+    never = view.stage == "rm" and view.finetuning_type in ("full", "freeze")  # LLaMA-Factory begins these anew
+    if goes_on or never or view.on("overwrite_output_dir") or not view.on("do_train"):
+        return
+    for name in sorted(WEIGHTS):
+        if (output_dir / name).is_file():
+            raise ConfigError(
+                f"output_dir: {output_dir} holds the model of an earlier run ({name}), and no checkpoint to go on "
+                "from; name another folder, or replace it with 'overwrite_output_dir: true'"
+            )
 
 
 def resume(lf: dict[str, Any]) -> None:

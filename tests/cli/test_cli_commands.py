@@ -59,6 +59,19 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
             "dataflex: unrecognized arguments: --ou; did you mean '--out'? (see 'dataflex report",
         ),
         (["score", "--metod", "loss", "x"], "dataflex: unrecognized arguments: --metod; did you mean '--method'?"),
+        (
+            ["query", "i", "--target", "a", "--target", "b", "--out", "x"],
+            "dataflex: argument --target: is given 2 times; give all it is to have once: '--target A B'",
+        ),
+        (
+            ["select", "s", "--budget", "3", "--out", "x", "--budget=5"],
+            "dataflex: argument --budget: is given 2 times; give all it is to have once (see",
+        ),
+        (
+            ["select", "s", "--budget", "3", "--out", ""],
+            "dataflex: argument --out: expected a path, found an empty text",
+        ),
+        (["rows", " "], "dataflex: argument RUN: expected a path, found an empty text"),
         (["--versin"], "dataflex: unrecognized arguments: --versin; did you mean '--version'?"),
         (["plan", "run.json", "--jsno", "a=1"], "dataflex: unrecognized arguments: --jsno; did you mean '--json'?"),
         (["report"], "dataflex: the following arguments are required: RUN (see 'dataflex report --help')"),

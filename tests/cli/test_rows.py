@@ -57,6 +57,16 @@ def test_orders(run, capsys):
     assert "not allowed with" in failed(capsys, run, "--most", "--never")
 
 
+def test_options_that_would_have_no_effect_and_places_are_told_by_their_option(run, tmp_path, capsys):
+    assert "--overwrite: has no effect without --export" in failed(capsys, run, "--overwrite")
+    assert "--text: has no effect with --export" in failed(capsys, run, "--text", "--export", tmp_path / "x.jsonl")
+    (tmp_path / "file").write_text("")
+    told = failed(capsys, run, "--export", tmp_path / "file" / "x.jsonl")
+    assert told == f"dataflex: --export: {tmp_path / 'file'} is a file, not a folder\n"
+    assert "--export: " in (told := failed(capsys, run, "--export", tmp_path / "x.xyz"))
+    assert "--out" not in told
+
+
 def test_what_is_printed(run, capsys):
     assert main(["rows", str(run), "--never", "--text", "--limit", "3"]) == 0
     assert capsys.readouterr().out == (

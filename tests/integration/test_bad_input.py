@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -210,3 +211,33 @@ def test_nan_losses_end_a_loss_weighted_run(run, tiny_model, tmp_path):
         )
     with pytest.raises(DataError, match="no finite loss"):
         run("out", model_name_or_path=str(broken), max_steps=2, dynamic={"interval_steps": 1, "selector": "loss"})
+
+
+@pytest.mark.parametrize("block", [{"selector": "random"}, None])
+@pytest.mark.parametrize(("broken", "told"), [("model.safetensors", "cannot be loaded"), ("tokenizer.json", "cannot")])
+def test_a_model_that_cannot_be_loaded_is_told_by_its_key(run, tiny_model, tmp_path, block, broken, told):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    (folder / broken).write_bytes((folder / broken).read_bytes()[:100])
+    with pytest.raises(ConfigError, match=rf"model_name_or_path: .*broken {told}"):
+        run("out", model_name_or_path=str(folder), max_steps=1, dynamic=block)
+
+
+def test_a_finished_model_without_checkpoints_is_told_before_anything_is_loaded(run, tmp_path):
+    from dataflex.run import refuse_finished
+
+    run("out", max_steps=1)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(ConfigError, match=r"output_dir: .*out holds the model of an earlier run \(model.safetensors\)"):
+        run("out", max_steps=1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    given = run.mapping("out")
+    for change in (
+        {"overwrite_output_dir": True},
+        {"do_train": False},
+        {"resume_from_checkpoint": "x"},
+        {"stage": "rm"},
+    ):
+        refuse_finished({**given, **change})
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    refuse_finished(given)

@@ -271,6 +271,10 @@ def test_bad_lines(tmp_path, line, told):
         ),
         ("MODEL", {"data": "web", "out": Path("empty")}, "--out: empty is a folder"),
         ("MODEL", {"data": "web", "out": Path("notes.json/e.json")}, "notes.json is a file, not a folder"),
+        ("MODEL", {"data": "web", "length": "sum"}, "--length sum: has no effect without --choices"),
+        ("MODEL", {"data": "web", "max_new_tokens": 9}, "--max-new-tokens 9: has no effect without --answers"),
+        ("MODEL", {"data": "web", "after": "####"}, "--after '####': has no effect without --answers"),
+        ("MODEL", {"choices": "q.jsonl", "mix": "web=1"}, "--mix: has no effect without --data"),
         ("lost", {"data": "web"}, "the base model of the adapter lost is '../gone/model'"),
     ],
 )

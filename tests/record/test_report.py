@@ -106,8 +106,23 @@ def test_foreign_folders_and_unwritable_places_are_told(tmp_path):
     assert list(tmp_path.iterdir()) == []
     simulate(tmp_path / "dataflex", **SELECTION, stop_step=5)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write the report to .*file: File exists; name another folder"):
+    with pytest.raises(DataError, match=r"--out: .*file is a file, not a folder"):
         report([tmp_path], tmp_path / "file")
+    with pytest.raises(DataError, match=r"--out: .*file is a file, not a folder"):
+        report([tmp_path], tmp_path / "file" / "deep")
+    (tmp_path / "mine").mkdir()
+    # A picture that this report would remove, and one that it would write.
+    for name in ("mixture.png", "scores.png"):
+        (tmp_path / "mine" / name).write_text("kept")
+        with pytest.raises(DataError, match=rf"--out: .*{name} is there, and no report wrote it"):
+            report([tmp_path], tmp_path / "mine")
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+        assert (tmp_path / "mine" / name).read_text() == "kept"
+        (tmp_path / "mine" / name).unlink()
+    for _ in range(2):
+        report([tmp_path], tmp_path / "mine")
+    (tmp_path / "mine" / "report.json").unlink()  # as after a kill, between the page and it
+    report([tmp_path], tmp_path / "mine")
 
 
 @pytest.mark.slow

@@ -118,7 +118,17 @@ def test_trainer_classes_and_data_loading():
             "tokenizer",
             "processor",
         ], stage
-        assert callable(workflow.load_model), stage
+        source = inspect.getsource(workflow)
+        assert "load_tokenizer(model_args)" in source, stage
+        assert "load_model(tokenizer, model_args, " in source, stage
+
+
+def test_names_of_what_a_finished_run_leaves():
+    from llamafactory.extras.constants import CHECKPOINT_NAMES
+
+    from dataflex.run import WEIGHTS
+
+    assert WEIGHTS == CHECKPOINT_NAMES
 
 
 def test_tuner():

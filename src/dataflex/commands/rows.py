@@ -59,6 +59,10 @@ def rows(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit: expected a number of at least 1, found {limit}")
+    if overwrite and export is None:
+        raise ConfigError("--overwrite: has no effect without --export; remove it")
+    if text and export is not None:
+        raise ConfigError("--text: has no effect with --export, which writes rows whole; remove it")
     found = chosen_table(run_dir)
     about = chosen_notes(found)
     known = np.arange(found.num_rows, dtype=np.int64)
@@ -220,6 +224,12 @@ def _exported(
         "dataflex": __version__,
     }
     parts = write_subset(
-        everything, np.arange(len(lines)), out, order="preference", provenance=provenance, overwrite=overwrite
+        everything,
+        np.arange(len(lines)),
+        out,
+        order="preference",
+        provenance=provenance,
+        overwrite=overwrite,
+        option="--export",
     )
     return Answer("\n".join(part.tell() for part in parts), {"files": [part.told() for part in parts]})

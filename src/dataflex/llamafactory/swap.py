@@ -1,9 +1,9 @@
 """Puts our trainer and our loading of data in the place of LLaMA-Factory's, for a run, in Ray's workers too.
 
 Upstream names relied upon, each asserted by ``tests/upstream``: the workflow modules of the stages, their
-references ``get_dataset`` and ``load_model`` and their trainer classes; ``run_exp``, ``Worker`` and
-``EarlyStoppingCallback`` of ``llamafactory.train.tuner``; the collators' base class
-``MultiModalDataCollatorForSeq2Seq``.
+references ``get_dataset``, ``load_tokenizer`` and ``load_model``, to which ``ModelArguments`` are given by position,
+and their trainer classes; ``run_exp``, ``Worker`` and ``EarlyStoppingCallback`` of ``llamafactory.train.tuner``; the
+collators' base class ``MultiModalDataCollatorForSeq2Seq``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
+from llamafactory.hparams import ModelArguments
 from llamafactory.train import tuner
+from safetensors import SafetensorError
 
 from dataflex.clock import OTHER, PhaseClock
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.split import split
+from dataflex.errors import ConfigError
 from dataflex.huggingface.loop import replaced
 from dataflex.huggingface.trainer import TrainerMixin
 from dataflex.llamafactory.board import lines_shown
@@ -76,6 +79,38 @@ def least_gain(delta: float) -> AbstractContextManager[None]:
     """Make LLaMA-Factory's early stopping require a gain of at least ``delta`` while inside."""
     stops = functools.partial(tuner.EarlyStoppingCallback, early_stopping_threshold=delta)
     return replaced((tuner, "EarlyStoppingCallback", stops))
+
+
+@contextmanager
+def loads_told(stage: str) -> Iterator[None]:
+    """Tell what a stage's workflow cannot load, tokenizer or model, as a ConfigError, while inside."""
+    if stage not in TRAINERS:
+        yield
+        return
+    workflow = importlib.import_module(TRAINERS[stage][0])
+
+    def told(load: Any) -> Any:
+        @functools.wraps(load)
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return load(*args, **kwargs)
+            except (OSError, ValueError, SafetensorError) as error:
+                given = next(arg for arg in args if isinstance(arg, ModelArguments))
+                raise ConfigError(_unloadable(given.model_name_or_path, error)) from error
+
+        return loaded
+
+    names = ("load_tokenizer", "load_model")
+    with replaced(*((workflow, name, told(getattr(workflow, name))) for name in names)):
+        yield
+
+
+def _unloadable(model: Any, error: Exception) -> str:
+    """Return why a model cannot be loaded; that its tokenizer cannot be is said without the reason."""
+    reason = " ".join(str(error.__cause__ or error).split())
+    there = Path(str(model)).expanduser().exists()
+    how = "cannot be loaded" if there else "is no folder here, and cannot be loaded from a hub"
+    return f"model_name_or_path: {model} {how}: {reason}"
 
 
 @contextmanager
@@ -146,7 +181,7 @@ def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_del
     ``early_stopping_min_delta``: least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
     """
     ours = nullcontext() if config is None else swapped(config, lf, clock=clock)
-    with lines_shown(), least_gain(early_stopping_min_delta), ours:
+    with lines_shown(), least_gain(early_stopping_min_delta), loads_told(str(lf.get("stage", "sft"))), ours:
         tuner.run_exp(lf)
 
 

@@ -35,6 +35,7 @@ from dataflex.signals.specs import GenerationSpec
 from dataflex.state import read_json
 
 _STAGES = ("sft", "pt")
+_LENGTH, _NEW_TOKENS = "mean", 256
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ADAPTERS = {"LORA": "lora", "OFT": "oft"}
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -64,9 +65,9 @@ def eval_request(
     work: Path,
     data: str | None = None,
     choices: str | None = None,
-    length: str = "mean",
+    length: str = _LENGTH,
     answers: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = _NEW_TOKENS,
     after: str = "",
     mix: str | None = None,
     tasks: str | None = None,
@@ -106,11 +107,17 @@ def eval_request(
         problems.append(f"--max-new-tokens: expected 1 or more, found {max_new_tokens}")
     if length not in LENGTHS:
         problems.append(f"--length: {length!r}{did_you_mean(length, LENGTHS)} (choices: {', '.join(LENGTHS)})")
+    problems += _idle(
+        (f"--length {length}", "--choices", length != _LENGTH and not paths),
+        (f"--max-new-tokens {max_new_tokens}", "--answers", max_new_tokens != _NEW_TOKENS and not to_write),
+        (f"--after {after!r}", "--answers", after and not to_write),
+        ("--mix", "--data", mix is not None and not names),
+    )
     block = mapping["dynamic"] if isinstance(mapping.get("dynamic"), Mapping) else {}
     by = {key: block.get(key) for key in ("domain_column", "domain_path", "domain_clusters") if block.get(key)}
     if paths or to_write:
         problems += _not_for_questions(lf, by)
-    shares = _shares(mix, () if by else names, problems) if mix is not None else {}
+    shares = _shares(mix, () if by else names, problems) if mix is not None and names else {}
     if out is not None:
         problems += out_problems(out, "dataflex eval", _is_evaluation)
     for key in ("eval_dataset", "val_size", "max_samples"):
@@ -154,6 +161,13 @@ def eval_request(
         harness=tuple(harness),
         unasked=own.get("unasked", ""),
     )
+
+
+def _idle(*options: tuple[str, str, Any]) -> Iterator[str]:
+    """Yield options that were given (the last value) without the one that they belong to."""
+    for option, needed, alone in options:
+        if alone:
+            yield f"{option}: has no effect without {needed}; remove it"
 
 
 def _shares(mix: str, names: Sequence[str], problems: list[str]) -> Mapping[str, float]:

@@ -30,7 +30,7 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexError
 from dataflex.huggingface.loop import loop_of, moments_by_name, sharding_of
 from dataflex.llamafactory.loading import Origin, watched_origins
-from dataflex.llamafactory.swap import swapped
+from dataflex.llamafactory.swap import loads_told, swapped
 from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signals
 from dataflex.offline.request import ScoreRequest
 from dataflex.plan.domains import Domains
@@ -338,7 +338,7 @@ E = TypeVar("E", bound=Exception)
 def left_by(ended: type[E], config: DynamicConfig, lf: dict[str, Any], mixin: type[WorkflowMixin]) -> tuple[E, Setup]:
     """Run LLaMA-Factory's workflow with ``mixin``, whose ``train`` raises ``ended``; return that and the set-up."""
     tuner = importlib.import_module("llamafactory.train.tuner")
-    with swapped(config, lf, mixin) as setup:
+    with loads_told(str(lf.get("stage", "sft"))), swapped(config, lf, mixin) as setup:
         try:
             tuner.run_exp(dict(lf))
         except ended as done:

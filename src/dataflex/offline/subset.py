@@ -25,6 +25,7 @@ from dataflex.score_table import ScoreTable, read_scores
 from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
 from dataflex.state import aside, read_json, replacing
+from dataflex.storage import place_problem
 from dataflex.version import __version__
 
 RANK = ".rank"
@@ -193,30 +194,41 @@ class Part:
 
 
 def write_subset(
-    table: ScoreTable, rows: Rows, out: Path, *, order: str, provenance: Mapping[str, Any], overwrite: bool = False
+    table: ScoreTable,
+    rows: Rows,
+    out: Path,
+    *,
+    order: str,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+    option: str = "--out",
 ) -> list[Part]:
     """Write the rows, one file for each data set that has any.
 
     ``out`` is a file; or, without an ending, a folder that takes a file for each data set and can be used as
-    ``dataset_dir``. The provenance is written first, the files of rows last: if these exist, everything does.
+    ``dataset_dir``; ``option`` named it. The provenance is written first, the files of rows last: if these exist,
+    everything does.
     """
     if order == "source":
         rows = np.sort(rows)
+    if problem := place_problem(out):
+        raise DataError(f"{option}: {problem}")
     in_folder = not out.suffix or out.is_dir()
     used = np.unique(table.dataset_of[rows]).tolist()
     if in_folder and out.is_file():
-        raise ConfigError(f"--out: {out} is a file; name a folder, or a file with the ending of its format")
+        raise ConfigError(f"{option}: {out} is a file; name a folder, or a file with the ending of its format")
     if not in_folder and len(used) > 1:
         names = ", ".join(table.datasets[place] for place in used)
         raise ConfigError(
-            f"--out: {out}: the rows are of {len(used)} data sets ({names}); name a folder, which takes a file for each"
+            f"{option}: {out}: the rows are of {len(used)} data sets ({names}); name a folder, which takes a file for "
+            "each"
         )
-    parts = [_part(table, place, rows[table.dataset_of[rows] == place], out, in_folder) for place in used]
+    parts = [_part(table, place, rows[table.dataset_of[rows] == place], out, in_folder, option) for place in used]
     info, told = (out / name if in_folder else out.with_name(f"{out.stem}.{name}") for name in (INFO_FILE, _PROVENANCE))
     entries = {part.name if in_folder else out.stem: part.entry for part in parts}
     paths = [part.path for part in parts]
     before = _listed(told)
-    entries = _with_earlier(entries, paths, info, before, told, overwrite=overwrite)
+    entries = _with_earlier(entries, paths, info, before, told, overwrite=overwrite, option=option)
     left = [path for path in _left_over(table, before, out) if path not in paths] if in_folder else []
     temporaries: list[Path] = []
     try:
@@ -236,28 +248,28 @@ def write_subset(
         for path in left:
             path.unlink()  # of an earlier subset, whose provenance is gone
     except OSError as error:
-        raise DataError(f"--out: cannot write {out}: {error.strerror or error}") from error
+        raise DataError(f"{option}: cannot write {out}: {error.strerror or error}") from error
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
     return parts
 
 
-def _part(table: ScoreTable, place: int, rows: Rows, out: Path, in_folder: bool) -> Part:
+def _part(table: ScoreTable, place: int, rows: Rows, out: Path, in_folder: bool, option: str) -> Part:
     name = table.datasets[place]
     record = next(one for one in table.provenance["data"]["sources"] if one["name"] == name)
     source = _source(table, place, record)
     problem = file_name_problem(name) if in_folder else ""
     if problem:
         raise ConfigError(
-            f"--out: the scores name a data set {name[:80]!r}, which {problem} and cannot name a file; name a file "
-            "with --out instead of a folder"
+            f"{option}: the scores name a data set {name[:80]!r}, which {problem} and cannot name a file; name a file "
+            f"with {option} instead of a folder"
         )
     path = out / f"{name}{source.ending}" if in_folder else out
     if path.suffix.lower() != source.ending:
-        raise ConfigError(f"--out: {out} must end in {source.ending}, as the file that the rows are from")
+        raise ConfigError(f"{option}: {out} must end in {source.ending}, as the file that the rows are from")
     if any(path.absolute() == Path(one["path"]).absolute() for one in record["files"]):
-        raise ConfigError(f"--out: {path} is the file that the rows are from; choose another name")
+        raise ConfigError(f"{option}: {path} is the file that the rows are from; choose another name")
     entry = {key: value for key, value in (record.get("entry") or {}).items() if key not in _ELSEWHERE}
     tokens = int(table.tokens[rows].sum())
     return Part(name=name, rows=rows, tokens=tokens, path=path, source=source, entry={**entry, "file_name": path.name})
@@ -298,6 +310,7 @@ def _with_earlier(
     told: Path,
     *,
     overwrite: bool,
+    option: str,
 ) -> dict[str, Any]:
     """Return what the file of entries is to hold: ``ours``, and those of other data sets that are in it.
 
@@ -321,8 +334,8 @@ def _with_earlier(
             kept[name] = entry
     if foreign and not overwrite:
         raise ConfigError(
-            [f"--out: {on_one_line(what)} is there, and no earlier subset wrote it so" for what in foreign]
-            + ["--out: name another place, or add --overwrite to replace them"]
+            [f"{option}: {on_one_line(what)} is there, and no earlier subset wrote it so" for what in foreign]
+            + [f"{option}: name another place, or add --overwrite to replace them"]
         )
     return {**kept, **ours}
 

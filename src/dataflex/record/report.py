@@ -26,13 +26,17 @@ from dataflex.record.recorded import Recorded, recorded
 from dataflex.record.serve import PORT, Served, serving
 from dataflex.record.summary import summary
 from dataflex.record.text import without_prefix
-from dataflex.state import replacing
+from dataflex.state import read_json, replacing
+from dataflex.storage import place_problem
 from dataflex.version import install
 
 if TYPE_CHECKING:
     from dataflex.record.chart import Chart, Json
 
 PAGE, DATA, TEXT = "report.html", "report.json", "summary.txt"
+TITLE = "<title>DataFlex run "
+"""What tells a page of ours, within its first characters."""
+_HEAD = 2000
 _EVERY = 10.0
 """Seconds between two looks at a run that goes on; longer where a page takes more than a tenth of that."""
 _QUIET = 60.0
@@ -84,6 +88,8 @@ def report(
     from dataflex.record.charts import CHARTS
     from dataflex.record.plots import draw
 
+    if out is not None:
+        _refuse_place(Path(out), [PAGE, DATA, TEXT, *(f"{name}.png" for name in CHARTS)])
     if served:
         with serving(host or "127.0.0.1", PORT if port is None else port) as server:
             _watch(run_dirs, out, server)
@@ -115,6 +121,33 @@ def report(
         with replacing(path) as file:
             file.write(content)
     return Answer(text, told)
+
+
+def _refuse_place(out: Path, names: Sequence[str]) -> None:
+    """Raise DataError where no report can be written, or files of its names are there that no report wrote."""
+    problem = f"{out} is a file, not a folder" if out.is_file() else place_problem(out / PAGE)
+    if problem:
+        raise DataError(f"--out: {problem}")
+    there = [name for name in names if os.path.lexists(out / name)]
+    if there and not _wrote(out):
+        raise DataError(
+            f"--out: {out / there[0]} is there, and no report wrote it; name another folder, or move it away"
+        )
+
+
+def _wrote(folder: Path) -> bool:
+    """Whether a folder holds a report's page, which is written first, or its values."""
+    try:
+        with open(folder / PAGE, encoding="utf-8", errors="replace") as file:
+            if TITLE in file.read(_HEAD):
+                return True
+    except OSError:
+        pass
+    try:
+        told = read_json(folder / DATA)
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and {"dataflex", "sections"} <= told.keys()
 
 
 def _page(
