@@ -369,11 +369,12 @@ def test_rows_are_counted_once_and_without_tokenizing(project: Path, monkeypatch
     big = project / "data" / "big.jsonl"
     line = json.dumps({"instruction": "x" * 200, "output": "y" * 200}) + "\n"
     big.write_text(line * 50_000)
-    assert count_rows(Source(name="big", path=big), LlamaFactoryArgs.read({})) == 50_000
+    args = LlamaFactoryArgs.read({})
+    assert count_rows(Source(name="big", path=big), args) == 50_000
 
     def read_again(*_args: Any, **_keys: Any) -> Any:
         raise AssertionError("the file is read a second time")
 
     monkeypatch.setattr(Path, "open", read_again)
     monkeypatch.setattr(Path, "read_bytes", read_again)
-    assert count_rows(Source(name="big", path=big), LlamaFactoryArgs.read({})) == 50_000
+    assert count_rows(Source(name="big", path=big), args) == 50_000

@@ -323,9 +323,9 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         for key in _SETTINGS:
             if problem := self._settings(key)[1]:
                 yield f"{key}: {problem}"
-        known = accelerator_keys()
-        for key in sorted(set(self.settings("accelerator_config")) - set(known) if known else ()):
-            yield f"accelerator_config.{key}: unknown key{did_you_mean(key, known)}"
+        if (given := self.settings("accelerator_config")) and (known := accelerator_keys()):
+            for key in sorted(set(given) - set(known)):
+                yield f"accelerator_config.{key}: unknown key{did_you_mean(key, known)}"
         zero = self.settings("deepspeed").get("zero_optimization")
         if isinstance(zero, Mapping):
             if isinstance(zero.get("stage"), bool) or zero.get("stage", 0) not in (0, 1, 2, 3):

@@ -93,6 +93,7 @@ def v1_table() -> Mapping[str, Key]:
     return {name: key for node in classes for name, key in _fields(node, choices)}
 
 
+@lru_cache(maxsize=1)
 def accelerator_keys() -> tuple[str, ...]:
     """Return the keys of ``accelerator_config``, as the installed source says; none where it cannot be read."""
     try:
